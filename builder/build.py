@@ -1,0 +1,334 @@
+"""The resumable loop: recipe → corpus → sequences → teacher → distribution → shards → manifest.
+
+In:   a recipe and a directory.
+Out:  in that directory `data/*.parquet`, `README.md` (the dataset card) and, last of all, `manifest.json`.
+
+How:  shard i of a partition is a pure function of the recipe, the sources and the corpus position after shard i − 1;
+      nothing else is carried over. A shard is renamed into place before its record is written to `.build/records/`, and
+      one without a record does not exist. So a build that is killed anywhere goes on at the last recorded position, and its files
+      are the same bytes. When the manifest stands, `.build/` is removed.
+"""
+
+import itertools
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from builder.card import render_card
+from builder.corpus import Position
+from builder.distribution import Distribution, capture, concatenate
+from builder.manifest import (
+    FILE_NAME,
+    ShardRecord,
+    Sums,
+    environment,
+    make_manifest,
+    read_manifest,
+    write_json,
+)
+from builder.recipe import Recipe, differences, fingerprint
+from builder.schema import SCHEMA_VERSION
+from builder.sequences import Encoder, Sequence, length_sorted_batches
+from builder.shards import Block, ShardWriter, atomic_file, file_sha256
+from builder.sources import CorpusSource, TeacherSource, resolve_corpus, resolve_teacher
+from builder.state import BuildState
+from builder.stream import SequenceStream, make_encoder
+from builder.teacher import Teacher, load_teacher
+
+WINDOW_BATCHES = 8
+"""Sequences of this many batches are sorted by length together, and then written in the corpus's order."""
+WINDOW_VALUES = 2**26
+"""Limit on T · K of a window, for large K: 400 MB of indices and log-probs."""
+
+Progress = Callable[[int], None]
+"""Called with the number of tokens just captured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildResult:
+    """How a call of `build` ended."""
+
+    status: str
+    """`already complete`, `complete` or `stopped early`."""
+    shards_built: int
+    manifest: dict[str, Any] | None
+
+
+def build(
+    recipe: Recipe,
+    base: Path,
+    output: Path,
+    *,
+    device: str = "cpu",
+    max_shards: int | None = None,
+    progress: Progress = lambda _: None,
+    notice: Callable[[str], None] = lambda message: print(message, file=sys.stderr),
+) -> BuildResult:
+    """Build a dataset, or go on with it.
+
+    Args:
+        recipe: what to build.
+        base: directory at which the recipe's relative paths start.
+        output: directory of the dataset.
+        device: a torch device.
+        max_shards: stop after this many new shards.
+        progress: told of captured tokens.
+        notice: told, in a line, of what the user should know (a damaged shard that is built again).
+
+    Raises:
+        ValueError: the recipe, its sources, or what stands in the directory make the build impossible.
+        OSError: the disk is full or cannot be written.
+    """
+    if (output / FILE_NAME).exists():
+        return _already_complete(recipe, output)
+    state = BuildState(output)
+    with state.locked():
+        if (output / FILE_NAME).exists():
+            return _already_complete(recipe, output)
+        known = state.known_sources()
+        corpus_source = resolve_corpus(recipe.corpus, base, known)
+        teacher_source = resolve_teacher(recipe.teacher, base, known)
+        plan = {
+            "recipe": recipe.published(),
+            "corpus": corpus_source.provenance,
+            "teacher": teacher_source.provenance,
+        }
+        state.settle("plan", plan)
+        state.remember(known)
+        work = _ShardBuilder(
+            recipe, plan, corpus_source, teacher_source, device=device, progress=progress
+        )
+        built, records = 0, []
+        for partition in range(recipe.output.partitions):
+            position: Position | None = None
+            for index in itertools.count():
+                record = state.intact_record(partition, index, notice)
+                if record is None:
+                    if built == max_shards:
+                        return BuildResult(
+                            status="stopped early", shards_built=built, manifest=None
+                        )
+                    state.settle("teacher", work.teacher_provenance())
+                    record = work.shard(output, partition, index, position)
+                    state.add(record)
+                    built += 1
+                records.append(record)
+                position = record.position_after
+                if record.exhausted:
+                    break
+        manifest = make_manifest(plan, state.read("teacher"), records)
+        (output / "README.md").write_text(render_card(manifest), encoding="utf-8")
+        write_json(output / FILE_NAME, manifest)
+        state.remove()
+        return BuildResult(status="complete", shards_built=built, manifest=manifest)
+
+
+def _already_complete(recipe: Recipe, output: Path) -> BuildResult:
+    manifest = read_manifest(output)
+    if changes := differences(manifest["recipe"], recipe.published()):
+        raise ValueError(
+            f"{output} holds a finished dataset of another recipe ({'; '.join(changes)}); choose another directory"
+        )
+    shutil.rmtree(output / ".build", ignore_errors=True)
+    return BuildResult(status="already complete", shards_built=0, manifest=manifest)
+
+
+class _ShardBuilder:
+    """Computes shards. Holds what is worth keeping between them: the teacher, and the open corpus."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: dict[str, Any],
+        corpus_source: CorpusSource,
+        teacher_source: TeacherSource,
+        *,
+        device: str,
+        progress: Progress,
+    ) -> None:
+        self._recipe = recipe
+        self._corpus_source = corpus_source
+        self._teacher_source = teacher_source
+        self._device = device
+        self._progress = progress
+        self._metadata = {
+            "logit_dataset.schema": SCHEMA_VERSION,
+            "logit_dataset.fingerprint": fingerprint(plan),
+        }
+        self._teacher: Teacher | None = None
+        self._stream: SequenceStream | None = None
+
+    def teacher(self) -> Teacher:
+        """The teacher, loaded when first needed."""
+        if self._teacher is None:
+            recipe, source = self._recipe.teacher, self._teacher_source
+            self._teacher = load_teacher(
+                source.location,
+                commit=source.commit,
+                tokenizer=source.tokenizer,
+                dtype=recipe.dtype,
+                attention=recipe.attention,
+                device=self._device,
+                trust_remote_code=recipe.trust_remote_code,
+            )
+            _check_fit(self._recipe, self._teacher)
+        return self._teacher
+
+    def encoder(self) -> Encoder:
+        """The way from documents to sequences of the recipe and the teacher's tokenizer."""
+        return make_encoder(self._recipe.sequences, self.teacher().tokenizer)
+
+    def teacher_provenance(self) -> dict[str, Any]:
+        """What the loaded teacher is, and what is put around its sequences."""
+        encoder = self.encoder()
+        special = {"prefix_ids": encoder.prefix, "suffix_ids": encoder.suffix}
+        return self.teacher().provenance() | special
+
+    def shard(
+        self, output: Path, partition: int, index: int, start: Position | None
+    ) -> ShardRecord:
+        """Compute one shard and write its file."""
+        started = time.perf_counter()
+        name = f"data/train-{partition:03d}-{index:05d}.parquet"
+        if (
+            self._stream is None
+            or self._stream.partition != partition
+            or self._stream.position != start
+        ):
+            self._stream = SequenceStream(
+                self._recipe, self._corpus_source, self.encoder(), partition, start
+            )
+        stream, rows, tokens, sums = self._stream, 0, 0, Sums()
+        with atomic_file(output / name) as sink:
+            writer = ShardWriter(
+                sink,
+                with_text=self._recipe.output.text,
+                profile=self._recipe.output.profile,
+                metadata=self._metadata,
+            )
+            for window in _windows(stream.shard_sequences(), self._recipe):
+                block = capture_block(
+                    window,
+                    self.teacher(),
+                    top_k=self._recipe.output.top_k,
+                    batch_tokens=self._recipe.sequences.batch_tokens,
+                    progress=self._progress,
+                )
+                writer.write(block)
+                rows += len(window)
+                tokens += len(block.distribution.logsumexp)
+                sums += _sums(block.distribution)
+            if not rows:
+                skipped = stream.position["skipped"]
+                where = f"partition {partition} of the corpus" if partition else "the corpus"
+                raise ValueError(
+                    f"{where} has no text ({skipped} null, empty or blank documents); check corpus.text_column"
+                )
+            writer.close()
+        return ShardRecord(
+            file=name,
+            sha256=file_sha256(output / name),
+            bytes=(output / name).stat().st_size,
+            rows=rows,
+            tokens=tokens,
+            partition=partition,
+            index=index,
+            position_after=stream.position,
+            exhausted=stream.exhausted,
+            sums=sums,
+            seconds=round(time.perf_counter() - started, 3),
+            environment=environment(self._device),
+        )
+
+
+def capture_block(
+    sequences: list[Sequence],
+    teacher: Teacher,
+    *,
+    top_k: int,
+    batch_tokens: int,
+    progress: Progress = lambda _: None,
+) -> Block:
+    """Run the teacher over some sequences, and keep their distributions in the sequences' order.
+
+    Raises:
+        ValueError: the teacher yields NaN or infinity; names the document.
+    """
+    lengths = [len(sequence.token_ids) for sequence in sequences]
+    parts: dict[int, Distribution] = {}
+    for batch in length_sorted_batches(lengths, batch_tokens):
+        targets_N = torch.tensor(
+            [target for i in batch for target in sequences[i].targets], device=teacher.device
+        )
+        captured, start = [], 0
+        for logits_NV in teacher.logits([sequences[i].token_ids for i in batch]):
+            end = start + len(logits_NV)
+            captured.append(capture(logits_NV, targets_N[start:end], top_k=top_k))
+            start = end
+        whole = concatenate(captured)
+        split = {
+            f.name: getattr(whole, f.name).cpu().split([lengths[i] for i in batch])
+            for f in fields(whole)
+        }
+        for row, i in enumerate(batch):
+            parts[i] = Distribution(**{name: values[row] for name, values in split.items()})
+            _check_finite(parts[i], sequences[i])
+        progress(start)
+    return Block(
+        sequences=sequences, distribution=concatenate([parts[i] for i in range(len(sequences))])
+    )
+
+
+def _windows(sequences: Iterator[Sequence], recipe: Recipe) -> Iterator[list[Sequence]]:
+    batch_tokens = recipe.sequences.batch_tokens
+    limit = max(
+        batch_tokens, min(WINDOW_BATCHES * batch_tokens, WINDOW_VALUES // recipe.output.top_k)
+    )
+    window: list[Sequence] = []
+    tokens = 0
+    for sequence in sequences:
+        if window and tokens + len(sequence.token_ids) > limit:
+            yield window
+            window, tokens = [], 0
+        window.append(sequence)
+        tokens += len(sequence.token_ids)
+    if window:
+        yield window
+
+
+def _check_fit(recipe: Recipe, teacher: Teacher) -> None:
+    if recipe.output.top_k > teacher.vocab_size:
+        raise ValueError(
+            f"output.top_k is {recipe.output.top_k}, but the teacher's vocabulary has {teacher.vocab_size} tokens; "
+            "choose a smaller top_k"
+        )
+    if teacher.max_length and recipe.sequences.max_length > teacher.max_length:
+        raise ValueError(
+            f"sequences.max_length is {recipe.sequences.max_length}, but the teacher was made for {teacher.max_length} "
+            "positions; choose a smaller max_length"
+        )
+
+
+def _check_finite(distribution: Distribution, sequence: Sequence) -> None:
+    bad = (~distribution.logsumexp.isfinite()).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"the teacher yields NaN or infinity for document {sequence.document_id!r} "
+            f"(chunk {sequence.chunk_index}, position {int(bad[0])}); try another teacher.dtype, or leave it out"
+        )
+
+
+def _sums(distribution: Distribution) -> Sums:
+    nll = -distribution.target_logprob.double()
+    return Sums(
+        entropy=float(distribution.entropy.double().sum()),
+        topk_mass=float(distribution.topk_logprobs.double().exp().sum()),
+        target_nll=float(nll.nansum()),
+        targets=int((~nll.isnan()).sum()),
+    )

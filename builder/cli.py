@@ -1,0 +1,269 @@
+"""The command line: parse, call one function, print. Data goes to stdout, progress and notices to stderr.
+
+Everything heavy is imported inside the commands, so that `--help` answers at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Capture a teacher's next-token distributions as a Hugging Face dataset, verify and read them.",
+    epilog="Example: logit-dataset build dataset_cards/smollm2-135m-python-docs/recipe.toml --output out/python-docs",
+)
+
+
+class Device(StrEnum):
+    """Where the teacher runs."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Format(StrEnum):
+    """How `info` prints."""
+
+    HUMAN = "human"
+    JSON = "json"
+
+
+DeviceOption = Annotated[
+    Device, typer.Option(help="Where the teacher runs; auto takes a GPU if there is one.")
+]
+TeacherOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--teacher",
+        help="The teacher's directory or GGUF file, where the recipe names a local one.",
+    ),
+]
+
+
+@app.command(epilog="Example: logit-dataset build recipe.toml --output out/mine --dry-run")
+def build(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as dataset_cards/*/recipe.toml.")],
+    output: Annotated[
+        Path, typer.Option(help="Directory of the dataset. An unfinished build in it goes on.")
+    ],
+    device: DeviceOption = Device.AUTO,
+    max_shards: Annotated[
+        int | None, typer.Option(min=0, help="Stop after this many new shards.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Show the resolved recipe and an estimate; write nothing.")
+    ] = False,
+) -> None:
+    """Build a dataset from a recipe, or go on with an unfinished one."""
+    from builder.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    base = recipe.parent
+    _quiet_libraries()
+    torch_device = _torch_device(device)
+    if dry_run:
+        from builder.estimate import estimate
+
+        print(_format_estimate(estimate(loaded, base, device=torch_device)))
+        return
+    from builder.build import build as run
+
+    with _progress("build", loaded.corpus.max_tokens) as progress:
+        result = run(
+            loaded,
+            base,
+            output,
+            device=torch_device,
+            max_shards=max_shards,
+            progress=progress,
+            notice=_notice,
+        )
+    if result.manifest is None:
+        print(
+            f"stopped early after {result.shards_built} new shards; run the same command to go on"
+        )
+        return
+    totals = result.manifest["totals"]
+    print(
+        f"{output}: {result.status}, {totals['tokens']:,} tokens in {totals['rows']:,} rows, "
+        f"{totals['bytes_per_token']} bytes a token"
+    )
+    print(f"next: logit-dataset verify {output} --recompute 5")
+
+
+@app.command(epilog="Example: logit-dataset verify out/mine --recompute 20")
+def verify(
+    directory: Annotated[Path, typer.Argument(help="Directory of a finished dataset.")],
+    recompute: Annotated[
+        int, typer.Option(min=0, help="Random rows to run through the teacher again.")
+    ] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Chooses the random rows; a new one each time by default.")
+    ] = None,
+    device: DeviceOption = Device.AUTO,
+    teacher: TeacherOption = None,
+) -> None:
+    """Check hashes, schema and the invariants of every row; with --recompute also against the teacher."""
+    from builder.manifest import read_manifest
+    from builder.verify import verify as run
+
+    torch_device = "cpu"
+    if recompute:
+        _quiet_libraries()
+        torch_device = _torch_device(device)
+    with _progress("verify", read_manifest(directory)["totals"]["tokens"]) as progress:
+        report = run(
+            directory,
+            recompute=recompute,
+            seed=seed,
+            device=torch_device,
+            teacher_path=teacher,
+            progress=progress,
+        )
+    for problem in report.problems:
+        print(problem)
+    if recomputed := report.recomputed:
+        print(
+            f"recomputed {recomputed['rows']} rows, {recomputed['tokens']:,} tokens (seed {recomputed['seed']}): "
+            f"|Δ log-prob| max {recomputed['max_abs_error']:.2g}, mean {recomputed['mean_abs_error']:.2g}; "
+            f"top-1 agreement {recomputed['top1_agreement']:.2%}; "
+            f"NLL stored {recomputed['nll_stored']:.4f}, recomputed {recomputed['nll_recomputed']:.4f}"
+        )
+    if report.problems:
+        print(f"{directory}: {len(report.problems)} problems")
+        raise typer.Exit(1)
+    print(
+        f"{directory}: {report.files} files, {report.rows:,} rows, {report.tokens:,} tokens, no problems"
+    )
+    print(f'next: load_dataset("{directory}", split="train").with_format("torch")')
+
+
+@app.command(epilog="Example: logit-dataset info out/mine --row 0 --position 4")
+def info(
+    directory: Annotated[Path, typer.Argument(help="Directory of a finished dataset.")],
+    format: Annotated[
+        Format, typer.Option(help="For a person, or JSON for a program.")
+    ] = Format.HUMAN,
+    row: Annotated[
+        int | None,
+        typer.Option(min=0, help="Show this row's tokens and what the teacher expected."),
+    ] = None,
+    position: Annotated[
+        int | None,
+        typer.Option(min=0, help="Show the teacher's alternatives at this position of the row."),
+    ] = None,
+    teacher: TeacherOption = None,
+) -> None:
+    """Say what a dataset is, or show a row with the teacher's alternatives."""
+    from builder import info as information
+
+    if row is not None:
+        _quiet_libraries()
+        print(information.describe_row(directory, row, position=position, teacher_path=teacher))
+    elif position is not None:
+        raise ValueError("--position needs --row")
+    elif format is Format.JSON:
+        import json
+
+        print(json.dumps(information.summarize(directory), indent=1, ensure_ascii=False))
+    else:
+        print(information.describe(directory))
+
+
+def main() -> None:
+    """Run a command; a failure is one line on stderr and exit status 1, or 130 after Ctrl-C."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.Abort:
+        sys.exit(_interrupted())
+    except KeyboardInterrupt:
+        sys.exit(_interrupted())
+    except (ValueError, OSError, MemoryError) as error:
+        if os.environ.get("LOGIT_DATASET_TRACEBACK"):
+            raise
+        sys.exit(f"error: {' '.join(str(error).split()) or type(error).__name__}")
+
+
+def _interrupted() -> int:
+    print("interrupted: finished shards are safe; run the same command to go on", file=sys.stderr)
+    return 130
+
+
+def _notice(message: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(message, file=sys.stderr)
+
+
+@contextmanager
+def _progress(label: str, total: int | None) -> Iterator[Callable[[int], Any]]:
+    """A bar with tokens/s and ETA on a terminal, nothing elsewhere."""
+    from tqdm import tqdm
+
+    with tqdm(
+        desc=label, total=total, unit="tok", unit_scale=True, disable=None, leave=False
+    ) as bar:
+        yield bar.update
+
+
+def _torch_device(device: Device) -> str:
+    import torch
+
+    if device is Device.AUTO:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device is Device.CUDA and not torch.cuda.is_available():
+        raise ValueError(
+            "--device cuda, but torch finds no CUDA device; use --device cpu, or install a CUDA build of torch"
+        )
+    return device.value
+
+
+def _quiet_libraries() -> None:
+    """Leave stderr to our own messages and bars."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)
+    datasets.utils.logging.disable_progress_bar()
+
+
+def _format_estimate(estimate: Any) -> str:
+    import json
+
+    def known(value: float | None, text: str) -> str:
+        return "unknown" if value is None else text
+
+    tokens, size, seconds = estimate.tokens, estimate.bytes, estimate.seconds
+    hours = None if seconds is None else seconds / 3600
+    return "\n".join(
+        [
+            json.dumps(estimate.plan, indent=1, ensure_ascii=False),
+            f"tokens  {known(tokens, f'about {tokens or 0:,}')}",
+            f"disk    {known(size, f'about {(size or 0) / 1e6:,.1f} MB')}",
+            f"time    {known(hours, f'about {(hours or 0) * 60:,.1f} minutes on {estimate.device}')}",
+            "nothing was written; run the command without --dry-run to build",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

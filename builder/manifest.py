@@ -1,0 +1,216 @@
+"""The record of a build: `manifest.json`, the only sign that a dataset is complete.
+
+In:   the plan (the recipe and the exact sources behind it) and one record for each shard.
+Out:  one JSON file with provenance, totals and the hash of every data file. It holds no tokens, user names, host names or
+      absolute paths, for it is published.
+"""
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+from builder.recipe import fingerprint
+from builder.schema import SCHEMA_VERSION
+
+FILE_NAME = "manifest.json"
+LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sums:
+    """Sums over the tokens of a shard, from which the totals of the dataset follow."""
+
+    entropy: float = 0.0
+    """Nats."""
+    topk_mass: float = 0.0
+    """Probability inside the top K."""
+    target_nll: float = 0.0
+    """−log-probability of the tokens that really follow, in nats."""
+    targets: int = 0
+    """Positions that have a token that follows."""
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRecord:
+    """What is known of a finished shard."""
+
+    file: str
+    """Path below the dataset's directory, e.g. `data/train-000-00000.parquet`."""
+    sha256: str
+    bytes: int
+    rows: int
+    tokens: int
+    """Positions, special tokens included."""
+    partition: int
+    index: int
+    position_after: dict[str, Any]
+    """Corpus position at which the next shard of this partition starts."""
+    exhausted: bool
+    """Whether this is the last shard of its partition."""
+    sums: Sums
+    seconds: float
+    environment: dict[str, Any]
+    """Libraries and hardware that computed it."""
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Rebuild a record from its JSON values.
+
+        Raises:
+            ValueError: fields are missing or unknown, or the file name leads out of the dataset.
+        """
+        try:
+            record = cls(**{**values, "sums": Sums(**values["sums"])})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"not a shard record: {error}") from None
+        name = PurePosixPath(record.file)
+        if len(name.parts) != 2 or name.parts[0] != "data" or name.suffix != ".parquet":
+            raise ValueError(f"shard record names {record.file!r}, expected data/*.parquet")
+        return record
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Libraries and hardware of this process, without names of hosts or users."""
+    import torch
+
+    is_cuda = device.startswith("cuda")
+    hardware = torch.cuda.get_device_name(device) if is_cuda else f"{platform.machine()} CPU"
+    return {
+        "device": hardware,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in LIBRARIES},
+    }
+
+
+def make_manifest(
+    plan: dict[str, Any], teacher: dict[str, Any], records: Iterable[ShardRecord]
+) -> dict[str, Any]:
+    """The manifest of a finished build.
+
+    Args:
+        plan: recipe, corpus and teacher source, all as plain JSON values.
+        teacher: what the loaded teacher turned out to be (`Teacher.provenance`).
+        records: of all shards, in order.
+    """
+    records = list(records)
+    environments = []
+    for record in records:
+        if record.environment not in environments:
+            environments.append(record.environment)
+    shards = []
+    for record in records:
+        values = asdict(record)
+        del values["environment"]
+        shards.append({**values, "environment": environments.index(record.environment)})
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": fingerprint(plan),
+        "recipe": plan["recipe"],
+        "corpus": plan["corpus"],
+        "teacher": {**plan["teacher"], **teacher},
+        "totals": _totals(records),
+        "environments": environments,
+        "shards": shards,
+    }
+
+
+def records_of(manifest: dict[str, Any]) -> list[ShardRecord]:
+    """The shard records of a manifest."""
+    environments = manifest["environments"]
+    return [
+        ShardRecord.from_json({**shard, "environment": environments[shard["environment"]]})
+        for shard in manifest["shards"]
+    ]
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a finished dataset.
+
+    Raises:
+        ValueError: there is none, it is not a manifest, or it is of a schema that this version cannot read.
+    """
+    path = directory / FILE_NAME
+    if not path.exists():
+        state = (
+            "an unfinished build; run the same build command to go on"
+            if (directory / ".build").exists()
+            else ("not a logit dataset")
+        )
+        raise ValueError(f"{directory} has no {FILE_NAME}: it is {state}")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = manifest["schema_version"]
+        missing = {
+            "recipe",
+            "corpus",
+            "teacher",
+            "totals",
+            "environments",
+            "shards",
+            "fingerprint",
+        } - set(manifest)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); fetch or build the dataset again") from None
+    if found.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+        raise ValueError(
+            f"{path} has schema version {found}, this program reads {SCHEMA_VERSION}; install the matching version"
+        )
+    if missing:
+        raise ValueError(
+            f"{path} is damaged (no {', '.join(sorted(missing))}); fetch or build the dataset again"
+        )
+    return manifest
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a small JSON file so that after a crash either the old or the new one is there, whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(values, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _totals(records: list[ShardRecord]) -> dict[str, Any]:
+    sums = Sums()
+    for record in records:
+        sums += record.sums
+    tokens = sum(record.tokens for record in records)
+    data_bytes = sum(record.bytes for record in records)
+    seconds = sum(record.seconds for record in records)
+    nll = sums.target_nll / max(sums.targets, 1)
+    last = {record.partition: record.position_after for record in records}
+    return {
+        "documents": sum(position["documents"] for position in last.values()),
+        "documents_skipped": sum(position["skipped"] for position in last.values()),
+        "rows": sum(record.rows for record in records),
+        "tokens": tokens,
+        "bytes": data_bytes,
+        "bytes_per_token": round(data_bytes / tokens, 2),
+        "mean_entropy": round(sums.entropy / tokens, 4),
+        "mean_topk_mass": round(sums.topk_mass / tokens, 4),
+        "mean_target_nll": round(nll, 4),
+        # Beyond float64 only if the teacher rules out (−inf) a good part of what really follows.
+        "teacher_perplexity": round(math.exp(nll), 3) if nll < 700 else None,
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(tokens / seconds, 1),
+    }

@@ -1,0 +1,223 @@
+"""One TOML file → a frozen, validated Recipe: everything that decides the bytes of a dataset.
+
+What a run may choose freely (device, output directory, when to stop early) is a flag of the command line and not here.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from builder.schema import SCHEMA_VERSION
+
+Positive = Annotated[int, Field(gt=0)]
+SpecialToken = Literal["tokenizer", "always", "never"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
+
+
+class CorpusRecipe(_Section):
+    """Where the documents come from: exactly one of `repo`, `files` and `embedded`."""
+
+    repo: str | None = None
+    """A dataset on the Hub."""
+    revision: str = "main"
+    """Its branch, tag or commit; resolved to a commit, which is recorded."""
+    config: str | None = None
+    """Its configuration, where it has several."""
+    split: str = "train"
+    files: tuple[str, ...] = ()
+    """Local files or globs (.txt, .jsonl, .parquet; .txt and .jsonl also .gz or .zst), relative to the recipe."""
+    embedded: Literal["python-docs"] | None = None
+    """A corpus that every Python brings: the language reference."""
+    text_column: str = "text"
+    id_column: str | None = None
+    """Column with the document's id; without one, the id is a hash of the text."""
+    text_unit: Literal["file", "line"] = "file"
+    """What one document of a .txt file is."""
+    max_documents: Positive | None = None
+    max_tokens: Positive | None = None
+    """Stop after the document that reaches this number of tokens."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        _exactly_one(self, "repo", "files", "embedded")
+        return self
+
+
+class TeacherRecipe(_Section):
+    """The language model whose distributions are captured: exactly one of `repo`, `path`, `gguf`, `embedded`."""
+
+    repo: str | None = None
+    """A model on the Hub, with safetensors weights."""
+    revision: str = "main"
+    """Its branch, tag or commit; resolved to a commit, which is recorded."""
+    path: str | None = None
+    """A local directory as `save_pretrained` writes it, relative to the recipe."""
+    gguf: str | None = None
+    """A local GGUF file, relative to the recipe; its weights are dequantised."""
+    embedded: Literal["smollm2-135m-instruct"] | None = None
+    """A teacher that comes as a Python package: SmolLM2-135M-Instruct, Q4_1."""
+    tokenizer: str | None = None
+    """Directory of the right tokenizer for a GGUF file whose own one cannot be rebuilt faithfully."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of the weights and of the forward pass. Statistics are float32 in any case."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = False
+    """Run model code from the repo. Needs `revision` to be a full commit."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _exactly_one(self, "repo", "path", "gguf", "embedded")
+        if self.tokenizer and not self.gguf:
+            raise ValueError("tokenizer is only for a gguf teacher: other teachers bring their own")
+        if self.trust_remote_code and not is_commit(self.revision):
+            raise ValueError(
+                "trust_remote_code runs code from the repo, so revision must be a full 40-digit commit, "
+                f"not {self.revision!r}"
+            )
+        return self
+
+
+class SequencesRecipe(_Section):
+    """How a document becomes sequences."""
+
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Longest sequence in tokens, special tokens included."""
+    long_documents: Literal["chunk", "truncate"] = "chunk"
+    """Cut a longer document into chunks, each seen by the teacher on its own, or keep its beginning only."""
+    bos: SpecialToken = "tokenizer"
+    """Begin-of-sequence token before each sequence: as the tokenizer does it, always, or never."""
+    eos: SpecialToken = "tokenizer"
+    """End-of-sequence token after each document's last sequence: as the tokenizer does it, always, or never."""
+    batch_tokens: Annotated[int, Field(ge=8)] = 16_384
+    """Positions in a batch, padding included. Part of the recipe, for the shape of a batch changes last bits."""
+
+
+class OutputRecipe(_Section):
+    """What is stored."""
+
+    top_k: Positive = 50
+    text: bool = True
+    """Keep the `text` column."""
+    profile: Literal["default", "compact"] = "default"
+    """Parquet profile: `compact` saves 7 % but DuckDB cannot read its `topk_logprobs`."""
+    shard_tokens: Positive = 1_000_000
+    """A shard ends with the document that reaches this number of tokens (about 170 bytes each)."""
+    partitions: Positive = 1
+    """Independent streams over the corpus's files, which can be built at the same time."""
+
+
+class Recipe(_Section):
+    """A dataset, fully described."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
+    """Short name, as in a Hub repository. The only field that does not change the data."""
+    corpus: CorpusRecipe
+    teacher: TeacherRecipe
+    sequences: SequencesRecipe = SequencesRecipe()
+    output: OutputRecipe = OutputRecipe()
+
+    @model_validator(mode="after")
+    def _limits_can_be_shared(self) -> Self:
+        limits = [self.corpus.max_documents, self.corpus.max_tokens]
+        if any(limit and limit < self.output.partitions for limit in limits):
+            raise ValueError(
+                f"output.partitions is {self.output.partitions}, which is more than the corpus's limit can be divided into"
+            )
+        return self
+
+    def published(self) -> dict[str, Any]:
+        """The recipe as plain JSON values for manifest and card, absolute paths cut to their last part."""
+        values = self.model_dump(mode="json")
+        values["corpus"]["files"] = [_portable(path) for path in self.corpus.files]
+        for field in ("path", "gguf", "tokenizer"):
+            if values["teacher"][field]:
+                values["teacher"][field] = _portable(values["teacher"][field])
+        return values
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and validate a recipe file.
+
+    Raises:
+        ValueError: not TOML, or not a valid recipe; names every wrong key with what was expected.
+        OSError: the file cannot be read.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"no recipe at {path}; name a .toml file such as dataset_cards/*/recipe.toml"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    try:
+        # JSON mode, since TOML and JSON share lists where Recipe has tuples.
+        return Recipe.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        problems = "; ".join(_explain(problem) for problem in error.errors(include_url=False))
+        raise ValueError(f"{path}: {problems}") from None
+
+
+def fingerprint(plan: dict[str, Any]) -> str:
+    """SHA-256 of a plan: the resolved recipe, without its name, and the exact corpus and teacher behind it."""
+    recipe = {key: value for key, value in plan["recipe"].items() if key != "name"}
+    deciding = {**plan, "recipe": recipe, "schema_version": SCHEMA_VERSION}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """One line for each field in which two plans differ, e.g. `recipe.output.top_k: 50 → 20`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted(old.keys() | new.keys()):
+            lines += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        return lines
+    return [] if old == new else [f"{path}: {_short(old)} → {_short(new)}"]
+
+
+def is_commit(revision: str) -> bool:
+    """Whether a revision is a full commit hash, which needs no resolving."""
+    return len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:76]} …"
+
+
+def _exactly_one(section: BaseModel, *fields: str) -> None:
+    given = [field for field in fields if getattr(section, field)]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise ValueError(f"give exactly one of {', '.join(fields)} (found {found})")
+
+
+def _portable(path: str) -> str:
+    return Path(path).name if Path(path).expanduser().is_absolute() else path
+
+
+def _explain(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in problem["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        names = list(section.model_fields)
+        near = difflib.get_close_matches(problem["loc"][-1], names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
+        return f"unknown key {where!r}; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{where!r} is missing"
+    given = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
+    return f"{where}: {message}{given}"

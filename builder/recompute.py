@@ -1,0 +1,313 @@
+"""Random rows of a dataset → how far they are from what the teacher says when it is run on them again.
+
+The comparison shares only the teacher's forward pass with the capture: the reference here is a plain float64
+log-softmax over the whole vocabulary, one sequence at a time.
+
+Shape suffixes: T positions, V vocabulary, K top-k.
+"""
+
+import random
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from builder.corpus import Document
+from builder.manifest import ShardRecord
+from builder.recipe import SequencesRecipe, TeacherRecipe, differences
+from builder.schema import FLOAT16_MIN
+from builder.sequences import NO_TOKEN, Encoder
+from builder.shards import nested_values
+from builder.sources import KnownSources, TeacherSource, resolve_teacher
+from builder.teacher import Teacher, load_teacher, load_tokenizer
+
+MAX_FLOAT32_ERROR = 2e-3
+"""Nats beyond float16 rounding, for a teacher run in float32: kernels differ between batch shapes and machines."""
+MAX_MEAN_ERROR = 0.15
+"""Mean |Δ| of a row in nats, for a teacher in 16 bits: its own rounding is about 0.05."""
+MAX_BIAS = 0.01
+"""|mean Δ| over all rows in nats, for a teacher in 16 bits: rounding has no direction, a renormalised tail has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """One stored row, and the token that follows its last one."""
+
+    file: str
+    number: int
+    is_whole_document: bool
+    text: str | None
+    input_ids: list[int]
+    next_token: int
+    indices_TK: Tensor
+    logprobs_TK: Tensor
+    per_token: dict[str, Tensor]
+    """tail_logprob, target_logprob, logsumexp and entropy, [T] float64 each."""
+
+
+def recompute_rows(
+    directory: Path,
+    manifest: dict[str, Any],
+    records: list[ShardRecord],
+    *,
+    count: int,
+    seed: int,
+    device: str,
+    teacher_path: Path | None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Run the teacher on `count` random rows: (statistics over all of them, one line for each problem).
+
+    Raises:
+        ValueError: the teacher at hand is not the one that the manifest names.
+    """
+    source = teacher_source(manifest, teacher_path)
+    recipe = TeacherRecipe.model_validate(manifest["recipe"]["teacher"])
+    teacher = load_teacher(
+        source.location,
+        commit=source.commit,
+        tokenizer=source.tokenizer,
+        dtype=recipe.dtype,
+        attention=recipe.attention,
+        device=device,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    found = teacher.provenance()
+    recorded = {key: manifest["teacher"][key] for key in found}
+    if changes := differences(recorded, found, "teacher"):
+        raise ValueError(f"the teacher at hand is not the dataset's: {'; '.join(changes)}")
+
+    sequences = SequencesRecipe.model_validate(manifest["recipe"]["sequences"])
+    encoder = Encoder(
+        teacher.tokenizer,
+        max_length=sequences.max_length,
+        long_documents=sequences.long_documents,
+        bos=sequences.bos,
+        eos=sequences.eos,
+    )
+    problems: list[str] = []
+    errors: list[Tensor] = []
+    totals: dict[str, float] = defaultdict(float)
+    truncated_length = sequences.max_length if sequences.long_documents == "truncate" else None
+    eos = manifest["teacher"]["eos_token_id"]
+    for row in _choose_rows(
+        directory, records, count, seed, len(encoder.prefix), eos, truncated_length
+    ):
+        where = f"{row.file} row {row.number}"
+        if row.text is not None and row.is_whole_document:
+            encoded = encoder.encode(Document(id="", text=row.text))
+            if encoded[0].token_ids != row.input_ids:
+                problems.append(
+                    f"{where}: input_ids are not what the teacher's tokenizer makes of the text"
+                )
+        errors.append(_compare(row, teacher, where, recipe.dtype, problems, totals))
+    all_errors = torch.cat(errors)
+    if recipe.dtype != "float32" and abs(bias := float(all_errors.mean())) > MAX_BIAS:
+        problems.append(
+            f"log-probabilities are {bias:+.3f} nats off on average over all recomputed rows"
+        )
+    statistics = {
+        "rows": len(errors),
+        "seed": seed,
+        "tokens": int(totals["tokens"]),
+        "max_abs_error": float(all_errors.abs().max()),
+        "mean_abs_error": float(all_errors.abs().mean()),
+        "top1_agreement": totals["top1"] / totals["tokens"],
+        "nll_stored": totals["nll_stored"] / max(totals["targets"], 1),
+        "nll_recomputed": totals["nll_recomputed"] / max(totals["targets"], 1),
+    }
+    return statistics, problems
+
+
+def teacher_source(manifest: dict[str, Any], teacher_path: Path | None = None) -> TeacherSource:
+    """Where to load a dataset's teacher from.
+
+    Raises:
+        ValueError: it cannot be found, or is another one than the manifest names.
+    """
+    values = dict(manifest["recipe"]["teacher"])
+    if teacher_path is not None:
+        if not (values["path"] or values["gguf"]):
+            raise ValueError(
+                "--teacher is for datasets of a local teacher; this one's is found by its name"
+            )
+        values["gguf" if values["gguf"] else "path"] = str(teacher_path.absolute())
+    if values["repo"]:
+        values["revision"] = manifest["teacher"]["commit"]
+    try:
+        source = resolve_teacher(TeacherRecipe.model_validate(values), Path(), KnownSources())
+    except ValueError as error:
+        hint = "; name it with --teacher PATH" if values["path"] or values["gguf"] else ""
+        raise ValueError(f"{error}{hint}") from None
+    recorded = {key: manifest["teacher"].get(key) for key in source.provenance}
+    changes = differences(recorded, source.provenance, "teacher")
+    if changes := [change for change in changes if not change.startswith("teacher.name")]:
+        raise ValueError(f"the teacher at hand is not the dataset's: {'; '.join(changes)}")
+    return source
+
+
+def dataset_tokenizer(manifest: dict[str, Any], teacher_path: Path | None = None) -> Any:
+    """The tokenizer of a dataset's teacher.
+
+    Raises:
+        ValueError: it cannot be found, or is another one than the manifest names.
+    """
+    source = teacher_source(manifest, teacher_path)
+    return load_tokenizer(source.location, commit=source.commit, tokenizer=source.tokenizer)
+
+
+def _choose_rows(
+    directory: Path,
+    records: list[ShardRecord],
+    count: int,
+    seed: int,
+    prefix_length: int,
+    eos: int | None,
+    truncated_length: int | None,
+) -> list[_Row]:
+    total = sum(record.rows for record in records)
+    chosen = sorted(random.Random(seed).sample(range(total), min(count, total)))
+    rows, first = [], 0
+    for record in records:
+        numbers = [number - first for number in chosen if first <= number < first + record.rows]
+        first += record.rows
+        if not numbers:
+            continue
+        table = pq.read_table(directory / record.file, columns=["id", "chunk_index", "input_ids"])
+        for number in numbers:
+            values = read_row(directory / record.file, number)
+            ids = values["input_ids"]
+            next_token = NO_TOKEN if eos is None else eos
+            if len(ids) == truncated_length:
+                next_token = (
+                    NO_TOKEN  # the document may have been cut here, and what followed is not stored
+                )
+            continues = False
+            if number + 1 < table.num_rows:
+                following = table.slice(number + 1, 1).to_pylist()[0]
+                continues = (
+                    following["id"] == values["id"]
+                    and following["chunk_index"] == values["chunk_index"] + 1
+                )
+                if continues:
+                    next_token = following["input_ids"][prefix_length]
+            rows.append(
+                _Row(
+                    file=record.file,
+                    number=number,
+                    is_whole_document=values["chunk_index"] == 0
+                    and not continues
+                    and len(ids) != truncated_length,
+                    text=values.get("text"),
+                    input_ids=ids,
+                    next_token=next_token,
+                    indices_TK=torch.from_numpy(values["topk_indices"].astype(np.int64)),
+                    logprobs_TK=torch.from_numpy(values["topk_logprobs"].astype(np.float64)),
+                    per_token={
+                        name: torch.from_numpy(values[name].astype(np.float64))
+                        for name in ("tail_logprob", "target_logprob", "logsumexp", "entropy")
+                    },
+                )
+            )
+    return rows
+
+
+def read_row(path: Path, number: int) -> dict[str, Any]:
+    """One row of a Parquet file: strings and numbers as such, token ids as a list, the rest as arrays."""
+    file = pq.ParquetFile(path)
+    for group in range(file.num_row_groups):
+        if number < file.metadata.row_group(group).num_rows:
+            return _row_values(file.read_row_group(group).slice(number, 1))
+        number -= file.metadata.row_group(group).num_rows
+    raise IndexError(number)
+
+
+def _row_values(table: pa.Table) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name in table.column_names:
+        column = table[name]
+        if pa.types.is_list(column.type) and name != "input_ids":
+            values[name] = nested_values(column)
+        else:
+            values[name] = column.to_pylist()[0]
+    return values
+
+
+def _compare(
+    row: _Row,
+    teacher: Teacher,
+    where: str,
+    dtype: str,
+    problems: list[str],
+    totals: dict[str, float],
+) -> Tensor:
+    """Δ of all stored log-probabilities of a row, flat; adds to `problems` and `totals`."""
+    targets_T = torch.tensor([*row.input_ids[1:], row.next_token])
+    errors: dict[str, list[Tensor]] = defaultdict(list)
+    start = 0
+    for logits_TV in teacher.logits([row.input_ids]):
+        here = slice(start, start + len(logits_TV))
+        start += len(logits_TV)
+        logits_TV = logits_TV.cpu().double()
+        logprobs_TV = logits_TV.log_softmax(-1)
+        indices_TK = row.indices_TK[here]
+        expected_TK = logprobs_TV.gather(1, indices_TK)
+        best_TK = logprobs_TV.topk(indices_TK.shape[1]).values
+        rest_TV = logprobs_TV.scatter(1, indices_TK, -torch.inf)
+        target_T = logprobs_TV.gather(1, targets_T[here].clamp(min=0)[:, None])[:, 0]
+        probs_TV = logprobs_TV.exp()
+        entropy_T = -(probs_TV * logprobs_TV.clamp(min=FLOAT16_MIN)).sum(-1)
+        stored = {name: values[here] for name, values in row.per_token.items()}
+
+        known = targets_T[here] != NO_TOKEN
+        errors["topk_logprobs"].append(_beyond_rounding(row.logprobs_TK[here], expected_TK))
+        errors["tail_logprob"].append(
+            _beyond_rounding(stored["tail_logprob"], rest_TV.logsumexp(-1))
+        )
+        errors["target_logprob"].append(
+            _beyond_rounding(stored["target_logprob"][known], target_T[known])
+        )
+        errors["entropy"].append(_beyond_rounding(stored["entropy"], entropy_T))
+        errors["logsumexp"].append(stored["logsumexp"] - logits_TV.logsumexp(-1))
+        errors["missing from the top K"].append(
+            best_TK - expected_TK.sort(-1, descending=True).values
+        )
+        errors["raw"].append(row.logprobs_TK[here] - expected_TK.clamp(min=FLOAT16_MIN))
+        totals["tokens"] += len(logits_TV)
+        totals["targets"] += int(known.sum())
+        totals["top1"] += int((best_TK[:, 0] - expected_TK[:, 0] < 1e-9).sum())
+        totals["nll_stored"] -= float(stored["target_logprob"][known].sum())
+        totals["nll_recomputed"] -= float(target_T[known].sum())
+    for name, parts in errors.items():
+        if name == "raw":
+            continue
+        error = torch.cat(parts).abs()
+        worst, limit = (
+            (
+                (float(error.max()), MAX_FLOAT32_ERROR)
+                if dtype == "float32"
+                else (float(error.mean()), MAX_MEAN_ERROR)
+            )
+            if error.numel()
+            else (0.0, 0.0)
+        )
+        if not worst <= limit:
+            problems.append(
+                f"{where}: {name} is {worst:.3g} nats from the teacher's, more than {limit:g}"
+            )
+    return torch.cat(errors["raw"]).flatten()
+
+
+def _beyond_rounding(stored: Tensor, expected: Tensor) -> Tensor:
+    """How much further apart two values are than float16 rounding explains."""
+    expected = expected.clamp(min=FLOAT16_MIN)
+    half_step = (
+        torch.from_numpy(np.spacing(expected.abs().numpy().astype(np.float16)).astype(np.float64))
+        / 2
+    )
+    return ((stored - expected).abs() - half_step).clamp(min=0)

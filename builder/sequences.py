@@ -1,0 +1,171 @@
+"""Documents → sequences of token ids for the teacher, and batches of sequences of like length.
+
+In:   a document and the teacher's fast tokenizer.
+Out:  one sequence, or several chunks of at most max_length tokens. Together their texts are the document again.
+
+How:  a document is tokenized once and whole; chunks are slices of that. A cut never falls inside a character (one code point
+      may be several tokens), so each chunk's text is exactly what its tokens spell. Text in a document that looks like a
+      special token is tokenized as the plain text that it is: a document cannot end itself.
+"""
+
+import json
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tokenizers import Tokenizer
+
+from builder.corpus import Document
+
+NO_TOKEN = -1
+"""Stands for the next token where nothing follows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sequence:
+    """One future row: what the teacher sees, and what follows it."""
+
+    document_id: str
+    chunk_index: int
+    text: str
+    token_ids: list[int]
+    next_token: int
+    """The token after the last one: the document's, where it was cut, else end-of-sequence, else NO_TOKEN."""
+
+    @property
+    def targets(self) -> list[int]:
+        """The token that really follows each position."""
+        return [*self.token_ids[1:], self.next_token]
+
+
+class Encoder:
+    """Turns documents into sequences."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        long_documents: Literal["chunk", "truncate"],
+        bos: Literal["tokenizer", "always", "never"] = "tokenizer",
+        eos: Literal["tokenizer", "always", "never"] = "tokenizer",
+    ) -> None:
+        """Prepare a fast transformers tokenizer.
+
+        Args:
+            tokenizer: the teacher's.
+            max_length: longest sequence in tokens, special tokens included.
+            long_documents: cut longer documents into chunks, or keep their beginning only.
+            bos: whether each sequence starts with the begin-of-sequence token.
+            eos: whether each document ends with the end-of-sequence token.
+
+        Raises:
+            ValueError: a special token is asked for that the tokenizer does not have.
+        """
+        self._backend = _plain_backend(tokenizer.backend_tokenizer)
+        own_prefix, own_suffix = _special_tokens(tokenizer)
+        self.prefix = _choose("bos", bos, own_prefix, tokenizer.bos_token_id)
+        self.suffix = _choose("eos", eos, own_suffix, tokenizer.eos_token_id)
+        self._eos = NO_TOKEN if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+        self._room = max_length - len(self.prefix) - len(self.suffix)
+        self._truncate = long_documents == "truncate"
+
+    def encode(self, document: Document) -> list[Sequence]:
+        """The sequences of one document; none if it has no tokens."""
+        encoding = self._backend.encode(document.text, add_special_tokens=False)
+        ids, ends = encoding.ids, _character_ends(encoding.offsets)
+        sequences: list[Sequence] = []
+        start, text_start = 0, 0
+        while start < len(ids):
+            end = _cut(start, start + self._room, encoding.offsets, ends)
+            is_last = end == len(ids)
+            text_end = len(document.text) if is_last else ends[end - 1]
+            sequences.append(
+                Sequence(
+                    document_id=document.id,
+                    chunk_index=len(sequences),
+                    text=document.text[text_start:text_end],
+                    token_ids=[*self.prefix, *ids[start:end], *(self.suffix if is_last else [])],
+                    next_token=self._eos if is_last else ids[end],
+                )
+            )
+            if self._truncate:
+                break
+            start, text_start = end, text_end
+        return sequences
+
+
+def length_sorted_batches(lengths: SequenceOf[int], batch_tokens: int) -> list[list[int]]:
+    """Indices of sequences in batches of at most `batch_tokens` positions, padding included, longest first.
+
+    A sequence longer than batch_tokens is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > batch_tokens:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def _cut(start: int, limit: int, offsets: list[tuple[int, int]], ends: list[int]) -> int:
+    """Where the chunk that starts at token `start` ends: at most `limit`, and not inside a character."""
+    if limit >= len(offsets):
+        return len(offsets)
+    end = limit
+    while end > start and offsets[end][0] < ends[end - 1]:
+        end -= 1
+    return end if end > start else limit  # a single character longer than a chunk has to be cut
+
+
+def _character_ends(offsets: list[tuple[int, int]]) -> list[int]:
+    """For each token, the end of the text that all tokens up to it have touched."""
+    ends, furthest = [], 0
+    for _, end in offsets:
+        furthest = max(furthest, end)
+        ends.append(furthest)
+    return ends
+
+
+def _plain_backend(backend: Tokenizer) -> Tokenizer:
+    """A copy that takes special tokens in a text as text, reports untrimmed offsets, and neither pads nor truncates."""
+    description = json.loads(backend.to_str())
+    _keep_spaces(description)
+    plain = Tokenizer.from_str(json.dumps(description))
+    plain.encode_special_tokens = True
+    plain.no_padding()
+    plain.no_truncation()
+    return plain
+
+
+def _keep_spaces(node: Any) -> None:
+    """`trim_offsets` only moves reported offsets off the spaces that a token holds; it never changes an id."""
+    if isinstance(node, dict):
+        if "trim_offsets" in node:
+            node["trim_offsets"] = False
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            _keep_spaces(child)
+
+
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer itself puts before and after a text."""
+    plain = tokenizer.encode("a", add_special_tokens=False)
+    full = tokenizer.encode("a", add_special_tokens=True)
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return full[:start], full[start + len(plain) :]
+    return [], []
+
+
+def _choose(name: str, wish: str, own: list[int], token_id: int | None) -> list[int]:
+    if wish == "tokenizer":
+        return own
+    if wish == "never":
+        return []
+    if token_id is None:
+        raise ValueError(
+            f"sequences.{name} is 'always', but the teacher's tokenizer has no {name} token"
+        )
+    return [int(token_id)]

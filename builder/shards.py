@@ -1,0 +1,164 @@
+"""Rows → Parquet files, each all there or not there at all; and back.
+
+In:   Blocks: the sequences of some consecutive rows, with the distribution of all their positions.
+Out:  one Parquet file a shard, written under a temporary name, fsynced, then renamed.
+
+Sizes: see README. `topk_indices` is split into byte streams before zstd (their high bytes are nearly constant); the profile
+       `compact` also splits `topk_logprobs`, which DuckDB cannot read.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from builder.schema import arrow_schema
+
+if TYPE_CHECKING:  # readers of shards need neither torch nor a tokenizer
+    from builder.distribution import Distribution
+    from builder.sequences import Sequence
+
+ROW_GROUP_TOKENS = 32_768
+"""Rows are grouped up to this many tokens: about 5 MB, so the first streamed row is cheap."""
+MAX_LIST_VALUES = 2**25
+"""Values of a [T, K] column in a row group, far below Arrow's 2^31 for 32-bit list offsets."""
+ZSTD_LEVEL = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Consecutive rows."""
+
+    sequences: list["Sequence"]
+    distribution: "Distribution"
+    """Of all positions of all sequences, in order, on the CPU."""
+
+
+class ShardWriter:
+    """Writes the blocks of one shard to an open file."""
+
+    def __init__(
+        self, sink: pa.NativeFile, *, with_text: bool, profile: str, metadata: dict[str, str]
+    ) -> None:
+        """Start a Parquet file whose key–value metadata is `metadata`."""
+        self._schema = arrow_schema(with_text=with_text).with_metadata(metadata)
+        encodings = {"topk_indices.list.element.list.element": "BYTE_STREAM_SPLIT"}
+        if profile == "compact":
+            encodings["topk_logprobs.list.element.list.element"] = "BYTE_STREAM_SPLIT"
+        self._writer = pq.ParquetWriter(
+            sink,
+            self._schema,
+            compression="zstd",
+            compression_level=ZSTD_LEVEL,
+            use_dictionary=["id"],
+            column_encoding=encodings,
+            write_page_index=True,
+            write_statistics=["id", "chunk_index"],
+        )
+
+    def write(self, block: Block) -> None:
+        """Append rows, in row groups of at most ROW_GROUP_TOKENS tokens (or one row)."""
+        top_k = block.distribution.topk_indices.shape[1]
+        limit = min(ROW_GROUP_TOKENS, MAX_LIST_VALUES // top_k)
+        first_row, first_token, num_tokens = 0, 0, 0
+        for row, sequence in enumerate(block.sequences):
+            length = len(sequence.token_ids)
+            if row > first_row and num_tokens + length > limit:
+                self._write_rows(
+                    block, slice(first_row, row), slice(first_token, first_token + num_tokens)
+                )
+                first_row, first_token, num_tokens = row, first_token + num_tokens, 0
+            num_tokens += length
+        self._write_rows(
+            block,
+            slice(first_row, len(block.sequences)),
+            slice(first_token, first_token + num_tokens),
+        )
+
+    def close(self) -> None:
+        """Write the footer."""
+        self._writer.close()
+
+    def _write_rows(self, block: Block, rows: slice, tokens: slice) -> None:
+        sequences = block.sequences[rows]
+        row_offsets = np.cumsum([0, *(len(s.token_ids) for s in sequences)], dtype=np.int32)
+        input_ids = np.concatenate([np.asarray(s.token_ids, dtype=np.int32) for s in sequences])
+        per_row = {
+            "id": [s.document_id for s in sequences],
+            "chunk_index": [s.chunk_index for s in sequences],
+            "text": [s.text for s in sequences],
+        }
+        arrays = []
+        for field in self._schema:
+            if field.name in per_row:
+                arrays.append(pa.array(per_row[field.name], type=field.type))
+            elif field.name == "input_ids":
+                arrays.append(_lists(row_offsets, pa.array(input_ids)))
+            else:
+                values = getattr(block.distribution, field.name)[tokens].numpy()
+                arrays.append(_lists(row_offsets, _per_token(values)))
+        table = pa.Table.from_arrays(arrays, schema=self._schema)
+        self._writer.write_table(table, row_group_size=len(sequences))
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[pa.NativeFile]:
+    """A file to write that appears under its name only when all of it is on the disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with pa.OSFile(str(partial), "wb") as sink:
+            yield sink
+        _fsync(partial)
+        os.replace(partial, path)
+        _fsync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def nested_values(
+    column: pa.ChunkedArray | pa.Array,
+) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
+    """The numbers of a list column, without its lists: [total T] or [total T, K], zero-copy where Arrow allows it."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    depth_sizes = []
+    while pa.types.is_list(array.type):
+        depth_sizes.append(len(array))
+        array = array.flatten()
+    values: np.ndarray[tuple[int, ...], np.dtype[np.generic]] = array.to_numpy(zero_copy_only=False)
+    return (
+        values.reshape(depth_sizes[1], -1) if len(depth_sizes) == 2 and depth_sizes[1] else values
+    )
+
+
+def _lists(offsets: np.ndarray[tuple[int], np.dtype[np.int32]], values: pa.Array) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), values)
+
+
+def _per_token(values: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> pa.Array:
+    """[N] numbers, or [N, K] as N lists."""
+    flat = pa.array(values.reshape(-1))
+    if values.ndim == 1:
+        return flat
+    num_tokens, k = values.shape
+    return _lists(np.arange(0, num_tokens * k + 1, k, dtype=np.int32), flat)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,218 @@
+"""What a recipe names → the exact thing it stands for: a commit on the Hub, or files with their hashes.
+
+In:   the corpus and teacher sections of a recipe.
+Out:  where to read them from, and their provenance, which enters the fingerprint.
+
+Cost: a local file is hashed once (about 1 GB/s); a later run of the same build trusts an unchanged size and time of change.
+"""
+
+import glob
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from builder import demo
+from builder.recipe import CorpusRecipe, TeacherRecipe, is_commit
+
+CorpusFormat = Literal["hub", "text", "json", "parquet"]
+
+_FORMATS: dict[str, CorpusFormat] = {
+    ".txt": "text",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusSource:
+    """A pinned corpus."""
+
+    format: CorpusFormat
+    files: tuple[Path, ...] = ()
+    """Local files in the order in which they are read."""
+    commit: str | None = None
+    """Commit of a Hub dataset."""
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherSource:
+    """A pinned teacher."""
+
+    location: str
+    """Hub repository, local directory, or GGUF file."""
+    commit: str | None = None
+    """Commit of a Hub repository."""
+    tokenizer: str | None = None
+    """Directory of the tokenizer, where it is not at `location`."""
+    provenance: dict[str, Any]
+
+
+@dataclass(slots=True)
+class KnownSources:
+    """What an earlier run of the same build resolved, so that resuming neither asks the Hub nor reads the files again."""
+
+    commits: dict[str, str] = field(default_factory=dict)
+    """`repo@revision` → commit."""
+    hashes: dict[str, list[Any]] = field(default_factory=dict)
+    """Path → [bytes, time of change in ns, sha256]."""
+
+    def commit(self, repo: str, revision: str, repo_type: Literal["dataset", "model"]) -> str:
+        """The commit behind a branch or tag, asked of the Hub once in a build.
+
+        Raises:
+            ValueError: the Hub cannot be reached, or has no such repository or revision.
+        """
+        if is_commit(revision):
+            return revision
+        key = f"{repo_type} {repo}@{revision}"
+        if key not in self.commits:
+            self.commits[key] = _commit_on_hub(repo, revision, repo_type)
+        return self.commits[key]
+
+    def sha256(self, path: Path) -> str:
+        """The hash of a file's content."""
+        stat = path.stat()
+        known = self.hashes.get(str(path))
+        if known is None or known[:2] != [stat.st_size, stat.st_mtime_ns]:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            self.hashes[str(path)] = known = [stat.st_size, stat.st_mtime_ns, digest]
+        return str(known[2])
+
+
+def resolve_corpus(recipe: CorpusRecipe, base: Path, known: KnownSources) -> CorpusSource:
+    """Pin the corpus of a recipe whose relative paths start at `base`.
+
+    Raises:
+        ValueError: no such files, an unknown or mixed format, or the Hub does not know the dataset.
+    """
+    if recipe.repo:
+        commit = known.commit(recipe.repo, recipe.revision, "dataset")
+        provenance = {"kind": "hub", "repo": recipe.repo, "commit": commit}
+        return CorpusSource(format="hub", commit=commit, provenance=provenance)
+    if recipe.embedded:
+        path, provenance = demo.embedded_corpus()
+        return CorpusSource(
+            format="json", files=(path,), provenance={"kind": "embedded", **provenance}
+        )
+    files = _expand(recipe.files, base)
+    formats = {path: _format(path) for path in files}
+    if len(set(formats.values())) > 1:
+        found = ", ".join(sorted(set(formats.values())))
+        raise ValueError(f"corpus.files mixes formats ({found}); give files of one format")
+    root = files[0].parent
+    while not all(path.is_relative_to(root) for path in files):
+        root = root.parent
+    listing = [
+        {"file": path.relative_to(root).as_posix(), "sha256": known.sha256(path)} for path in files
+    ]
+    return CorpusSource(
+        format=formats[files[0]], files=files, provenance={"kind": "files", "files": listing}
+    )
+
+
+def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> TeacherSource:
+    """Pin the teacher of a recipe whose relative paths start at `base`.
+
+    Raises:
+        ValueError: no such directory or file, or the Hub does not know the model.
+    """
+    if recipe.repo:
+        commit = known.commit(recipe.repo, recipe.revision, "model")
+        return TeacherSource(
+            location=recipe.repo,
+            commit=commit,
+            provenance={"kind": "hub", "repo": recipe.repo, "commit": commit},
+        )
+    if recipe.embedded:
+        directory, provenance = demo.embedded_teacher()
+        return TeacherSource(location=str(directory), provenance={"kind": "package", **provenance})
+    if recipe.path:
+        directory = _existing(base, recipe.path, "teacher.path")
+        provenance = {
+            "kind": "directory",
+            "name": directory.name,
+            "sha256": _tree_sha256(directory, known),
+        }
+        return TeacherSource(location=str(directory), provenance=provenance)
+    assert recipe.gguf
+    file = _existing(base, recipe.gguf, "teacher.gguf")
+    tokenizer = recipe.tokenizer and str(_existing(base, recipe.tokenizer, "teacher.tokenizer"))
+    provenance = {"kind": "gguf", "name": file.name, "sha256": known.sha256(file)}
+    return TeacherSource(location=str(file), tokenizer=tokenizer, provenance=provenance)
+
+
+def _commit_on_hub(repo: str, revision: str, repo_type: Literal["dataset", "model"]) -> str:
+    import httpx2
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        commit = HfApi().repo_info(repo, revision=revision, repo_type=repo_type).sha
+    except HFValidationError:
+        raise ValueError(f"{repo!r} is not a Hub {repo_type} name; expected ORG/NAME") from None
+    except RepositoryNotFoundError:
+        raise ValueError(
+            f"the Hub has no {repo_type} {repo!r} that you can read; check the name, and log in if it is private"
+        ) from None
+    except RevisionNotFoundError:
+        raise ValueError(f"{repo_type} {repo!r} has no revision {revision!r} on the Hub") from None
+    except (HfHubHTTPError, OfflineModeIsEnabled, httpx2.HTTPError, OSError) as error:
+        raise ValueError(
+            f"cannot reach the Hub to resolve {repo_type} {repo}@{revision} ({_first_line(error)}); "
+            "check the network, or use local files"
+        ) from None
+    assert commit
+    return commit
+
+
+def _expand(patterns: tuple[str, ...], base: Path) -> tuple[Path, ...]:
+    files: list[Path] = []
+    for pattern in patterns:
+        found = sorted(glob.glob(str(base / Path(pattern).expanduser()), recursive=True))
+        matches = [path for path in map(Path, found) if path.is_file()]
+        if not matches:
+            raise ValueError(f"corpus.files: nothing matches {pattern!r} (looked in {base or '.'})")
+        files += [path.resolve() for path in matches if path.resolve() not in files]
+    return tuple(files)
+
+
+def _format(path: Path) -> CorpusFormat:
+    suffixes = path.suffixes
+    compressed = bool(suffixes) and suffixes[-1] in (".gz", ".zst")
+    name = suffixes[-2] if compressed and len(suffixes) > 1 else path.suffix
+    if name not in _FORMATS or (compressed and name == ".parquet"):
+        raise ValueError(
+            f"corpus.files: cannot tell the format of {path.name!r}; expected .txt, .jsonl or .parquet "
+            "(.txt and .jsonl also with .gz or .zst)"
+        )
+    return _FORMATS[name]
+
+
+def _existing(base: Path, path: str, key: str) -> Path:
+    full = base / Path(path).expanduser()
+    if not full.exists():
+        raise ValueError(f"{key}: {path!r} does not exist (looked in {base or '.'})")
+    return full.resolve()
+
+
+def _tree_sha256(directory: Path, known: KnownSources) -> str:
+    """One hash of the names and contents of the files that make a model: configuration, weights, tokenizer."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        if path.suffix in (".json", ".safetensors", ".model", ".txt", ".jinja", ".py"):
+            digest.update(f"{path.name} {known.sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,128 @@
+"""What an unfinished build keeps in `.build/`: its plan, a record of every finished shard, and a lock.
+
+A shard without a record does not exist, and a record counts only while its file has the recorded hash. Everything here is
+small JSON, replaced as a whole or not at all.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from builder.manifest import ShardRecord, write_json
+from builder.recipe import differences
+from builder.shards import file_sha256
+from builder.sources import KnownSources
+
+
+class BuildState:
+    """What an unfinished build keeps in `.build/`: the plan, shard records, and a lock."""
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        self._directory = output / ".build"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory against a second build.
+
+        Raises:
+            ValueError: another process is building here, or the directory holds something else.
+        """
+        if not self._directory.exists() and self._output.exists() and any(self._output.iterdir()):
+            raise ValueError(
+                f"{self._output} is not empty and holds no build; choose a new or empty directory"
+            )
+        (self._directory / "records").mkdir(parents=True, exist_ok=True)
+        (self._output / "data").mkdir(exist_ok=True)
+        lock = filelock.FileLock(self._directory / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise ValueError(
+                f"another process is building in {self._output}; wait for it, or choose another directory"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def known_sources(self) -> KnownSources:
+        """What earlier runs resolved."""
+        return (
+            KnownSources(**self.read("known")) if self._path("known").exists() else KnownSources()
+        )
+
+    def remember(self, known: KnownSources) -> None:
+        """Keep what was resolved for later runs."""
+        write_json(self._path("known"), asdict(known))
+
+    def settle(self, name: str, values: dict[str, Any]) -> None:
+        """Write down something that may not change during a build.
+
+        Raises:
+            ValueError: an earlier run wrote down something else.
+        """
+        if not self._path(name).exists():
+            write_json(self._path(name), values)
+        elif changes := differences(self.read(name), values):
+            raise ValueError(
+                f"{self._output} holds an unfinished build with another {name} ({'; '.join(changes)}); "
+                "go on with that one, or choose another directory"
+            )
+
+    def read(self, name: str) -> dict[str, Any]:
+        """What `settle` wrote down."""
+        values: dict[str, Any] = json.loads(self._path(name).read_text(encoding="utf-8"))
+        return values
+
+    def intact_record(
+        self, partition: int, index: int, notice: Callable[[str], None]
+    ) -> ShardRecord | None:
+        """The record of a shard whose file is what it was, else None."""
+        path = self._record_path(partition, index)
+        if not path.exists():
+            return None
+        record = ShardRecord.from_json(json.loads(path.read_text(encoding="utf-8")))
+        file = self._output / record.file
+        if not file.exists():
+            problem = "is missing"
+        elif file.stat().st_size != record.bytes:
+            problem = f"has {file.stat().st_size:,} bytes, its record says {record.bytes:,}"
+        elif file_sha256(file) != record.sha256:
+            problem = "does not have the hash in its record"
+        else:
+            return record
+        notice(f"{record.file} {problem}: building it again")
+        return None
+
+    def add(self, record: ShardRecord) -> None:
+        """Make a shard count.
+
+        Raises:
+            ValueError: it replaces a damaged shard, but ends elsewhere in the corpus than that did.
+        """
+        path = self._record_path(record.partition, record.index)
+        if path.exists():
+            old = json.loads(path.read_text(encoding="utf-8"))
+            if changes := differences(old["position_after"], record.position_after):
+                raise ValueError(
+                    f"{record.file} was built again but ends elsewhere in the corpus ({'; '.join(changes)}); "
+                    "the corpus or a library has changed: start anew in another directory"
+                )
+        write_json(path, asdict(record))
+
+    def remove(self) -> None:
+        """Forget everything: the manifest has taken over."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _path(self, name: str) -> Path:
+        return self._directory / f"{name}.json"
+
+    def _record_path(self, partition: int, index: int) -> Path:
+        return self._directory / "records" / f"{partition:03d}-{index:05d}.json"
