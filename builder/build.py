@@ -205,13 +205,15 @@ class _ShardBuilder:
                 self._recipe, self._corpus_source, self.encoder(), partition, start
             )
         stream, rows, tokens, sums = self._stream, 0, 0, Sums()
-        with atomic_file(output / name) as sink:
-            writer = ShardWriter(
+        with (
+            atomic_file(output / name) as sink,
+            ShardWriter(
                 sink,
                 with_text=self._recipe.output.text,
                 profile=self._recipe.output.profile,
                 metadata=self._metadata,
-            )
+            ) as writer,
+        ):
             for window in _windows(stream.shard_sequences(), self._recipe):
                 block = capture_block(
                     window,
@@ -228,9 +230,9 @@ class _ShardBuilder:
                 skipped = stream.position["skipped"]
                 where = f"partition {partition} of the corpus" if partition else "the corpus"
                 raise ValueError(
-                    f"{where} has no text ({skipped} null, empty or blank documents); check corpus.text_column"
+                    f"{where} has no text ({skipped} null, empty or blank documents); "
+                    "check corpus.text_column"
                 )
-            writer.close()
         return ShardRecord(
             file=name,
             sha256=file_sha256(output / name),

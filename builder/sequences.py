@@ -60,7 +60,8 @@ class Encoder:
             eos: whether each document ends with the end-of-sequence token.
 
         Raises:
-            ValueError: a special token is asked for that the tokenizer does not have.
+            ValueError: a special token is asked for that the tokenizer does not have, or the special tokens
+                leave no room for text.
         """
         self._backend = _plain_backend(tokenizer.backend_tokenizer)
         own_prefix, own_suffix = _special_tokens(tokenizer)
@@ -68,16 +69,24 @@ class Encoder:
         self.suffix = _choose("eos", eos, own_suffix, tokenizer.eos_token_id)
         self._eos = NO_TOKEN if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
         self._room = max_length - len(self.prefix) - len(self.suffix)
+        if self._room < 1:
+            raise ValueError(
+                f"sequences.max_length is {max_length}, but special tokens alone take {max_length - self._room}"
+            )
         self._truncate = long_documents == "truncate"
 
     def encode(self, document: Document) -> list[Sequence]:
         """The sequences of one document; none if it has no tokens."""
         encoding = self._backend.encode(document.text, add_special_tokens=False)
-        ids, ends = encoding.ids, _character_ends(encoding.offsets)
+        ids, offsets = (
+            encoding.ids,
+            encoding.offsets,
+        )  # each access makes a list of the whole document
+        ends = _character_ends(offsets)
         sequences: list[Sequence] = []
         start, text_start = 0, 0
         while start < len(ids):
-            end = _cut(start, start + self._room, encoding.offsets, ends)
+            end = _cut(start, start + self._room, offsets, ends)
             is_last = end == len(ids)
             text_end = len(document.text) if is_last else ends[end - 1]
             sequences.append(

@@ -10,10 +10,10 @@ Sizes: see README. `topk_indices` is split into byte streams before zstd (their 
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import pyarrow as pa
@@ -82,9 +82,16 @@ class ShardWriter:
             slice(first_token, first_token + num_tokens),
         )
 
-    def close(self) -> None:
-        """Write the footer."""
-        self._writer.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Write the footer. After a failure the file is worthless, and only its buffers are let go."""
+        if kind is None:
+            self._writer.close()
+        else:
+            with suppress(OSError, pa.ArrowException):
+                self._writer.close()
 
     def _write_rows(self, block: Block, rows: slice, tokens: slice) -> None:
         sequences = block.sequences[rows]

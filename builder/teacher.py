@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutput
@@ -220,7 +221,8 @@ def load_tokenizer(
     if location.endswith(".gguf"):
         return _gguf_tokenizer(Path(location), Path(tokenizer) if tokenizer else None)
     try:
-        return AutoTokenizer.from_pretrained(location, revision=commit)
+        # Said outright: left open, transformers asks on the terminal whether to run the repo's code.
+        return AutoTokenizer.from_pretrained(location, revision=commit, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise ValueError(f"teacher {_display(location)}: {_explain_load(error)}") from None
 
@@ -263,7 +265,7 @@ def _gguf_tokenizer(path: Path, tokenizer: Path | None) -> Any:
             "a GGUF teacher needs two more packages; run: pip install gguf accelerate"
         ) from None
     if tokenizer:
-        return AutoTokenizer.from_pretrained(str(tokenizer))
+        return AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=False)
     rule = GGUFReader(path).get_field("tokenizer.ggml.pre")
     rule_name = str(rule.contents()) if rule else "none"
     if rule_name not in FAITHFUL_GGUF_PRETOKENIZERS:
@@ -296,7 +298,7 @@ def _load_pretrained(
             location, use_safetensors=True, output_loading_info=True, **shared, **options
         )
         tokenizer = AutoTokenizer.from_pretrained(location, **shared)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"teacher {_display(location)}: {_explain_load(error)}") from None
     model, report = loaded
     missing = sorted(report["missing_keys"])
@@ -315,6 +317,10 @@ def _explain_load(error: Exception) -> str:
         return "it needs code from its repo; set teacher.trust_remote_code and a full commit, if you trust it"
     if "Unrecognized configuration class" in message:
         return "it is not a causal language model that transformers knows (an encoder or an encoder–decoder?)"
+    if "ignore_mismatched_sizes" in message:
+        return "its weights have other shapes than its config.json says; download it again"
+    if isinstance(error, SafetensorError):
+        return f"its weights are damaged ({message[:100]}); download it again"
     return message.split(". ")[0][:300]
 
 

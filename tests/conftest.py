@@ -10,6 +10,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach beyond this machine
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this tiny, a second thread only waits
 
 import pytest
 import torch
@@ -94,10 +95,10 @@ def corpus_file(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "corpus.jsonl", sample_documents())
 
 
-def recipe_text(teacher: Path, corpus: str, **changes: str) -> str:
+def recipe_text(teacher: Path, files: str, **changes: str) -> str:
     """A recipe for the tiny teacher; `changes` maps a section to TOML lines that are added to it."""
     sections = {
-        "corpus": f'files = ["{corpus}"]\nid_column = "id"',
+        "corpus": f'files = ["{files}"]\nid_column = "id"',
         "teacher": f'path = "{teacher}"\ndtype = "float32"',
         "sequences": "max_length = 64\nbatch_tokens = 256",
         "output": "top_k = 20\nshard_tokens = 300",
@@ -165,7 +166,9 @@ def built(tiny_teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
     base = tmp_path_factory.mktemp("built")
     write_jsonl(base / "corpus.jsonl", sample_documents())
-    (base / "recipe.toml").write_text(recipe_text(tiny_teacher_dir, "corpus.jsonl"), encoding="utf-8")
+    (base / "recipe.toml").write_text(
+        recipe_text(tiny_teacher_dir, "corpus.jsonl"), encoding="utf-8"
+    )
     build(load_recipe(base / "recipe.toml"), base, base / "out")
     return base / "out"
 
