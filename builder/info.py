@@ -1,12 +1,16 @@
 """A finished dataset → what it is, for a person or a program."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from builder.manifest import read_manifest, records_of
 from builder.recompute import dataset_tokenizer, read_row
+
+Floats = npt.NDArray[np.float64]
 
 MAX_POSITIONS = 40
 """Positions that the overview of a row shows."""
@@ -61,31 +65,110 @@ def describe(directory: Path) -> str:
     return "\n".join(f"{key:<11}{value}" for key, value in lines.items())
 
 
-def describe_row(
-    directory: Path, row: int, *, position: int | None = None, teacher_path: Path | None = None
-) -> str:
-    """The text of a row with, at one position or at all, what the teacher expected to follow.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternatives:
+    """What the teacher expected at one position."""
+
+    context: str
+    """The text up to and with this position's token."""
+    tokens: list[str]
+    """The top K, most probable first."""
+    probabilities: Floats
+    """Of the top K."""
+    tail: float
+    """Probability of all other tokens together."""
+    following: str | None
+    """The token that really follows; None at the end of a row."""
+    rank: int | None
+    """Index in the top K of the token that really follows; None outside."""
+    following_probability: float
+    entropy: float
+    """Nats."""
+
+
+def alternatives(
+    directory: Path, row: int, position: int, *, teacher_path: Path | None = None
+) -> Alternatives:
+    """The teacher's alternatives at a position of a row.
 
     Raises:
         ValueError: there is no such row or position, or the teacher's tokenizer cannot be found.
     """
     values = _find_row(directory, row)
-    manifest = read_manifest(directory)
-    tokenizer = dataset_tokenizer(manifest, teacher_path)
+    ids = values["input_ids"]
+    if not 0 <= position < len(ids):
+        raise ValueError(f"row {row} has positions 0 to {len(ids) - 1}, not {position}")
+    tokenizer = dataset_tokenizer(read_manifest(directory), teacher_path)
+    topk_ids = values["topk_indices"][position].tolist()
+    following = ids[position + 1] if position + 1 < len(ids) else None
+    return Alternatives(
+        context=tokenizer.decode(ids[: position + 1]),
+        tokens=[tokenizer.decode([token]) for token in topk_ids],
+        probabilities=np.exp(values["topk_logprobs"][position].astype(np.float64)),
+        tail=float(np.exp(values["tail_logprob"][position].astype(np.float64))),
+        following=None if following is None else tokenizer.decode([following]),
+        rank=topk_ids.index(following) if following in topk_ids else None,
+        following_probability=float(np.exp(values["target_logprob"][position].astype(np.float64))),
+        entropy=float(values["entropy"][position]),
+    )
+
+
+def describe_position(found: Alternatives) -> str:
+    """The first ten alternatives and the token that really followed, as a table."""
+    lines = [
+        f"{found.context[-300:]!r} is followed by:",
+        f"{'rank':>4}  {'probability':>11}  token",
+    ]
+    shown = list(range(min(10, len(found.tokens))))
+    if found.rank is not None and found.rank >= len(shown):
+        shown.append(found.rank)
+    for rank in shown:
+        mark = "   ← really followed" if rank == found.rank else ""
+        lines.append(
+            f"{rank + 1:>4}  {found.probabilities[rank]:>11.4f}  {found.tokens[rank]!r}{mark}"
+        )
+    if len(found.tokens) > 10:
+        rest = found.probabilities[10:].sum()
+        lines.append(f"{'':>4}  {rest:>11.4f}  ranks 11 to {len(found.tokens)} together")
+    lines.append(f"{'':>4}  {found.tail:>11.4f}  all other tokens together")
+    if found.following is not None and found.rank is None:
+        lines.append(
+            f"{'':>4}  {found.following_probability:>11.4f}  {found.following!r}   ← really followed, "
+            f"outside the top {len(found.tokens)}"
+        )
+    lines.append(f"entropy {found.entropy:.3f} nats")
+    return "\n".join(lines)
+
+
+def describe_row(directory: Path, row: int, *, teacher_path: Path | None = None) -> str:
+    """A row's tokens with, at each position, what really followed and what the teacher expected.
+
+    Raises:
+        ValueError: there is no such row, or the teacher's tokenizer cannot be found.
+    """
+    values = _find_row(directory, row)
+    tokenizer = dataset_tokenizer(read_manifest(directory), teacher_path)
+    ids = values["input_ids"]
 
     def show(token: int) -> str:
         return repr(tokenizer.decode([token]))
 
-    ids = values["input_ids"]
-    heading = (
-        f"row {row}: document {values['id']!r}, chunk {values['chunk_index']}, {len(ids)} tokens\n"
-    )
-    if position is None:
-        return heading + _all_positions(values, show)
-    if not 0 <= position < len(ids):
-        raise ValueError(f"row {row} has positions 0 to {len(ids) - 1}, not {position}")
-    context = tokenizer.decode(ids[: position + 1])
-    return heading + f"{context[-300:]!r} is followed by:\n" + _one_position(values, position, show)
+    lines = [
+        f"row {row}: document {values['id']!r}, chunk {values['chunk_index']}, {len(ids)} tokens",
+        f"{'position':>8}  {'token':<16} {'really followed':<24} {'teacher expected':<24} entropy",
+    ]
+    for position, token in enumerate(ids[:MAX_POSITIONS]):
+        first = int(values["topk_indices"][position][0])
+        first_probability = np.exp(float(values["topk_logprobs"][position][0]))
+        target = np.exp(float(values["target_logprob"][position]))
+        following = show(ids[position + 1]) if position + 1 < len(ids) else "(next or end)"
+        lines.append(
+            f"{position:>8}  {show(token):<16} {following:<15} {target:>8.4f} "
+            f"{show(first):<15} {first_probability:>8.4f} {float(values['entropy'][position]):>8.3f}"
+        )
+    if len(ids) > MAX_POSITIONS:
+        lines.append(f"… and {len(ids) - MAX_POSITIONS} more; --position T shows any of them")
+    return "\n".join(lines)
 
 
 def _find_row(directory: Path, row: int) -> dict[str, Any]:
@@ -95,44 +178,3 @@ def _find_row(directory: Path, row: int) -> dict[str, Any]:
             return read_row(directory / record.file, row - first)
         first += record.rows
     raise ValueError(f"{directory} has rows 0 to {first - 1}, not {row}")
-
-
-def _one_position(values: dict[str, Any], position: int, show: Any) -> str:
-    ids = values["input_ids"]
-    following = ids[position + 1] if position + 1 < len(ids) else None
-    lines = [f"{'rank':>4}  {'probability':>11}  token"]
-    tokens = values["topk_indices"][position].tolist()
-    probabilities = np.exp(values["topk_logprobs"][position].astype(np.float64))
-    for rank, (token, probability) in enumerate(zip(tokens, probabilities, strict=True), start=1):
-        if rank <= 10 or token == following:
-            mark = "   ← really followed" if token == following else ""
-            lines.append(f"{rank:>4}  {probability:>11.4f}  {show(token)}{mark}")
-    tail = np.exp(float(values["tail_logprob"][position]))
-    lines.append(f"      {probabilities[10:].sum():>11.4f}  ranks 11 to {len(tokens)} together")
-    lines.append(f"      {tail:>11.4f}  all other tokens together")
-    target = float(values["target_logprob"][position])
-    if following is not None and following not in tokens:
-        lines.append(
-            f"      {np.exp(target):>11.4f}  {show(following)}   ← really followed, outside the top {len(tokens)}"
-        )
-    lines.append(f"entropy {float(values['entropy'][position]):.3f} nats")
-    return "\n".join(lines)
-
-
-def _all_positions(values: dict[str, Any], show: Any) -> str:
-    ids = values["input_ids"]
-    lines = [
-        f"{'position':>8}  {'token':<16} {'really followed':<24} {'teacher expected':<24} entropy"
-    ]
-    for position, token in enumerate(ids[:MAX_POSITIONS]):
-        first = int(values["topk_indices"][position][0])
-        first_probability = np.exp(float(values["topk_logprobs"][position][0]))
-        target = float(values["target_logprob"][position])
-        following = show(ids[position + 1]) if position + 1 < len(ids) else "(next or end)"
-        lines.append(
-            f"{position:>8}  {show(token):<16} {following:<15} {np.exp(target):>8.4f} "
-            f"{show(first):<15} {first_probability:>8.4f} {float(values['entropy'][position]):>8.3f}"
-        )
-    if len(ids) > MAX_POSITIONS:
-        lines.append(f"… and {len(ids) - MAX_POSITIONS} more; --position T shows any of them")
-    return "\n".join(lines)

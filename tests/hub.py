@@ -1,0 +1,467 @@
+"""A loopback stand-in of the Hugging Face Hub, over real HTTP, for the unmodified client libraries.
+
+Repositories are in memory: a commit is a mapping of paths to contents, a branch or a tag is the name of a commit. It answers
+what huggingface_hub, transformers and datasets ask when they read: repo info, tree, paths-info, refs, and resolve with
+ranges. It is read-only over HTTP; a test changes it by calling `commit` and `tag`.
+
+A client has to be a process of its own, with the environment that `environment` gives: HF_ENDPOINT is read at import. Since
+the imports take seconds, `Client` keeps such a process and forks it for each command.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+Files = dict[str, bytes]
+
+DATE = "2026-01-01T00:00:00.000Z"
+LFS_SUFFIXES = (".parquet", ".safetensors", ".gguf", ".bin", ".zst", ".gz")
+TOKEN = "hf_planted_secret"
+COMMAND_SECONDS = 120
+"""After which a command of a Client is ended."""
+
+
+@dataclass(slots=True)
+class Repo:
+    """One repository, with all its commits."""
+
+    kind: str
+    """`model` or `dataset`."""
+    id: str
+    commits: dict[str, Files] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    private: bool = False
+
+    def resolve(self, revision: str) -> str | None:
+        """The commit that a branch, tag, full or abbreviated commit names."""
+        for names in (self.branches, self.tags):
+            if revision in names:
+                return names[revision]
+        if re.fullmatch(r"[0-9a-f]{7,40}", revision):
+            return next((sha for sha in self.commits if sha.startswith(revision)), None)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a client asked."""
+
+    method: str
+    path: str
+    """With the query."""
+    authorization: str | None
+    range: str | None
+
+
+class Hub:
+    """The repositories, and the log of what was asked. Use `serve()` to get a running one."""
+
+    def __init__(self) -> None:
+        self.repos: dict[tuple[str, str], Repo] = {}
+        self.requests: list[Request] = []
+        self.faults: list[Callable[[Request], int | None]] = []
+        """Each may answer a request with an HTTP status of its own."""
+        self.lock = Lock()
+        self.endpoint = ""
+
+    def commit(
+        self, kind: str, repo_id: str, files: Files, *, branch: str = "main", private: bool = False
+    ) -> str:
+        """Make these files the whole content of a branch; the repo and the branch come into being when needed."""
+        repo = self.repos.setdefault((kind, repo_id), Repo(kind, repo_id, private=private))
+        parent = repo.branches.get(branch, "")
+        digest = hashlib.sha1(f"{kind} {repo_id} {parent}".encode())
+        for path, content in sorted(files.items()):
+            digest.update(f"{path} {blob_id(content)}\n".encode())
+        sha = digest.hexdigest()
+        repo.commits[sha] = dict(files)
+        repo.branches[branch] = sha
+        return sha
+
+    def tag(self, kind: str, repo_id: str, name: str, revision: str = "main") -> str:
+        """Name a commit."""
+        repo = self.repos[kind, repo_id]
+        sha = repo.resolve(revision)
+        assert sha
+        repo.tags[name] = sha
+        return sha
+
+
+@contextmanager
+def serve() -> Iterator[Hub]:
+    """A Hub that listens on a free port of this machine."""
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server.daemon_threads = True
+    hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def environment(endpoint: str, home: Path) -> dict[str, str]:
+    """Environment of a client process that knows this Hub only, and keeps its cache in `home`."""
+    return {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
+
+
+def directory_files(directory: Path, prefix: str = "") -> Files:
+    """The files below a directory, as the content of a commit."""
+    return {
+        prefix + path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def blob_id(content: bytes) -> str:
+    """Git's id of a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+class _HubError(Exception):
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message = status, code, message
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+    server_version = "hub-stand-in"
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_POST(self) -> None:
+        self._answer()
+
+    def log_message(self, *_: Any) -> None:
+        """Tests read `hub.requests` instead."""
+
+    def _answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        request = Request(
+            self.command, self.path, self.headers["Authorization"], self.headers["Range"]
+        )
+        with self.hub.lock:
+            self.hub.requests.append(request)
+        try:
+            for fault in self.hub.faults:
+                if status := fault(request):
+                    raise _HubError(status, "", HTTPStatus(status).phrase)
+            self._route(body)
+        except _HubError as error:
+            headers = {"X-Error-Code": error.code} if error.code else {}
+            headers["X-Error-Message"] = error.message
+            self._send_json({"error": error.message}, status=error.status, headers=headers)
+
+    def _route(self, body: bytes) -> None:
+        url = urlsplit(self.path)
+        query = {name: values[-1] for name, values in parse_qs(url.query).items()}
+        if match := re.fullmatch(
+            r"/api/(model|dataset)s/([^/]+/[^/]+)(?:/([a-z-]+)(?:/([^/]+)(?:/(.+))?)?)?", url.path
+        ):
+            kind, repo_id, action, revision, path = (
+                part and unquote(part) for part in match.groups()
+            )
+            repo = self._repo(kind, repo_id)
+            revision, path = revision or "main", (path or "").strip("/")
+            if self.command == "POST":
+                if action != "paths-info":
+                    raise _HubError(405, "", "this stand-in is read-only")
+                self._send_json(self._paths_info(repo, revision, self._form(body)))
+            elif action in (None, "revision"):
+                self._send_json(self._info(repo, revision, with_blobs="blobs" in query))
+            elif action == "tree":
+                recursive = query.get("recursive", "").lower() in ("1", "true")
+                self._send_json(self._tree(repo, revision, path, recursive=recursive))
+            elif action == "refs":
+                self._send_json(self._refs(repo))
+            elif action == "commits":
+                sha, _ = self._content(repo, revision)
+                self._send_json(
+                    [{"id": sha, "title": "", "message": "", "authors": [], "date": DATE}]
+                )
+            else:
+                raise _HubError(404, "", f"no such route: {url.path}")
+        elif match := re.fullmatch(
+            r"/(datasets/)?([^/]+/[^/]+)/(?:resolve|raw)/([^/]+)/(.+)", url.path
+        ):
+            prefix, repo_id, revision, path = (part and unquote(part) for part in match.groups())
+            self._send_file(self._repo("dataset" if prefix else "model", repo_id), revision, path)
+        else:
+            raise _HubError(404, "", f"no such route: {url.path}")
+
+    def _repo(self, kind: str, repo_id: str) -> Repo:
+        repo = self.hub.repos.get((kind, repo_id))
+        if repo is None or (repo.private and not self.headers["Authorization"]):
+            # As the real one, which does not tell strangers what exists.
+            status = 404 if self.headers["Authorization"] else 401
+            raise _HubError(status, "RepoNotFound", "Repository not found")
+        return repo
+
+    def _content(self, repo: Repo, revision: str) -> tuple[str, Files]:
+        sha = repo.resolve(revision)
+        if sha is None:
+            raise _HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return sha, repo.commits[sha]
+
+    def _form(self, body: bytes) -> list[str]:
+        if "json" in (self.headers["Content-Type"] or ""):
+            paths = json.loads(body)["paths"]
+            return [paths] if isinstance(paths, str) else paths
+        return parse_qs(body.decode())["paths"]
+
+    def _info(self, repo: Repo, revision: str, *, with_blobs: bool) -> dict[str, Any]:
+        sha, files = self._content(repo, revision)
+        siblings: list[dict[str, Any]] = [{"rfilename": path} for path in sorted(files)]
+        if with_blobs:
+            for sibling in siblings:
+                entry = _entry(sibling["rfilename"], files)
+                sibling |= {"blobId": entry["oid"], "size": entry["size"]}
+                if lfs := entry.get("lfs"):
+                    sibling["lfs"] = {**lfs, "sha256": lfs["oid"]}
+        return {
+            "_id": sha[:24],
+            "id": repo.id,
+            "author": repo.id.split("/")[0],
+            "sha": sha,
+            "private": repo.private,
+            "gated": False,
+            "disabled": False,
+            "downloads": 0,
+            "likes": 0,
+            "tags": [],
+            "lastModified": DATE,
+            "createdAt": DATE,
+            "siblings": siblings,
+            **({"modelId": repo.id} if repo.kind == "model" else {}),
+        }
+
+    def _refs(self, repo: Repo) -> dict[str, Any]:
+        def listed(names: dict[str, str], where: str) -> list[dict[str, str]]:
+            return [
+                {"name": name, "ref": f"refs/{where}/{name}", "targetCommit": sha}
+                for name, sha in names.items()
+            ]
+
+        return {
+            "branches": listed(repo.branches, "heads"),
+            "tags": listed(repo.tags, "tags"),
+            "converts": [],
+        }
+
+    def _tree(
+        self, repo: Repo, revision: str, path: str, *, recursive: bool
+    ) -> list[dict[str, Any]]:
+        _, files = self._content(repo, revision)
+        below = f"{path}/" if path else ""
+        names = [name for name in files if name.startswith(below)]
+        if not names and path:
+            raise _HubError(404, "EntryNotFound", f"{path} does not exist on {revision!r}")
+        folders = {
+            name[:end]
+            for name in names
+            for end in (i for i, c in enumerate(name) if c == "/" and i >= len(below))
+        }
+        entries = [_entry(name, files) for name in sorted({*names, *folders})]
+        return [e for e in entries if recursive or "/" not in e["path"].removeprefix(below)]
+
+    def _paths_info(self, repo: Repo, revision: str, paths: list[str]) -> list[dict[str, Any]]:
+        _, files = self._content(repo, revision)
+        names = [path.strip("/") for path in paths]
+        return [
+            _entry(name, files)
+            for name in names
+            if name in files or any(other.startswith(f"{name}/") for other in files)
+        ]
+
+    def _send_file(self, repo: Repo, revision: str, path: str) -> None:
+        sha, files = self._content(repo, revision)
+        headers = {"X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
+        if path not in files:
+            headers |= {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}
+            self._send(b"Entry not found", status=404, headers=headers)
+            return
+        content = files[path]
+        headers["ETag"] = f'"{_etag(path, content)}"'
+        if path.endswith(LFS_SUFFIXES):
+            headers["X-Linked-Size"] = str(len(content))
+            headers["X-Linked-Etag"] = headers["ETag"]
+        status = 200
+        if match := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers["Range"] or ""):
+            first, last = match.groups()
+            start = int(first) if first else max(0, len(content) - int(last))
+            end = min(int(last) + 1, len(content)) if first and last else len(content)
+            if start >= end:
+                headers["Content-Range"] = f"bytes */{len(content)}"
+                self._send(b"", status=416, headers=headers)
+                return
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+            status, content = 206, content[start:end]
+        self._send(content, status=status, headers=headers, type="application/octet-stream")
+
+    def _send_json(
+        self, values: Any, *, status: int = 200, headers: dict[str, str] | None = None
+    ) -> None:
+        self._send(
+            json.dumps(values).encode(), status=status, headers=headers, type="application/json"
+        )
+
+    def _send(
+        self,
+        body: bytes,
+        *,
+        status: int,
+        headers: dict[str, str] | None = None,
+        type: str = "text/plain",
+    ) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Type", type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def _etag(path: str, content: bytes) -> str:
+    is_lfs = path.endswith(LFS_SUFFIXES)
+    return hashlib.sha256(content).hexdigest() if is_lfs else blob_id(content)
+
+
+def _entry(name: str, files: Files) -> dict[str, Any]:
+    if name not in files:
+        return {"type": "directory", "path": name, "size": 0, "oid": blob_id(name.encode())}
+    content = files[name]
+    entry = {"type": "file", "path": name, "size": len(content), "oid": blob_id(content)}
+    if name.endswith(LFS_SUFFIXES):
+        digest = hashlib.sha256(content).hexdigest()
+        entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 130}
+    return entry
+
+
+class Client:
+    """A process with the client libraries loaded, which runs each command in a fork of itself.
+
+    So every command sees what a fresh process sees, without the six seconds that the imports take.
+    """
+
+    def __init__(self, endpoint: str, home: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment(endpoint, home)},
+        )
+
+    def cli(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """`logit-dataset …`."""
+        return self._run({"arguments": [str(argument) for argument in arguments]})
+
+    def python(self, code: str) -> subprocess.CompletedProcess[str]:
+        """`python -c …`."""
+        return self._run({"code": code})
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+    def _run(self, command: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+        assert self._process.stdin
+        assert self._process.stdout
+        print(json.dumps(command), file=self._process.stdin, flush=True)
+        return subprocess.CompletedProcess(**json.loads(self._process.stdout.readline()))
+
+
+def _serve_commands() -> None:
+    """What the process of a Client does."""
+    import tempfile
+
+    for name in ("builder.build", "builder.cli", "builder.estimate", "datasets"):
+        importlib.import_module(name)
+    from transformers import LlamaForCausalLM  # noqa: F401 – a lazy import made now
+
+    for line in sys.stdin:
+        command = json.loads(line)
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            child = os.fork()
+            if child == 0:
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                signal.alarm(COMMAND_SECONDS)
+                os._exit(_run_command(command))
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            for file in (out, err):
+                file.seek(0)
+            reply = {
+                "args": next(iter(command.values())),
+                "returncode": status,
+                "stdout": out.read().decode(),
+                "stderr": err.read().decode(),
+            }
+        print(json.dumps(reply), flush=True)
+
+
+def _run_command(command: dict[str, Any]) -> int:
+    """Do what the interpreter does around a program: its exit status, and its last words on stderr."""
+    status: Any = 0
+    try:
+        if "code" in command:
+            exec(command["code"], {"__name__": "__main__"})
+        else:
+            from builder.cli import main
+
+            sys.argv = ["logit-dataset", *command["arguments"]]
+            main()
+    except SystemExit as stop:
+        status = stop.code or 0
+        if not isinstance(status, int):
+            print(status, file=sys.stderr)
+            status = 1
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status
+
+
+if __name__ == "__main__":
+    _serve_commands()
