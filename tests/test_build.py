@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import sample_documents, write_jsonl
 
 from builder.build import build
 from builder.manifest import read_manifest
 from builder.recipe import load_recipe
 from builder.schema import arrow_schema
-from conftest import sample_documents, write_jsonl
 
 
 def run(recipe: Path, output: Path, **options: object):

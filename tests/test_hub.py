@@ -8,16 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
 
+import hub as stand_in
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import REPOSITORY, recipe_text, run_cli, sample_documents
+from hub import TOKEN, Client, Hub
 
-import hub as stand_in
 from builder.build import build
 from builder.manifest import read_manifest
 from builder.recipe import load_recipe
-from conftest import REPOSITORY, recipe_text, run_cli, sample_documents
-from hub import TOKEN, Client, Hub
 
 DOCUMENTS = sample_documents()
 NO_COMMIT = "0" * 40

@@ -337,7 +337,9 @@ def test_a_forgery_that_obeys_the_invariants_is_found_by_recomputing(
         device="cpu",
         teacher_path=tiny_teacher_dir,
     )
-    assert len([p for p in found if "topk_logprobs is" in p and "nats from the teacher's" in p]) == 5
+    assert (
+        len([p for p in found if "topk_logprobs is" in p and "nats from the teacher's" in p]) == 5
+    )
 
 
 def test_a_renormalised_dataset_of_a_16_bit_teacher_is_found(
