@@ -97,17 +97,21 @@ def corpus_file(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "corpus.jsonl", sample_documents())
 
 
-def recipe_text(teacher: Path, files: str, **changes: str) -> str:
+def recipe_text(teacher_dir: Path, files: str, /, **changes: str) -> str:
     """A recipe for the tiny teacher; `changes` maps a section to TOML lines that are added to it."""
     sections = {
         "corpus": f'files = ["{files}"]\nid_column = "id"',
-        "teacher": f'path = "{teacher}"\ndtype = "float32"',
+        "teacher": f'path = "{teacher_dir}"\ndtype = "float32"',
         "sequences": "max_length = 64\nbatch_tokens = 256",
         "output": "top_k = 20\nshard_tokens = 300",
     }
     for section, lines in changes.items():
         keys = {line.split("=")[0].strip() for line in lines.splitlines()}
-        kept = [l for l in sections[section].splitlines() if l.split("=")[0].strip() not in keys]
+        kept = [
+            line
+            for line in sections[section].splitlines()
+            if line.split("=")[0].strip() not in keys
+        ]
         sections[section] = "\n".join([*kept, lines])
     body = "\n\n".join(f"[{name}]\n{lines}" for name, lines in sections.items())
     return f'name = "tiny"\n\n{body}\n'
