@@ -59,6 +59,8 @@ class ShardRecord:
     exhausted: bool
     """Whether this is the last shard of its partition."""
     sums: Sums
+    halved_batches: int
+    """Batches that did not fit the device's memory and were halved, which can change last bits."""
     seconds: float
     environment: dict[str, Any]
     """Libraries and hardware that computed it."""

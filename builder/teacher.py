@@ -81,7 +81,8 @@ class Teacher:
         """Raw logits of every position of every sequence, in order, in pieces of [n, V] on the device."""
         if not self.head_only:
             for ids in sequences:
-                logits_TV = self._whole(torch.tensor([list(ids)], device=self.device))[0]
+                ids_1T = to_device(torch.tensor([list(ids)]), self.device)
+                logits_TV = self._whole(ids_1T)[0]
                 yield from logits_TV.split(self._rows_per_piece)
             return
         hidden_ND = self._hidden(sequences)
@@ -98,7 +99,8 @@ class Teacher:
         ids_BT = torch.zeros(len(sequences), length, dtype=torch.long)
         for row_T, ids in zip(ids_BT, sequences, strict=True):
             row_T[: len(ids)] = torch.tensor(ids)
-        hidden_BTD = self.model.base_model(input_ids=ids_BT.to(self.device), use_cache=False)[0]
+        ids_BT = to_device(ids_BT, self.device)
+        hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False)[0]
         starts = range(0, len(sequences) * length, length)
         real_N = torch.cat(
             [
@@ -106,7 +108,7 @@ class Teacher:
                 for start, ids in zip(starts, sequences, strict=True)
             ]
         )
-        real_ND: Tensor = hidden_BTD.flatten(0, 1).index_select(0, real_N.to(self.device))
+        real_ND: Tensor = hidden_BTD.flatten(0, 1).index_select(0, to_device(real_N, self.device))
         return real_ND
 
     def _whole(self, ids_BT: Tensor) -> Tensor:
@@ -148,6 +150,13 @@ class Teacher:
             return self.vocab_size, ours.shape == expected_NV.shape and error(ours) <= tolerance
         except (AttributeError, TypeError, RuntimeError, IndexError):
             return self.vocab_size, False  # an architecture whose forward does not come apart
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on a device; on a GPU through pinned memory, so that nothing waits for the copy."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class _Handover(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from builder import teacher as teacher_module
-from builder.distribution import Distribution, capture, concatenate
+from builder.distribution import Distribution, capture
 from builder.teacher import Teacher, load_teacher, load_tokenizer
 
 CPU = torch.device("cpu")
@@ -120,13 +120,7 @@ def whole_model_logits(model: Any, ids: list[int]) -> Tensor:
 
 
 def capture_all(teacher: Teacher, sequences: list[list[int]], targets: list[int]) -> Distribution:
-    pieces, start = [], 0
-    for logits_NV in teacher.logits(sequences):
-        targets_N = torch.tensor(targets[start : start + len(logits_NV)])
-        pieces.append(capture(logits_NV, targets_N, top_k=TOP_K))
-        start += len(logits_NV)
-    assert start == len(targets)
-    return concatenate(pieces)
+    return capture(teacher.logits(sequences), torch.tensor(targets), top_k=TOP_K)
 
 
 def float16_half_spacing(values: Tensor) -> Tensor:
