@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -159,34 +160,33 @@ class _ShardBuilder:
             "logit_dataset.schema": SCHEMA_VERSION,
             "logit_dataset.fingerprint": fingerprint(plan),
         }
-        self._teacher: Teacher | None = None
         self._stream: SequenceStream | None = None
 
+    @cached_property
     def teacher(self) -> Teacher:
         """The teacher, loaded when first needed."""
-        if self._teacher is None:
-            recipe, source = self._recipe.teacher, self._teacher_source
-            self._teacher = load_teacher(
-                source.location,
-                commit=source.commit,
-                tokenizer=source.tokenizer,
-                dtype=recipe.dtype,
-                attention=recipe.attention,
-                device=self._device,
-                trust_remote_code=recipe.trust_remote_code,
-            )
-            _check_fit(self._recipe, self._teacher)
-        return self._teacher
+        recipe, source = self._recipe.teacher, self._teacher_source
+        teacher = load_teacher(
+            source.location,
+            commit=source.commit,
+            tokenizer=source.tokenizer,
+            dtype=recipe.dtype,
+            attention=recipe.attention,
+            device=self._device,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+        _check_fit(self._recipe, teacher)
+        return teacher
 
+    @cached_property
     def encoder(self) -> Encoder:
         """The way from documents to sequences of the recipe and the teacher's tokenizer."""
-        return make_encoder(self._recipe.sequences, self.teacher().tokenizer)
+        return make_encoder(self._recipe.sequences, self.teacher.tokenizer)
 
     def teacher_provenance(self) -> dict[str, Any]:
         """What the loaded teacher is, and what is put around its sequences."""
-        encoder = self.encoder()
-        special = {"prefix_ids": encoder.prefix, "suffix_ids": encoder.suffix}
-        return self.teacher().provenance() | special
+        special = {"prefix_ids": self.encoder.prefix, "suffix_ids": self.encoder.suffix}
+        return self.teacher.provenance() | special
 
     def shard(
         self, output: Path, partition: int, index: int, start: Position | None
@@ -200,11 +200,11 @@ class _ShardBuilder:
             or self._stream.position != start
         ):
             self._stream = SequenceStream(
-                self._recipe, self._corpus_source, self.encoder(), partition, start
+                self._recipe, self._corpus_source, self.encoder, partition, start
             )
         stream, rows, tokens, sums = self._stream, 0, 0, Sums()
         pipeline = Pipeline(
-            self.teacher(),
+            self.teacher,
             top_k=self._recipe.output.top_k,
             batch_tokens=self._recipe.sequences.batch_tokens,
             progress=self._progress,

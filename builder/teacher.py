@@ -87,7 +87,7 @@ class Teacher:
             return
         hidden_ND = self._hidden(sequences)
         for piece_ND in hidden_ND.split(self._rows_per_piece):
-            yield self._head(inputs_embeds=piece_ND[None], use_cache=False).logits[0]
+            yield self._apply_head(piece_ND)
 
     @property
     def _rows_per_piece(self) -> int:
@@ -110,6 +110,10 @@ class Teacher:
         )
         real_ND: Tensor = hidden_BTD.flatten(0, 1).index_select(0, to_device(real_N, self.device))
         return real_ND
+
+    def _apply_head(self, hidden_ND: Tensor) -> Tensor:
+        logits_1NV: Tensor = self._head(inputs_embeds=hidden_ND[None], use_cache=False).logits
+        return logits_1NV[0]
 
     def _whole(self, ids_BT: Tensor) -> Tensor:
         logits_BTV: Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
