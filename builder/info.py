@@ -42,7 +42,9 @@ def describe(directory: Path) -> str:
     """The summary as text for a terminal."""
     summary = summarize(directory)
     totals, teacher, corpus = summary["totals"], summary["teacher"], summary["corpus"]
-    corpus_name = corpus.get("repo") or corpus.get("name") or f"{len(corpus['files'])} local files"
+    corpus_name = (
+        corpus.get("repo") or corpus.get("name") or f"local files ({len(corpus['files'])})"
+    )
     corpus_pin = (corpus.get("commit") or corpus.get("sha256") or corpus["files"][0]["sha256"])[:12]
     teacher_name = teacher.get("repo") or teacher["name"]
     teacher_pin = (teacher.get("commit") or teacher["sha256"])[:12]
