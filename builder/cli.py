@@ -4,6 +4,7 @@ Everything heavy is imported inside the commands, so that `--help` answers at on
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,7 +99,10 @@ def build(
         f"{output}: {result.status}, {totals['tokens']:,} tokens in {totals['rows']:,} rows, "
         f"{totals['bytes_per_token']} bytes a token"
     )
-    print(f"next: logit-dataset verify {output} --recompute 5")
+    following = ["logit-dataset", "verify", str(output), "--recompute", "5"]
+    if local_teacher := loaded.teacher.path or loaded.teacher.gguf:
+        following += ["--teacher", str(base / Path(local_teacher).expanduser())]
+    print(f"next: {shlex.join(following)}")
 
 
 @app.command(epilog="Example: logit-dataset verify out/mine --recompute 20")
@@ -168,6 +172,8 @@ def info(
     from builder import info as information
 
     if row is not None:
+        if format is Format.JSON:
+            raise ValueError("--format json prints the summary; rows are read with load_dataset")
         _quiet_libraries()
         if position is None:
             print(information.describe_row(directory, row, teacher_path=teacher))
@@ -185,24 +191,20 @@ def info(
 
 
 def main() -> None:
-    """Run a command; a failure is one line on stderr and exit status 1, or 130 after Ctrl-C."""
+    """Run a command. Exit status 1 is a failure (one line on stderr), 2 a wrong command line, 130 Ctrl-C."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except typer.Abort:
-        sys.exit(_interrupted())
-    except KeyboardInterrupt:
-        sys.exit(_interrupted())
+        app()
+    except SystemExit as stop:
+        if stop.code == 130:  # typer's own, after KeyboardInterrupt
+            print(
+                "interrupted: finished shards are safe; run the same command to go on",
+                file=sys.stderr,
+            )
+        raise
     except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("LOGIT_DATASET_TRACEBACK"):
             raise
         sys.exit(f"error: {' '.join(str(error).split()) or type(error).__name__}")
-
-
-def _interrupted() -> int:
-    print("interrupted: finished shards are safe; run the same command to go on", file=sys.stderr)
-    return 130
 
 
 def _notice(message: str) -> None:

@@ -19,6 +19,8 @@ from builder.recipe import fingerprint
 from builder.schema import SCHEMA_VERSION
 
 FILE_NAME = "manifest.json"
+MAX_CHARACTER_TOKENS = 64
+"""More tokens than any character takes: bytes make it 4, and no normaliser writes one as more than 18."""
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
 
 
@@ -174,6 +176,16 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"{path} is damaged (no {', '.join(sorted(missing))}); fetch or build the dataset again"
         )
     return manifest
+
+
+def truncated_length(manifest: dict[str, Any]) -> float:
+    """Rows of this many tokens or more may be the beginning of a longer document, the rest of which was left out."""
+    sequences = manifest["recipe"]["sequences"]
+    if sequences["long_documents"] != "truncate":
+        return math.inf
+    # A cut that would fall inside a character is made before it, and no suffix stands after a cut.
+    longest: int = sequences["max_length"] - len(manifest["teacher"]["suffix_ids"])
+    return longest - MAX_CHARACTER_TOKENS
 
 
 def write_json(path: Path, values: Any) -> None:
