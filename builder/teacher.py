@@ -17,7 +17,10 @@ Shape suffixes: B sequences, T positions, N real positions, V vocabulary, D hidd
 
 import copy
 import hashlib
+import io
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, Literal
 
@@ -247,9 +250,12 @@ def load_gguf(path: Path, *, tokenizer: Path | None) -> tuple[Any, Any]:
         ValueError: packages are missing, or the file's tokenizer needs a rule that is not known here.
     """
     right_tokenizer = _gguf_tokenizer(path, tokenizer)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        str(path.parent), gguf_file=path.name, dtype=torch.float32
-    )
+    with (
+        nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+    ):  # its progress bar
+        loaded = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=torch.float32
+        )
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
