@@ -5,7 +5,7 @@ Out:  pieces of [n, V] raw logits, in order: all positions of the first sequence
 
 How:  sequences are padded on the right; under causal attention no real position can see the padding, so no mask is
       needed and nothing leaks. The body of the model runs once over [B, T]; the head runs over real positions only,
-      in pieces of at most LOGITS_BYTES, so memory does not grow with B · T · V.
+      in pieces of a fixed size, so memory does not grow with B · T · V.
 
       Some architectures do more than a matrix product after the body (soft-capping, logit scales, an `embed_out`).
       Instead of a table of them, the head here is the model's own forward method with the body replaced by one that
@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
-LOGITS_BYTES = 64 * 2**20
-"""Logits that exist at once: a matrix product of a few hundred rows runs at full speed, and V = 152k costs no more."""
+CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES = 64 * 2**20, 256 * 2**20
+"""Logits that exist at once, however large V is: enough rows for a matrix product at full speed, few enough to fit anywhere."""
 
 PROBE_LENGTHS = (24, 13, 5)
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -94,7 +94,8 @@ class Teacher:
 
     @property
     def _rows_per_piece(self) -> int:
-        return max(8, LOGITS_BYTES // (self.vocab_size * self.dtype.itemsize) // 8 * 8)
+        limit = CUDA_LOGITS_BYTES if self.device.type == "cuda" else CPU_LOGITS_BYTES
+        return max(8, limit // (self.vocab_size * self.dtype.itemsize) // 8 * 8)
 
     def _hidden(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """[N, D] last hidden states of all real positions of a right-padded batch."""
