@@ -46,8 +46,6 @@ Kind = Literal[
     "jensen_shannon",
 ]
 
-NO_TARGET = -100
-"""In `target_ids`, where it is not known which token follows; what torch's cross-entropy ignores."""
 HEAD_CHUNK_POSITIONS = 1024
 """Positions whose logits exist at once when the loss starts from hidden states."""
 
