@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from builder.student import distillation_loss, distillation_loss_from_hidden
+from builder.student.divergences import Kind
 from builder.student.gather import gather_logprobs
-from builder.student.losses import Kind
 
 KINDS = get_args(Kind)
 B, T, V, K, J = 2, 5, 37, 6, 4

@@ -4,47 +4,24 @@ In:   logits_BTV of the student (or its hidden states and its head), and a batch
 Out:  mean loss over the positions that count, in nats.
 
 Position t of the batch holds the teacher's distribution p for the token after input_ids[t], and q = softmax(logits[:, t]) is the
-student's for the same token: nothing is shifted here. `target_ids` are those tokens, shifted once, in `load`.
+student's for the same token: nothing is shifted here. `target_ids` are those tokens, shifted once, in `rows`.
 
-Kinds, with h the listed ids (the head), p_tail and q_tail the mass of all others, R = p_tail, y the token that really follows:
-
-tail_bucket         KL(p ‖ q) over K + 1 events, the tail being one: Σ_h p (log p − log q) + p_tail (log p_tail − log q_tail).
-                    A lower bound of the whole KL. The "ghost token" of Anshumann et al., Sparse Logit Sampling, ACL 2025, §4.
-tail_draws          cross-entropy H(p, q) = −Σ_h p log q − p_tail/m Σ_j log q(id_j), with m ids drawn from the teacher's tail.
-                    Unbiased, value and gradient; subtract the mean of `entropy` for the KL.
-residual            KL(p′ ‖ q), p′ = p on the head, plus R on y. "Residual to the target", ibid., §4. Positions without y are left out.
-renormalised_top_k  KL(p / Σ_h p ‖ q) over the head: the usual top-K distillation. **Biased**: it teaches that there is no tail, and
-                    a student that is right is moved away from the truth. Here for comparison.
-reverse_kl          KL(q ‖ p) over the K + 1 events; Gu et al., MiniLLM, ICLR 2024, eq. 2, on a coarser support: a lower bound.
-                    A token that the teacher rules out counts as e^−65504, so mass on it costs 65504 nats a unit.
-jensen_shannon      ½ KL(p ‖ m) + ½ KL(q ‖ m), m = ½ (p + q), over the K + 1 events; Agarwal et al., GKD, ICLR 2024, eq. 1, β = ½.
-
-Stored log-probabilities are rounded to float16 (11 bits), so Σ p = 1 ± 1e-3; nothing is renormalised to hide that. −65504 stands
-for −inf: such an id has no mass, adds 0 to every expectation under p, and makes no NaN.
+The kinds and their formulas are in `divergences`.
 
 Shape suffixes: B rows, T positions, M = B · T, N positions that count, K top-k, J tail draws, V vocabulary, D hidden.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from builder.schema import FLOAT16_MIN
+from builder.student.divergences import KINDS, AtStudent, AtTeacher, Kind
 from builder.student.gather import gather_logprobs
-
-Kind = Literal[
-    "tail_bucket",
-    "tail_draws",
-    "residual",
-    "renormalised_top_k",
-    "reverse_kl",
-    "jensen_shannon",
-]
 
 HEAD_CHUNK_POSITIONS = 1024
 """Positions whose logits exist at once when the loss starts from hidden states."""
@@ -123,31 +100,6 @@ def distillation_loss_from_hidden(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Teacher:
-    """The teacher at N positions. Probabilities of −65504 are exactly 0."""
-
-    head_NK: Tensor
-    """Ids; negative where a place is empty."""
-    logp_NK: Tensor
-    logp_tail_N: Tensor
-    target_N: Tensor
-    draws_NJ: Tensor
-    """Ids drawn from the tail; J = 0 for the kinds that need none."""
-    draw_mass_NJ: Tensor
-    """The part of the tail's mass for which each draw stands."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Student:
-    """The student's log-probabilities at the same positions."""
-
-    head_NK: Tensor
-    tail_N: Tensor
-    target_N: Tensor
-    draws_NJ: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Terms:
     """What a loss is made of: the positions that count, and the teacher there."""
 
@@ -158,7 +110,7 @@ class _Terms:
     """Indices of the positions in B · T."""
     distilled_N: Tensor
     """Whether the distillation counts there."""
-    teacher: _Teacher
+    teacher: AtTeacher
 
     @classmethod
     def of(
@@ -190,10 +142,10 @@ class _Terms:
     def sums(self, logits_MV: Tensor, chunk: slice, rows_C: Tensor) -> Tensor:
         """[2]: the distillation and the cross-entropy, each summed over the positions of a chunk."""
         dtype = torch.promote_types(logits_MV.dtype, torch.float32)
-        teacher = _Teacher(
+        teacher = AtTeacher(
             **{
                 name: values[chunk].to(dtype) if values.is_floating_point() else values[chunk]
-                for name in _Teacher.__slots__
+                for name in AtTeacher.__slots__
                 for values in [getattr(self.teacher, name)]
             }
         )
@@ -206,7 +158,7 @@ class _Terms:
             head_NK, tail_N, other = gather_logprobs(
                 logits_MV, rows_C, teacher.head_NK, other_NJ, scale=1 / self.temperature
             )
-            student = _Student(
+            student = AtStudent(
                 head_NK=head_NK, tail_N=tail_N, target_N=other[:, 0], draws_NJ=other[:, 1:]
             )
             loss_N = KINDS[self.kind](teacher, student) * self.temperature**2
@@ -227,7 +179,7 @@ class _Terms:
 
 def _teacher(
     batch: Mapping[str, Tensor], rows_N: Tensor, kind: Kind, temperature: float
-) -> _Teacher:
+) -> AtTeacher:
     def rows(name: str) -> Tensor:
         return batch[name].flatten(0, 1)[rows_N]
 
@@ -246,7 +198,7 @@ def _teacher(
             if "tail_masses" in batch
             else (logp_tail_N.exp() / draws_NJ.shape[1])[:, None].expand(draws_NJ.shape)
         )
-    return _Teacher(
+    return AtTeacher(
         head_NK=head_NK,
         logp_NK=logp_NK,
         logp_tail_N=logp_tail_N,
@@ -292,68 +244,6 @@ def _at_temperature(
         scaled_NK.masked_fill(gone_NK, FLOAT16_MIN).to(logp_NK.dtype),
         tail_N.masked_fill(logp_tail_N <= FLOAT16_MIN, FLOAT16_MIN).to(logp_tail_N.dtype),
     )
-
-
-def _tail_bucket(teacher: _Teacher, student: _Student) -> Tensor:
-    logp, logq = _events(teacher, student)
-    return _mean_under(logp, logp - logq)
-
-
-def _tail_draws(teacher: _Teacher, student: _Student) -> Tensor:
-    mass_NJ = teacher.draw_mass_NJ
-    tail_N = (mass_NJ * -student.draws_NJ.masked_fill(mass_NJ == 0, 0)).sum(-1)
-    return _mean_under(teacher.logp_NK, -student.head_NK) + tail_N
-
-
-def _residual(teacher: _Teacher, student: _Student) -> Tensor:
-    is_target_NK = teacher.head_NK == teacher.target_N[:, None]
-    residual_N1 = teacher.logp_tail_N[:, None]
-    raised_NK = torch.logaddexp(teacher.logp_NK, residual_N1).where(is_target_NK, teacher.logp_NK)
-    outside_N = teacher.logp_tail_N.masked_fill(is_target_NK.any(-1), FLOAT16_MIN)
-    logp = torch.cat([raised_NK, outside_N[:, None]], dim=1)
-    return _mean_under(logp, logp - torch.cat([student.head_NK, student.target_N[:, None]], dim=1))
-
-
-def _renormalised_top_k(teacher: _Teacher, student: _Student) -> Tensor:
-    logp_NK = teacher.logp_NK.log_softmax(-1)
-    return _mean_under(logp_NK, logp_NK - student.head_NK)
-
-
-def _reverse_kl(teacher: _Teacher, student: _Student) -> Tensor:
-    logp, logq = _events(teacher, student)
-    logq = logq.clamp(min=FLOAT16_MIN)
-    return _mean_under(logq, logq - logp)
-
-
-def _jensen_shannon(teacher: _Teacher, student: _Student) -> Tensor:
-    logp, logq = _events(teacher, student)
-    logq = logq.clamp(min=FLOAT16_MIN)
-    mixture = torch.logaddexp(logp, logq) - math.log(2)
-    return (_mean_under(logp, logp - mixture) + _mean_under(logq, logq - mixture)) / 2
-
-
-KINDS: dict[Kind, Callable[[_Teacher, _Student], Tensor]] = {
-    "tail_bucket": _tail_bucket,
-    "tail_draws": _tail_draws,
-    "residual": _residual,
-    "renormalised_top_k": _renormalised_top_k,
-    "reverse_kl": _reverse_kl,
-    "jensen_shannon": _jensen_shannon,
-}
-"""Each: the teacher and the student at N positions → the loss at each of them."""
-
-
-def _events(teacher: _Teacher, student: _Student) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the K + 1 events, [N, K + 1] each: the listed ids, and all others together."""
-    logp = torch.cat([teacher.logp_NK, teacher.logp_tail_N[:, None]], dim=1)
-    logq = torch.cat([student.head_NK, student.tail_N[:, None]], dim=1)
-    return logp, logq
-
-
-def _mean_under(logp: Tensor, values: Tensor) -> Tensor:
-    """Σ p · value, where 0 · ∞ is 0, in the gradient too."""
-    p = logp.exp()
-    return (p * values.masked_fill(p == 0, 0)).sum(-1)
 
 
 def _float(values: Tensor) -> Tensor:
