@@ -132,6 +132,7 @@ def test_a_temperature_is_refused_after_a_projection(data):
 
 def test_a_projected_dataset_gives_projected_batches_and_its_own_state(data):
     projection = FrequentTokens(data.token_counts(), 100, always_keep=[0])
+    assert (data.vocab_size, data.project(projection).vocab_size) == (TINY_VOCAB_SIZE, 101)
     plain = data.batches(batch_size=3, length=150, packed=True)
     small = data.project(projection).batches(batch_size=3, length=150, packed=True)
     for before, after in zip(plain, small, strict=True):
@@ -271,12 +272,14 @@ def test_whose_mass_goes_where():
     """teacher: the, then; student: th, thexy. What begins "the" may go on as "thexy", which only the student has as a token."""
     teacher, student = word_tokenizer(["then", "walked"]), word_tokenizer(["thexy", "wal"])
     projection = TokenizerProjection(WithEnd(teacher), WithEnd(student))
+    loose = TokenizerProjection(WithEnd(teacher), WithEnd(student), strict=False)
 
-    def goes(word):
+    def goes(word, projection=projection):
         place = int(projection._map_V[teacher.token_to_id(word)])
         return None if place < 0 else student.id_to_token(place)
 
     assert goes("the") is None  # "thexy" begins so
+    assert goes("the", loose) == "the"
     assert goes("then") == "the"
     assert goes("th") == "th"  # a teacher that meant "thexy" would have said "the"
     assert goes("walked") == "wal"

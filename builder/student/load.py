@@ -50,6 +50,13 @@ class LogitDataset:
         """Positions, each with a distribution."""
         return sum(group.num_tokens for group in self.row_groups)
 
+    @property
+    def vocab_size(self) -> int:
+        """Logits that a student needs: the teacher's, or those of the projection."""
+        if self.projection:
+            return self.projection.vocab_size
+        return int(self.manifest["teacher"]["vocab_size"])
+
     def batches(
         self,
         *,
@@ -81,7 +88,7 @@ class LogitDataset:
             read=self.read,
             identity={
                 "fingerprint": self.manifest["fingerprint"],
-                "projection": getattr(self.projection, "fingerprint", None),
+                "projection": self.projection.fingerprint if self.projection else None,
             },
             batch_size=batch_size,
             length=length,

@@ -14,9 +14,8 @@ The distribution at a last position counts in every case; only its token can be 
 Shape suffixes: R rows, N positions of all of them, K values a position.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -51,8 +50,16 @@ class RowGroup:
     num_tokens: int
 
 
-Projection = Callable[[Rows], Rows]
-"""Turns rows of the teacher's vocabulary into rows of a student's."""
+class Projection(Protocol):
+    """Turns rows of the teacher's vocabulary into rows of a student's."""
+
+    vocab_size: int
+    """Logits that the student needs."""
+    fingerprint: str
+    """Equal only for projections that do the same."""
+
+    def __call__(self, rows: Rows) -> Rows:
+        """New rows; those that come in are left as they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
