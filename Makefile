@@ -1,5 +1,6 @@
 # make build-dataset   set up everything, build the embedded dataset, verify it   (RECIPE=… OUT=… for another)
 # make test            set up everything, run the tests        make test-gpu   those that need a GPU
+# make experiment      what a student learns from distributions, in two hours (QUICK=1: in ten minutes, to see that it works)
 # make quality         formatting, lint, types                 make clean      remove what was set up
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ OUT    ?= out/$(notdir $(patsubst %/,%,$(dir $(RECIPE))))
 DEVICE ?= auto
 PIP    := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: build-dataset test test-gpu quality format clean
+.PHONY: build-dataset test test-gpu experiment quality format clean
 .DELETE_ON_ERROR:
 
 build-dataset: .venv/.ready
@@ -20,6 +21,9 @@ test: .venv/.ready-dev
 
 test-gpu: .venv/.ready-dev
 	.venv/bin/python -m pytest -m gpu
+
+experiment: .venv/.ready
+	.venv/bin/python -m examples.experiment $(if $(QUICK),--quick)
 
 quality: .venv/.ready-dev
 	.venv/bin/ruff format --check .
