@@ -67,7 +67,7 @@ def _state(
     tokens, python = dataset["tokens"], dataset["environment"]["python"]
     minutes = sum(run["seconds"] for run in runs) / 60
     lines = [
-        f"{done} of {wanted} runs, {runs[0]['parameters']:,} parameters, {plan['steps']:,} steps of "
+        f"{done} of {wanted} runs, {runs[0]['parameters']:,} parameters, {plan['steps']:,} steps of up to "
         f"{plan['batch_size'] * plan['length']:,} tokens at rate {plan['rate']:g}, {minutes:.0f} minutes of one core; "
         f"{tokens['train']:,} tokens to learn from, {tokens['quarter']:,} in the quarter, {tokens['validation']:,} to choose by, "
         f"{tokens['test']:,} to test on, of which {dataset['text_outside_vocabulary']:.1%} are `other`; Python {python}."

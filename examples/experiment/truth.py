@@ -19,7 +19,7 @@ Shape suffixes: N positions of a shard, P those of a piece, V teacher's vocabula
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,35 +146,40 @@ def _ask(
     }
     ids_N = torch.from_numpy(stored["input_ids"]).long()
     lengths = np.asarray(table["input_ids"].combine_chunks().value_lengths())
-    starts = lengths.cumsum() - lengths
     # What follows the last position of a row is not in the row; there the target is not compared.
-    stored["target_logprob"][starts + lengths - 1] = np.nan
+    stored["target_logprob"][lengths.cumsum() - 1] = np.nan
     drawn_NS = np.empty(uniform_NS.shape, dtype=np.int32)
+    for here, logits_PV in _pieces(teacher, ids_N, lengths, batch_tokens):
+        logp_PV = logits_PV.log_softmax(-1)
+        top_PK = torch.from_numpy(stored["topk_indices"][here]).long()
+        tail_PV = logp_PV.scatter(1, top_PK, -torch.inf)
+        next_P1 = ids_N[np.minimum(here + 1, len(ids_N) - 1)][:, None]
+        expected = {
+            "topk_logprobs": logp_PV.gather(1, top_PK),
+            "tail_logprob": tail_PV.logsumexp(-1),
+            "logsumexp": logits_PV.logsumexp(-1),
+            "target_logprob": logp_PV.gather(1, next_P1)[:, 0],
+        }
+        for name, values in expected.items():
+            _compare(stored[name][here], values, f"{where}: {name}")
+        whole_NS[here] = project(logp_PV, kept).clamp(min=FLOAT16_MIN).half().numpy()
+        drawn_NS[here, :SAMPLES] = draw(logp_PV, uniform_NS[here, :SAMPLES])
+        drawn_NS[here, SAMPLES:] = draw(tail_PV, uniform_NS[here, SAMPLES:])
+    return drawn_NS
+
+
+def _pieces(
+    teacher: Teacher, ids_N: Tensor, lengths: Array, batch_tokens: int
+) -> Iterator[tuple[Array, Tensor]]:
+    """Positions [P], and the teacher's logits there in float32."""
+    starts = lengths.cumsum() - lengths
     for rows in length_sorted_batches(lengths.tolist(), batch_tokens):
         sequences = [ids_N[starts[r] : starts[r] + lengths[r]].tolist() for r in rows]
         positions = np.concatenate([np.arange(starts[r], starts[r] + lengths[r]) for r in rows])
-        first = 0
         for logits_PV in teacher.logits(sequences):
             for part_PV in logits_PV.split(PIECE_ROWS):
-                here = positions[first : first + len(part_PV)]
-                first += len(part_PV)
-                logits = part_PV.float()
-                logp_PV = logits.log_softmax(-1)
-                top_PK = torch.from_numpy(stored["topk_indices"][here]).long()
-                tail_PV = logp_PV.scatter(1, top_PK, -torch.inf)
-                next_P1 = ids_N[np.minimum(here + 1, len(ids_N) - 1)][:, None]
-                expected = {
-                    "topk_logprobs": logp_PV.gather(1, top_PK),
-                    "tail_logprob": tail_PV.logsumexp(-1),
-                    "logsumexp": logits.logsumexp(-1),
-                    "target_logprob": logp_PV.gather(1, next_P1)[:, 0],
-                }
-                for name, values in expected.items():
-                    _compare(stored[name][here], values, f"{where}: {name}")
-                whole_NS[here] = project(logp_PV, kept).clamp(min=FLOAT16_MIN).half().numpy()
-                drawn_NS[here, :SAMPLES] = draw(logp_PV, uniform_NS[here, :SAMPLES])
-                drawn_NS[here, SAMPLES:] = draw(tail_PV, uniform_NS[here, SAMPLES:])
-    return drawn_NS
+                yield positions[: len(part_PV)], part_PV.float()
+                positions = positions[len(part_PV) :]
 
 
 def project(logp_PV: Tensor, kept: Tensor) -> Tensor:
