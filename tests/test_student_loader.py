@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import hub as stand_in
@@ -208,6 +209,18 @@ def test_the_order_depends_on_seed_and_epoch_only(data, stored):
     assert order(data.batches(batch_size=4, seed=8)) != first
     as_stored = [key({"topk_logprobs": np.array(row["topk_logprobs"])}) for row in stored]
     assert order(data.batches(batch_size=4, seed=None)) == as_stored
+
+
+def test_files_and_rows_are_both_shuffled_anew_in_every_epoch(data, monkeypatch):
+    one_group = replace(data, row_groups=data.row_groups[:1]).batches(batch_size=1)
+    assert [key(s) for s in sequences(one_group)] != [key(s) for s in sequences(one_group)]
+    monkeypatch.setattr("builder.student.batches.BUFFER_TOKENS", 1)
+    batches, orders = data.batches(batch_size=4), []
+    for _ in range(2):
+        orders.append([group.file for block in batches._blocks() for group in block])
+        list(batches)
+    assert orders[0] != orders[1]
+    assert len(set(orders[0])) > 3
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
