@@ -176,10 +176,32 @@ def test_targets_of_chunks_with_a_prefix_and_of_truncated_documents():
 def test_a_sliced_list_gives_its_own_values():
     nested = pa.array([[[1, 2], [3, 4]], [[5, 6]], [[7, 8], [9, 10]]]).slice(1)
     assert _values(nested, "x").tolist() == [[5, 6], [7, 8], [9, 10]]
+    flags = pa.array([[True, False, True], [False]])
+    assert _values(flags.slice(1), "x").tolist() == [False]
     with pytest.raises(ValueError, match="x does not have the same number of values"):
         _values(pa.array([[[1, 2], [3]]]), "x")
     with pytest.raises(ValueError, match="x holds a null"):
         _values(pa.array([[1, None]]), "x")
+
+
+def test_columns_that_the_schema_does_not_know_are_in_the_batch_if_they_are_numbers(copy):
+    for path in (copy / "data").glob("*.parquet"):
+        table = pq.read_table(path)
+        lengths = table["input_ids"].combine_chunks().value_lengths().to_pylist()
+        extra = {
+            "completion_mask": [[t % 2 == 0 for t in range(n)] for n in lengths],
+            "tail_indices": [[[t, t + 1] for t in range(n)] for n in lengths],
+            "messages": [["user", "hello"] for _ in lengths],
+        }
+        for name, values in extra.items():
+            table = table.append_column(name, pa.array(values))
+        pq.write_table(table, path)
+    batch = next(iter(load_logits(copy).batches(batch_size=2)))
+    assert "messages" not in batch
+    mask, position = batch["mask"], batch["position_ids"]
+    assert batch["completion_mask"].dtype == torch.bool
+    assert torch.equal(batch["completion_mask"], (position % 2 == 0) & mask)
+    assert torch.equal(batch["tail_indices"][mask][:, 1], position[mask] + 1)
 
 
 def test_a_packed_batch_leaks_nothing_through_transformers(data, tiny_model):

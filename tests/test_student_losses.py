@@ -340,6 +340,11 @@ def test_a_batch_of_nothing_but_padding_is_zero_with_a_zero_gradient():
     )
     assert value == 0
     assert not gradient.any()
+    value, gradient = value_and_gradient(
+        lambda h: distillation_loss_from_hidden(h, torch.nn.Identity(), batch), student_logits()
+    )
+    assert value == 0
+    assert not gradient.any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
