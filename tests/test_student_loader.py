@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import hub as stand_in
@@ -175,10 +176,32 @@ def test_targets_of_chunks_with_a_prefix_and_of_truncated_documents():
 def test_a_sliced_list_gives_its_own_values():
     nested = pa.array([[[1, 2], [3, 4]], [[5, 6]], [[7, 8], [9, 10]]]).slice(1)
     assert _values(nested, "x").tolist() == [[5, 6], [7, 8], [9, 10]]
+    flags = pa.array([[True, False, True], [False]])
+    assert _values(flags.slice(1), "x").tolist() == [False]
     with pytest.raises(ValueError, match="x does not have the same number of values"):
         _values(pa.array([[[1, 2], [3]]]), "x")
     with pytest.raises(ValueError, match="x holds a null"):
         _values(pa.array([[1, None]]), "x")
+
+
+def test_columns_that_the_schema_does_not_know_are_in_the_batch_if_they_are_numbers(copy):
+    for path in (copy / "data").glob("*.parquet"):
+        table = pq.read_table(path)
+        lengths = table["input_ids"].combine_chunks().value_lengths().to_pylist()
+        extra = {
+            "completion_mask": [[t % 2 == 0 for t in range(n)] for n in lengths],
+            "tail_indices": [[[t, t + 1] for t in range(n)] for n in lengths],
+            "messages": [["user", "hello"] for _ in lengths],
+        }
+        for name, values in extra.items():
+            table = table.append_column(name, pa.array(values))
+        pq.write_table(table, path)
+    batch = next(iter(load_logits(copy).batches(batch_size=2)))
+    assert "messages" not in batch
+    mask, position = batch["mask"], batch["position_ids"]
+    assert batch["completion_mask"].dtype == torch.bool
+    assert torch.equal(batch["completion_mask"], (position % 2 == 0) & mask)
+    assert torch.equal(batch["tail_indices"][mask][:, 1], position[mask] + 1)
 
 
 def test_a_packed_batch_leaks_nothing_through_transformers(data, tiny_model):
@@ -208,6 +231,18 @@ def test_the_order_depends_on_seed_and_epoch_only(data, stored):
     assert order(data.batches(batch_size=4, seed=8)) != first
     as_stored = [key({"topk_logprobs": np.array(row["topk_logprobs"])}) for row in stored]
     assert order(data.batches(batch_size=4, seed=None)) == as_stored
+
+
+def test_files_and_rows_are_both_shuffled_anew_in_every_epoch(data, monkeypatch):
+    one_group = replace(data, row_groups=data.row_groups[:1]).batches(batch_size=1)
+    assert [key(s) for s in sequences(one_group)] != [key(s) for s in sequences(one_group)]
+    monkeypatch.setattr("builder.student.batches.BUFFER_TOKENS", 1)
+    batches, orders = data.batches(batch_size=4), []
+    for _ in range(2):
+        orders.append([group.file for block in batches._blocks() for group in block])
+        list(batches)
+    assert orders[0] != orders[1]
+    assert len(set(orders[0])) > 3
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from builder.student import distillation_loss, distillation_loss_from_hidden
 from builder.student.divergences import Kind
 from builder.student.gather import gather_logprobs
+from builder.student.losses import _at_temperature
 
 KINDS = get_args(Kind)
 B, T, V, K, J = 2, 5, 37, 6, 4
@@ -43,6 +44,7 @@ def make_batch(seed=0, *, spread=2.0, dtype=torch.float16, top_k=K):
     batch["target_ids"][0, 1] = batch["topk_indices"][0, 1, 2]  # one target inside the top K
     batch["target_ids"][0, 2] = -100  # one unknown
     batch["target_ids"][1, T - 2 :] = -100
+    batch["mask"][0, 3] = False  # one whose token is known, but no distribution
     return batch, logp
 
 
@@ -144,18 +146,36 @@ def test_a_stored_temperature(kind, text_weight):
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("spread", [0.5, 3.0, 12.0])
-def test_the_tail_at_a_temperature_is_close_even_where_it_cancels_in_float16(spread):
-    from builder.student.losses import _at_temperature
-
-    batch, logp = make_batch(spread=spread)
+def test_the_tail_at_a_temperature_is_close_even_where_it_cancels_in_float16(spread, seed):
+    batch, logp = make_batch(seed, spread=spread)
     rows = torch.arange(B * T)
     head, tail = (batch[name].flatten(0, 1).float() for name in ("topk_logprobs", "tail_logprob"))
     _, tail_t = _at_temperature(batch, rows, head, tail, 2.0)
     rest = (logp / 2).scatter(-1, batch["topk_indices"].long(), -torch.inf).logsumexp(-1)
     expected = (rest - (logp / 2).logsumexp(-1)).flatten()
     assert ((tail_t.exp() - expected.exp()).abs() < 2e-3).all()
-    assert (tail_t > expected - 2.5).all()  # −∞ or nonsense, were it only 1 − Σ
+    # Never below what the stored tail at 1 makes certain: exp(r / 2 − r) of it, with r the smallest logit of the head.
+    smallest = head.double().amin(-1) + batch["logsumexp"].flatten().double()
+    certain = tail.double() + batch["logsumexp"].flatten() - smallest / 2
+    assert (tail_t >= certain - batch["logsumexp_t2"].flatten() - 1e-3).all()
+    assert (tail_t <= expected.clamp(min=math.log(2e-3)) + 1).all()
+
+
+@pytest.mark.parametrize(("temperature", "apparent"), [(2.0, 1e-6), (0.5, 0.9)])
+def test_the_tail_at_a_temperature_stays_within_what_the_tail_at_1_allows(temperature, apparent):
+    """Where rounding left a difference 1 − Σ that cannot be: 0.6 and 0.3 are listed, and no other token has more than 0.3."""
+    p, tail = torch.tensor([[0.6, 0.3]]).double(), torch.tensor([0.1]).double()
+    partition = (p ** (1 / temperature)).sum(-1) / (1 - apparent)
+    batch = {
+        "logsumexp": torch.zeros(1, 1),
+        f"logsumexp_t{temperature:g}": partition.log()[None],
+    }
+    head_t, tail_t = _at_temperature(batch, torch.tensor([0]), p.log(), tail.log(), temperature)
+    torch.testing.assert_close(head_t.exp(), p ** (1 / temperature) / partition)
+    bound = 0.1 * 0.3 ** (1 / temperature - 1) / partition
+    torch.testing.assert_close(tail_t.exp(), bound)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -317,6 +337,11 @@ def test_a_batch_of_nothing_but_padding_is_zero_with_a_zero_gradient():
     batch["target_ids"][:] = -100
     value, gradient = value_and_gradient(
         lambda z: distillation_loss(z, batch, text_weight=0.5), student_logits()
+    )
+    assert value == 0
+    assert not gradient.any()
+    value, gradient = value_and_gradient(
+        lambda h: distillation_loss_from_hidden(h, torch.nn.Identity(), batch), student_logits()
     )
     assert value == 0
     assert not gradient.any()

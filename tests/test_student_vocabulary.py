@@ -222,6 +222,8 @@ def test_another_tokenizer_conserves_mass_and_spells_the_same_bytes(size, seed, 
     student_ends = np.cumsum([len(student_bytes[i]) for i in found["input_ids"]])
     np.testing.assert_array_equal(found["mask"], np.isin(student_ends, teacher_ends))
     assert found["mask"][-1]
+    assert (found["topk_indices"][~found["mask"]] == -1).all()
+    assert not found["tail_logprob"][~found["mask"]].any()
     for m in np.flatnonzero(found["mask"]):
         t = int(np.flatnonzero(teacher_ends == student_ends[m])[0])
         expected = {}

@@ -93,13 +93,11 @@ def _renormalised_top_k(teacher: AtTeacher, student: AtStudent) -> Tensor:
 
 def _reverse_kl(teacher: AtTeacher, student: AtStudent) -> Tensor:
     logp, logq = _events(teacher, student)
-    logq = logq.clamp(min=FLOAT16_MIN)
     return _mean_under(logq, logq - logp)
 
 
 def _jensen_shannon(teacher: AtTeacher, student: AtStudent) -> Tensor:
     logp, logq = _events(teacher, student)
-    logq = logq.clamp(min=FLOAT16_MIN)
     mixture = torch.logaddexp(logp, logq) - math.log(2)
     return (_mean_under(logp, logp - mixture) + _mean_under(logq, logq - mixture)) / 2
 

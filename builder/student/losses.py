@@ -12,7 +12,7 @@ Shape suffixes: B rows, T positions, M = B · T, N positions that count, K top-k
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import get_args
 
 import torch
@@ -44,7 +44,7 @@ def distillation_loss(
     Args:
         logits_BTV: raw logits in float32, bfloat16, float16 or float64. Statistics are float32 (or float64).
         batch: as the loader yields it, on the device of the logits.
-        kind: see the top of this module.
+        kind: see `divergences`.
         text_weight: w, 0 to 1.
         temperature: 1, or one whose log-partition the dataset stores.
         num_positions: divide the sums by this instead (for the accumulation of gradients over several batches).
@@ -91,7 +91,7 @@ def distillation_loss_from_hidden(
         rows_C = torch.arange(len(logits_CV), device=logits_CV.device)
         return terms.sums(logits_CV, chunk, rows_C)
 
-    sums = hidden_MD.new_zeros(2, dtype=torch.promote_types(hidden_MD.dtype, torch.float32))
+    sums = hidden_MD[:0].sum().to(torch.promote_types(hidden_MD.dtype, torch.float32)).expand(2)
     for start in range(0, len(terms.rows_N), HEAD_CHUNK_POSITIONS):
         chunk = slice(start, start + HEAD_CHUNK_POSITIONS)
         hidden_CD = hidden_MD.index_select(0, terms.rows_N[chunk])
@@ -142,18 +142,15 @@ class _Terms:
     def sums(self, logits_MV: Tensor, chunk: slice, rows_C: Tensor) -> Tensor:
         """[2]: the distillation and the cross-entropy, each summed over the positions of a chunk."""
         dtype = torch.promote_types(logits_MV.dtype, torch.float32)
+
+        def part(values: Tensor) -> Tensor:
+            return values[chunk].to(dtype) if values.is_floating_point() else values[chunk]
+
         teacher = AtTeacher(
-            **{
-                name: values[chunk].to(dtype) if values.is_floating_point() else values[chunk]
-                for name in AtTeacher.__slots__
-                for values in [getattr(self.teacher, name)]
-            }
+            **{f.name: part(getattr(self.teacher, f.name)) for f in fields(AtTeacher)}
         )
         other_NJ = torch.cat([teacher.target_N[:, None], teacher.draws_NJ], dim=1)
-        total = logits_MV.new_zeros((), dtype=dtype)
-        distilled, text = total, total
-        distilled_C = self.distilled_N[chunk]
-        at_temperature = self.temperature != 1
+        distilled = text = logits_MV.new_zeros((), dtype=dtype)
         if self.text_weight < 1:
             head_NK, tail_N, other = gather_logprobs(
                 logits_MV, rows_C, teacher.head_NK, other_NJ, scale=1 / self.temperature
@@ -162,9 +159,9 @@ class _Terms:
                 head_NK=head_NK, tail_N=tail_N, target_N=other[:, 0], draws_NJ=other[:, 1:]
             )
             loss_N = KINDS[self.kind](teacher, student) * self.temperature**2
-            distilled = loss_N.where(distilled_C, 0).sum()
+            distilled = loss_N.where(self.distilled_N[chunk], 0).sum()
         if self.text_weight:
-            if self.text_weight == 1 or at_temperature:
+            if self.text_weight == 1 or self.temperature != 1:  # the text is learned at 1
                 empty_N0 = teacher.head_NK[:, :0]
                 other = gather_logprobs(logits_MV, rows_C, empty_N0, other_NJ[:, :1])[2]
             text = -other[:, 0].where(teacher.target_N >= 0, 0).sum()

@@ -100,7 +100,7 @@ def token_columns(schema: pa.Schema) -> list[str]:
         found = schema.field(column.name).type if column.name in schema.names else "nothing"
         if not pa.types.is_list(expected) or not _same_lists(found, expected):
             raise ValueError(f"column {column.name} is {found}, expected {expected}")
-    return [field.name for field in schema if pa.types.is_list(field.type)]
+    return [field.name for field in schema if _is_per_token(field.type)]
 
 
 def read_rows(file: pq.ParquetFile, row_group: int, columns: list[str], ends: Ends) -> Rows:
@@ -149,7 +149,7 @@ def _lists(table: pa.Table, name: str) -> pa.ListArray:
 
 
 def _values(lists: pa.ListArray, name: str) -> Array:
-    """[N] or [N, K], zero-copy. `flatten` honours the offset of a slice; `.values` would not."""
+    """[N] or [N, K]. `flatten` honours the offset of a slice; `.values` would not."""
     inner = lists.flatten()
     shape: tuple[int, ...] = ()
     if pa.types.is_list(inner.type):
@@ -160,8 +160,17 @@ def _values(lists: pa.ListArray, name: str) -> Array:
         inner = inner.flatten()
     if inner.null_count:
         raise ValueError(f"{name} holds a null")
-    values: Array = inner.to_numpy(zero_copy_only=True)
+    # Arrow packs booleans into bits; all else is a view.
+    values: Array = inner.to_numpy(zero_copy_only=not pa.types.is_boolean(inner.type))
     return values.reshape(shape) if shape else values
+
+
+def _is_per_token(kind: pa.DataType) -> bool:
+    """Whether a column is lists of numbers, or lists of lists of numbers."""
+    value = kind.value_type if pa.types.is_list(kind) else None
+    value = value.value_type if value and pa.types.is_list(value) else value
+    is_number = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
+    return value is not None and any(check(value) for check in is_number)
 
 
 def _same_lists(found: Any, expected: pa.DataType) -> bool:
