@@ -1,5 +1,6 @@
 """The experiment in miniature: what its teacher's pass writes, that its losses are what they say, resuming, and the report."""
 
+import json
 import shutil
 import sys
 from dataclasses import replace
@@ -16,8 +17,8 @@ sys.path.insert(0, str(REPOSITORY))
 from builder.build import build
 from builder.recipe import load_recipe
 from builder.student import load_logits
-from examples.experiment import __main__ as program
 from examples.experiment import arms, corpus, measure, truth
+from examples.experiment import runs as program
 from examples.experiment import train as trainer
 from examples.experiment.claims import CLAIMS
 from examples.experiment.prepare import Place
@@ -399,6 +400,16 @@ def test_resuming_skips_what_is_done_and_does_what_is_not(place, finished, monke
     monkeypatch.setattr(program, "_run", lambda s, r: done.append(s.name) or s.name)
     program.experiment(small_plan(), place, results, workers=1)
     assert [name[:18] for name in done] == ["tail_draws-quarter"]
+
+
+def test_runs_in_processes_of_their_own_give_the_same(place, finished, tmp_path):
+    plan = small_plan()
+    program.run_all(plan.to_choose_rate(), place, tmp_path, workers=2)
+    for settings in plan.to_choose_rate():
+        one, other = (
+            json.loads((results / settings.name).read_text()) for results in (finished[0], tmp_path)
+        )
+        assert one["curve"] == other["curve"]
 
 
 def test_results_of_other_settings_are_not_mixed_in(place, finished):
