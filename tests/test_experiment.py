@@ -14,6 +14,8 @@ from conftest import REPOSITORY, recipe_text, sample_documents, write_jsonl
 
 sys.path.insert(0, str(REPOSITORY))
 
+from filelock import FileLock
+
 from builder.build import build
 from builder.recipe import load_recipe
 from builder.student import load_logits
@@ -410,6 +412,14 @@ def test_runs_in_processes_of_their_own_give_the_same(place, finished, tmp_path)
             json.loads((results / settings.name).read_text()) for results in (finished[0], tmp_path)
         )
         assert one["curve"] == other["curve"]
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(place, tmp_path, capsys):
+    settings = small_plan().settings("text", "train", 0, 2e-3)
+    with FileLock(tmp_path / f".{settings.name}.lock"):
+        program.run_all([settings], place, tmp_path, workers=1)
+    assert "another process is at it" in capsys.readouterr().err
+    assert not (tmp_path / settings.name).exists()
 
 
 def test_results_of_other_settings_are_not_mixed_in(place, finished):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from builder.cli import _quiet_libraries
 from builder.manifest import write_json
@@ -155,8 +156,15 @@ def _start_worker(place: Place) -> None:
 
 
 def _run(settings: Settings, results: Path) -> str:
-    result = train(settings, _worker_data[0], progress=_say)
-    write_json(results / settings.name, result)
+    """Train, unless it was done in the meantime or another process is at it: several programs may work on one plan."""
+    try:
+        with FileLock(results / f".{settings.name}.lock", timeout=0):
+            if _is_done(settings, results):
+                return f"{settings.name}: done by another process"
+            result = train(settings, _worker_data[0], progress=_say)
+            write_json(results / settings.name, result)
+    except Timeout:
+        return f"{settings.name}: another process is at it"
     best = result["best"]
     return f"{settings.name}: test ce {best['ce']:.4f} at step {result['best_step']}, {result['seconds']:.0f} s"
 
