@@ -49,7 +49,7 @@ def write_report(results: Path, page: Path) -> None:
         f"![Validation cross-entropy over steps]({at}/curves.svg)",
         f"![Test cross-entropy of every arm]({at}/arms.svg)",
         _costs(dataset),
-        _rates(runs),
+        _rates(runs, plan["rate"]),
         _written(found),
     ]
     body = "\n\n".join(filter(None, parts))
@@ -177,8 +177,8 @@ def _costs(dataset: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _rates(runs: Sequence[dict[str, Any]]) -> str:
-    """Best validation cross-entropy of arms that were run at several rates."""
+def _rates(runs: Sequence[dict[str, Any]], chosen: float) -> str:
+    """Best validation cross-entropy of arms that were run at other rates than the chosen one, too."""
     by_arm: dict[str, dict[float, float]] = defaultdict(dict)
     for run in runs:
         settings = run["settings"]
@@ -194,20 +194,21 @@ def _rates(runs: Sequence[dict[str, Any]]) -> str:
         "|---" * (len(rates) + 1) + "|",
     ]
     for name, found in by_arm.items():
-        if len(found) > 1:
+        if set(found) != {chosen}:
             cells = [f"{found[rate]:.3f}" if rate in found else "–" for rate in rates]
             lines.append(f"| {ARMS[name].title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _written(found: Results) -> str:
-    lines = ["### What the students write (seed 0, all data, at their best point)"]
+    """What they wrote stands in blocks of code: nothing in it is a mark of Markdown."""
+    parts = ["### What the students write (seed 0, all data, at their best point)"]
     for name in ("text", "tail_draws", "whole"):
         if 0 in (seeds := found.get((name, "train"), {})):
-            lines.append(f"{ARMS[name].title}:")
-            for prompt, text in seeds[0]["written"].items():
-                lines.append(f"> **{prompt}** {' '.join(text.split())}")
-    return "\n\n".join(lines) if len(lines) > 1 else ""
+            texts = seeds[0]["written"].items()
+            lines = [f"{prompt} … {' '.join(text.split())}" for prompt, text in texts]
+            parts += [f"{ARMS[name].title}:", "\n".join(["```", *lines, "```"])]
+    return "\n\n".join(parts) if len(parts) > 1 else ""
 
 
 def _plots(found: Results, results: Path) -> None:
