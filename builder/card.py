@@ -4,13 +4,13 @@ from typing import Any
 
 import yaml
 
-from builder.schema import card_features, columns
+from builder.schema import Layout, card_features, columns
 
 
 def render_card(manifest: dict[str, Any]) -> str:
     """The card of a finished build."""
     recipe, totals, teacher = manifest["recipe"], manifest["totals"], manifest["teacher"]
-    top_k, with_text = recipe["output"]["top_k"], recipe["output"]["text"]
+    layout = Layout.of(recipe["output"], teacher)
     head = {
         "pretty_name": recipe["name"],
         "tags": ["distillation", "logits", "logit-dataset"],
@@ -23,7 +23,7 @@ def render_card(manifest: dict[str, Any]) -> str:
         ],
         "dataset_info": {
             "config_name": "default",
-            "features": card_features(with_text=with_text, top_k=top_k),
+            "features": card_features(layout),
             "splits": [
                 {"name": "train", "num_bytes": totals["bytes"], "num_examples": totals["rows"]}
             ],
@@ -33,7 +33,7 @@ def render_card(manifest: dict[str, Any]) -> str:
     }
     rows = "\n".join(
         f"| `{column.name}` | {column.dtype}{f' [{column.shape}]' if column.shape else ''} | {column.meaning} |"
-        for column in columns(with_text=with_text)
+        for column in columns(layout)
     )
     return f"""---
 {yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---
@@ -41,19 +41,18 @@ def render_card(manifest: dict[str, Any]) -> str:
 # {recipe["name"]}
 
 {totals["tokens"]:,} tokens of text with the next-token distributions of a teacher, {teacher["architecture"]} with
-{teacher["parameters"]:,} parameters in {teacher["dtype"]}: its {top_k} most probable tokens at every position, the mass of all
-others, and the partition function.
+{teacher["parameters"]:,} parameters in {teacher["dtype"]}: {_what_is_kept(layout)}
 
 ```python
 from datasets import load_dataset
 
 dataset = load_dataset("path/to/this/directory", split="train").with_format("torch")
 row = dataset[0]
-row["input_ids"], row["topk_indices"], row["topk_logprobs"]  # (T,), (T, {top_k}), (T, {top_k})
+{_example(layout)}
 ```
 
 Position t holds the teacher's distribution for the token that **follows** `input_ids[t]`; nothing is shifted.
-
+{_how_to_use(layout)}
 | column | type | meaning |
 |---|---|---|
 {rows}
@@ -65,8 +64,35 @@ Position t holds the teacher's distribution for the token that **follows** `inpu
 | tokens | {totals["tokens"]:,} |
 | bytes a token | {totals["bytes_per_token"]} |
 | mean entropy | {totals["mean_entropy"]} nats |
-| mean probability inside the top {top_k} | {totals["mean_topk_mass"]} |
+| mean probability inside {"the vocabulary" if layout.top_k == "all" else f"the top {layout.top_k}"} | {totals["mean_topk_mass"]} |
 | teacher's perplexity on this text | {totals["teacher_perplexity"]} |
 
 Provenance, hashes and the whole recipe are in `manifest.json` (fingerprint `{manifest["fingerprint"][:16]}`).
 """
+
+
+def _what_is_kept(layout: Layout) -> str:
+    if layout.top_k == "all":
+        return f"the log-probabilities of all {layout.vocab_size:,} tokens\nat every position, and the partition function."
+    draws = f", {layout.tail_samples} tokens drawn from among these" if layout.tail_samples else ""
+    return f"its {layout.top_k} most probable tokens at every position, the mass of all\nothers{draws}, and the partition function."
+
+
+def _example(layout: Layout) -> str:
+    if layout.top_k == "all":
+        return f'row["input_ids"], row["logprobs"]  # (T,), (T, {layout.vocab_size})'
+    return (
+        'row["input_ids"], row["topk_indices"], row["topk_logprobs"]'
+        f"  # (T,), (T, {layout.top_k}), (T, {layout.top_k})"
+    )
+
+
+def _how_to_use(layout: Layout) -> str:
+    """What a reader has to know of columns that are not always there."""
+    if not layout.tail_samples:
+        return ""
+    return (
+        "\nThe top K is exact and the tail is sampled, so that for any f over the vocabulary, without bias, "
+        "E[f] = Σ exp(`topk_logprobs`) f(`topk_indices`)\n"
+        "+ exp(`tail_logprob`) / M · Σ f(`tail_indices`).\n"
+    )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from builder.recipe import Recipe
+from builder.schema import Layout, columns
 from builder.sources import (
     CorpusSource,
     KnownSources,
@@ -29,6 +30,8 @@ from builder.teacher import load_tokenizer
 SAMPLE_DOCUMENTS = 50
 EFFICIENCY = 0.6
 """Share of a plain matrix product's rate that a whole build reached (embedded teacher, float32, two cores)."""
+
+BYTES_A_VALUE = {"int32": 1.7, "float16": 1.4, "float32": 3.5}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +57,7 @@ def estimate(recipe: Recipe, base: Path, *, device: str) -> Estimate:
     tokens = _count_tokens(recipe, corpus_source, teacher_source)
     parameters = _count_parameters(teacher_source)
     rate = _tokens_per_second(parameters, recipe.teacher.dtype, device) if parameters else None
-    per_token = 20 + 2.7 * recipe.output.top_k + (5 if recipe.output.text else 0)
+    per_token = _bytes_per_token(recipe, teacher_source)
     return Estimate(
         plan={
             "recipe": recipe.published(),
@@ -62,7 +65,7 @@ def estimate(recipe: Recipe, base: Path, *, device: str) -> Estimate:
             "teacher": teacher_source.provenance,
         },
         tokens=tokens,
-        bytes=round(tokens * per_token) if tokens else None,
+        bytes=round(tokens * per_token) if tokens and per_token else None,
         seconds=tokens / rate if tokens and rate else None,
         device=device,
     )
@@ -101,6 +104,36 @@ def _count_tokens(
     if corpus.max_documents:
         limits.append(round(num_tokens / num_documents * corpus.max_documents))
     return min((n for n in [expected, *limits] if n), default=None)
+
+
+def _bytes_per_token(recipe: Recipe, teacher_source: TeacherSource) -> float | None:
+    """Of the default profile, by what the embedded teacher's columns take after compression."""
+    output = recipe.published()["output"]
+    sizes = {"vocab_size": 0, "hidden_size": 0}
+    if output["top_k"] == "all" or output["hidden_states"]:
+        found = _sizes(teacher_source)
+        if found is None:
+            return None
+        sizes = found
+    layout = Layout.of(output, sizes)
+    values = {
+        name: sum(layout.width(c) for c in columns(layout) if c.dtype == name and c.shape)
+        for name in BYTES_A_VALUE
+    }
+    text = 5 if layout.text else 0
+    return text + sum(BYTES_A_VALUE[name] * count for name, count in values.items())
+
+
+def _sizes(source: TeacherSource) -> dict[str, int] | None:
+    """Vocabulary and hidden size, where the teacher has a config.json to tell them."""
+    from transformers import AutoConfig
+
+    if Path(source.location).is_file():
+        return None
+    config = AutoConfig.from_pretrained(
+        source.location, revision=source.commit, trust_remote_code=False
+    ).get_text_config()
+    return {"vocab_size": config.vocab_size, "hidden_size": config.hidden_size}
 
 
 def _count_parameters(source: TeacherSource) -> int | None:

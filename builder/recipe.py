@@ -10,12 +10,29 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 
 from builder.schema import SCHEMA_VERSION
 
 Positive = Annotated[int, Field(gt=0)]
 SpecialToken = Literal["tokenizer", "always", "never"]
+Temperature = Annotated[float, Field(ge=0.1, le=100)]
+
+
+def _top_k(value: Any) -> Any:
+    if value == "all" or (type(value) is int and value > 0):
+        return value
+    raise ValueError('expected a whole number of at least 1, or "all"')
+
+
+TopK = Annotated[int | Literal["all"], PlainValidator(_top_k)]
 
 
 class _Section(BaseModel):
@@ -105,7 +122,16 @@ class SequencesRecipe(_Section):
 class OutputRecipe(_Section):
     """What is stored."""
 
-    top_k: Positive = 50
+    top_k: TopK = 50
+    """Most probable tokens that are kept; "all" keeps the log-probabilities of the whole vocabulary, in its order."""
+    tail_samples: Annotated[int, Field(ge=0, le=1024)] = 4
+    """Tokens drawn from what is outside the top K: with them, expectations over the whole distribution are unbiased."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the draws, together with the document's id: change it to draw others."""
+    temperatures: tuple[Temperature, ...] = ()
+    """Other temperatures at which the distribution is to be known."""
+    hidden_states: bool = False
+    """Keep the teacher's last hidden states, from which its open weights make the whole distribution again."""
     text: bool = True
     """Keep the `text` column."""
     profile: Literal["default", "compact"] = "default"
@@ -114,6 +140,21 @@ class OutputRecipe(_Section):
     """A shard ends with the document that reaches this number of tokens (about 170 bytes each)."""
     partitions: Positive = 1
     """Independent streams over the corpus's files, which can be built at the same time."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.top_k == "all" and self.tail_samples and "tail_samples" in self.model_fields_set:
+            raise ValueError('top_k = "all" leaves no tail to draw from; leave out tail_samples')
+        if len(set(self.temperatures)) < len(self.temperatures) or 1 in self.temperatures:
+            raise ValueError(
+                f"temperatures are {list(self.temperatures)}, expected different ones, and not 1, which is always stored"
+            )
+        for temperature in self.temperatures:
+            if float(f"{temperature:g}") != temperature:
+                raise ValueError(
+                    f"temperature {temperature} has too many digits for a column's name; give six at most"
+                )
+        return self
 
 
 class Recipe(_Section):
@@ -138,6 +179,8 @@ class Recipe(_Section):
     def published(self) -> dict[str, Any]:
         """The recipe as plain JSON values for manifest and card, absolute paths cut to their last part."""
         values = self.model_dump(mode="json")
+        if self.output.top_k == "all":
+            values["output"]["tail_samples"] = 0
         values["corpus"]["files"] = [_portable(path) for path in self.corpus.files]
         for field in ("path", "gguf", "tokenizer"):
             if values["teacher"][field]:

@@ -55,6 +55,8 @@ class Teacher:
         _check_tokenizer(model, tokenizer)
         self._head = _head_of(self.model)
         self.vocab_size, self.head_only = self._probe()
+        self.hidden_size = self.hidden([[0]]).shape[1] if self.head_only else None
+        """Of what the head takes, which need not be what the body's layers work on; None where it cannot run alone."""
 
     @property
     def max_length(self) -> int | None:
@@ -71,6 +73,7 @@ class Teacher:
             "dtype": str(self.dtype).removeprefix("torch."),
             "attention": self.model.config._attn_implementation,
             "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
             "tokenizer_vocab_size": len(self.tokenizer),
             "tokenizer_sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest(),
             "eos_token_id": self.tokenizer.eos_token_id,
@@ -85,7 +88,11 @@ class Teacher:
                 logits_TV = self._whole(ids_1T)[0]
                 yield from logits_TV.split(self._rows_per_piece)
             return
-        hidden_ND = self._hidden(sequences)
+        yield from self.head(self.hidden(sequences))
+
+    @torch.inference_mode()
+    def head(self, hidden_ND: Tensor) -> Iterator[Tensor]:
+        """Raw logits of given last hidden states, in pieces of [n, V]; only where `head_only`."""
         for piece_ND in hidden_ND.split(self._rows_per_piece):
             yield self._apply_head(piece_ND)
 
@@ -93,8 +100,9 @@ class Teacher:
     def _rows_per_piece(self) -> int:
         return max(8, LOGITS_BYTES // (self.vocab_size * self.dtype.itemsize) // 8 * 8)
 
-    def _hidden(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """[N, D] last hidden states of all real positions of a right-padded batch."""
+    @torch.inference_mode()
+    def hidden(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """[N, D] last hidden states of all real positions of all sequences, in order; only where `head_only`."""
         length = max(map(len, sequences))
         ids_BT = torch.zeros(len(sequences), length, dtype=torch.long)
         for row_T, ids in zip(ids_BT, sequences, strict=True):

@@ -7,14 +7,35 @@ import tomllib
 import pytest
 from conftest import REPOSITORY
 
-from builder.schema import columns
+from builder.schema import LOGPROBS, Layout, columns
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 # A module may import those before it; `demo` prepares a teacher, so it stands after `teacher`.
 ORDER = [
-    *["schema", "recipe", "corpus", "sequences", "teacher", "distribution", "demo", "sources"],
-    *["shards", "pipeline", "manifest", "card", "state", "stream", "build", "recompute", "verify"],
+    *[
+        "schema",
+        "recipe",
+        "corpus",
+        "sequences",
+        "teacher",
+        "draws",
+        "distribution",
+        "demo",
+        "sources",
+    ],
+    *[
+        "shards",
+        "pipeline",
+        "manifest",
+        "card",
+        "state",
+        "stream",
+        "build",
+        "recompute",
+        "invariants",
+        "verify",
+    ],
     *["info", "estimate", "cli"],
 ]
 
@@ -47,12 +68,13 @@ def test_imports_go_one_way(module):
 
 
 def test_stages_know_nothing_of_recipes():
-    for stage in ("schema", "corpus", "sequences", "teacher", "distribution", "shards"):
+    for stage in ("schema", "corpus", "sequences", "teacher", "draws", "distribution", "shards"):
         assert not imported(stage) & {"recipe", "manifest", "build", "cli"}
 
 
 def test_the_row_table_of_the_readme_is_the_schema():
-    for column in columns(with_text=True):
+    layout = Layout(tail_samples=4, temperatures=(2.0,), hidden_states=True)
+    for column in (*columns(layout), LOGPROBS):
         kind = f"{column.dtype} [{column.shape}]" if column.shape else column.dtype
         assert f"| `{column.name}` | {kind} | {column.meaning} |" in README
 

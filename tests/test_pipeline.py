@@ -1,7 +1,5 @@
 """The pipeline: order, batches in flight, a device that runs out of memory, and the packed way back to the host."""
 
-from dataclasses import fields
-
 import pytest
 import torch
 from conftest import sample_documents
@@ -10,11 +8,12 @@ from builder import pipeline as module
 from builder.corpus import Document
 from builder.distribution import Distribution, capture
 from builder.pipeline import Pipeline, pack, unpack
+from builder.schema import Layout
 from builder.sequences import Encoder, Sequence
 from builder.teacher import Teacher
 
 TOP_K = 20
-NAMES = [f.name for f in fields(Distribution)]
+LAYOUT = Layout(top_k=TOP_K)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +29,7 @@ def sequences(tiny_tokenizer) -> list[Sequence]:
 
 
 def run(teacher: Teacher, sequences: list[Sequence], **options) -> tuple[Pipeline, list]:
-    pipeline = Pipeline(teacher, top_k=TOP_K, **{"batch_tokens": 128, **options})
+    pipeline = Pipeline(teacher, layout=LAYOUT, **{"batch_tokens": 128, **options})
     return pipeline, list(pipeline.blocks(iter(sequences)))
 
 
@@ -45,15 +44,15 @@ def assert_each_equals_alone(teacher: Teacher, blocks: list) -> None:
         for sequence in block.sequences:
             end = start + len(sequence.token_ids)
             expected = alone(teacher, sequence)
-            for name in NAMES:
-                found = getattr(block.distribution, name)[start:end]
-                wanted = getattr(expected, name)
+            for name in expected:
+                found = block.distribution[name][start:end]
+                wanted = expected[name]
                 if name == "topk_indices":
                     assert (found == wanted).float().mean() > 0.99
                 else:
                     torch.testing.assert_close(found, wanted, atol=8e-3, rtol=0, equal_nan=True)
             start = end
-        assert start == len(block.distribution.logsumexp)
+        assert start == len(block.distribution["logsumexp"])
 
 
 @pytest.mark.parametrize("batches_in_flight", [0, 1, 3])
@@ -118,8 +117,9 @@ def test_packing_and_unpacking_changes_no_bit(top_k):
     assert packed.ndim == 1
     assert packed.numel() == 7 * (6 * top_k + 2 * 3 + 4)
     copied = unpack(packed, like=original)
-    for name in NAMES:
-        before, after = getattr(original, name), getattr(copied, name)
+    assert set(copied) == set(original)
+    for name in original:
+        before, after = original[name], copied[name]
         assert after.shape == before.shape
         assert after.dtype == before.dtype
         assert torch.equal(
@@ -133,5 +133,5 @@ def test_a_gpu_gives_the_rows_of_the_cpu(tiny_model, tiny_tokenizer, sequences, 
 
     on_gpu = Teacher(copy.deepcopy(tiny_model), tiny_tokenizer, device=torch.device("cuda"))
     _, blocks = run(on_gpu, sequences)
-    assert all(block.distribution.logsumexp.device.type == "cpu" for block in blocks)
+    assert all(block.distribution["logsumexp"].device.type == "cpu" for block in blocks)
     assert_each_equals_alone(teacher, blocks)
