@@ -10,9 +10,17 @@ from torch import Tensor
 
 from builder import distribution
 from builder.distribution import Distribution, capture, concatenate
+from builder.draws import uniforms
 from builder.schema import FLOAT16_MIN
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Everything that can be asked for, of three positions.
+TOP_20 = {
+    "top_k": 20,
+    "temperatures": (0.5, 2.0),
+    "uniforms_NM": uniforms(0, "doc", 0, num_positions=3, count=4),
+}
+ALL = {"top_k": "all", "temperatures": (0.5, 2.0)}
 FLOAT16_NAMES = ("topk_logprobs", "tail_logprob", "target_logprob", "entropy")
 
 
@@ -232,11 +240,14 @@ def test_a_target_in_the_top_k_has_the_same_bits_in_both_columns(dtype):
 @pytest.mark.parametrize("poison", [math.nan, -math.nan, math.inf])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("position", [0, 500, 1002])
-def test_nan_and_infinity_show_in_the_logsumexp_of_their_row_alone(poison, dtype, position):
+@pytest.mark.parametrize("options", [TOP_20, ALL], ids=["top 20", "all"])
+def test_nan_and_infinity_show_in_the_logsumexp_of_their_row_alone(
+    poison, dtype, position, options
+):
     logits_NV = random_logits(3, 1003).to(dtype)
-    clean = capture([logits_NV], torch.tensor([1, 2, 3]), top_k=20)
+    clean = capture([logits_NV], torch.tensor([1, 2, 3]), **options)
     logits_NV[1, position] = poison
-    found = capture([logits_NV], torch.tensor([1, 2, 3]), top_k=20)
+    found = capture([logits_NV], torch.tensor([1, 2, 3]), **options)
     assert found["logsumexp"].isfinite().tolist() == [True, False, True]
     for name in found:
         assert torch.equal(found[name][[0, 2]], clean[name][[0, 2]]), name
@@ -252,13 +263,18 @@ def test_a_row_of_nothing_but_minus_infinity_is_not_finite(top_k):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("workspace_bytes", [1, 3 * 4 * 1024, 2**26])
-def test_the_size_of_the_workspace_changes_nothing(monkeypatch, workspace_bytes, dtype):
+@pytest.mark.parametrize("options", [TOP_20, ALL], ids=["top 20", "all"])
+def test_the_size_of_the_workspace_changes_nothing(monkeypatch, workspace_bytes, dtype, options):
     logits_NV = random_logits(17, 1003, seed=6).to(dtype)
     targets_N = torch.tensor(spread_targets(17, 1003))
-    expected = capture([logits_NV], targets_N, top_k=50)
+    if "uniforms_NM" in options:
+        uniforms_NM = uniforms(0, "doc", 0, num_positions=17, count=4)
+        options = options | {"uniforms_NM": uniforms_NM}
+    expected = capture([logits_NV], targets_N, **options)
     monkeypatch.setattr(distribution, "CPU_WORKSPACE_BYTES", workspace_bytes)
     for pieces in ([logits_NV], logits_NV.split([1, 5, 11])):
-        found = capture(pieces, targets_N, top_k=50)
+        found = capture(pieces, targets_N, **options)
+        assert set(found) == set(expected)
         for name in found:
             assert torch.equal(found[name], expected[name]), name
 
@@ -283,6 +299,79 @@ def test_the_input_is_left_as_it_was():
     before = logits_NV.clone()
     capture([logits_NV], torch.tensor([1, 2, 3]), top_k=50)
     assert torch.equal(logits_NV, before)
+
+
+# The whole distribution, and other temperatures
+
+
+def assert_whole_equals_reference(logits_NV: Tensor, targets: list[int]) -> None:
+    found = capture([logits_NV], torch.tensor(targets), top_k="all")
+    assert set(found) == {"logprobs", "target_logprob", "logsumexp", "entropy"}
+    logprobs_NV = logits_NV.double().log_softmax(-1)
+    entropy_N = -(logprobs_NV.exp() * logprobs_NV.clamp(min=-1e30)).sum(-1)
+    rounding_N = float32_rounding(logits_NV)
+    wanted = {"logprobs": logprobs_NV.clamp(min=FLOAT16_MIN), "entropy": entropy_N}
+    for name, expected in wanted.items():
+        assert found[name].dtype == torch.float16
+        assert found[name].shape == expected.shape
+        rounding = rounding_N[:, None] if expected.ndim == 2 else rounding_N
+        error = (found[name].double() - expected).abs() - half_spacing(expected) - rounding
+        assert error.max() <= 0, f"{name} is {error.max():.3g} beyond the rounding of its type"
+    logsumexp_N = logits_NV.double().logsumexp(-1)
+    torch.testing.assert_close(found["logsumexp"].double(), logsumexp_N, rtol=1e-5, atol=1e-5)
+    rows_N = torch.arange(len(targets))
+    assert torch.equal(found["target_logprob"], found["logprobs"][rows_N, torch.tensor(targets)])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("vocab_size", [1, 5, 64, 777, 5003])
+def test_the_whole_distribution(vocab_size, dtype):
+    logits_NV = random_logits(6, vocab_size).to(dtype)
+    assert_whole_equals_reference(logits_NV, spread_targets(6, vocab_size))
+
+
+@pytest.mark.parametrize("peak", [80.0, 300.0, 3e4])
+def test_the_whole_of_a_peaked_or_masked_distribution(peak):
+    logits_NV = random_logits(3, 1003, seed=7)
+    logits_NV[0, 500] = peak
+    logits_NV[1, 200:900] = -torch.inf
+    logits_NV[2] -= 2 * peak
+    assert_whole_equals_reference(logits_NV, [500, 3, 1002])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 2.0, 5.0, 100.0])
+@pytest.mark.parametrize("top_k", [20, "all"])
+def test_other_temperatures(temperature, dtype, top_k):
+    logits_NV = random_logits(5, 2003, seed=8).to(dtype)
+    logits_NV[1, 77] = 300.0
+    logits_NV[2, 100:1900] = -torch.inf
+    logits_NV[3] += 1000.0
+    logits_NV[4] = 0.0
+    found = capture([logits_NV], torch.zeros(5).long(), top_k=top_k, temperatures=(temperature,))
+    stored_N = found[f"logsumexp_t{temperature:g}"]
+    assert stored_N.dtype == torch.float32
+    expected_N = (logits_NV.double() / temperature).logsumexp(-1)
+    rounding_N = 1e-5 + 2e-7 * expected_N.abs()
+    assert ((stored_N.double() - expected_N).abs() <= rounding_N).all()
+    # What it is for: the true log-probabilities at that temperature, within float16's rounding of those at 1.
+    listed = found.get("topk_indices", torch.arange(2003).expand(5, -1)).long()
+    logprobs_NK = found["logprobs" if top_k == "all" else "topk_logprobs"].double()
+    rebuilt_NK = (logprobs_NK + found["logsumexp"].double()[:, None]) / temperature
+    rebuilt_NK -= stored_N.double()[:, None]
+    exact_NK = (logits_NV.double() / temperature).log_softmax(-1).gather(1, listed)
+    slack_NK = (half_spacing(logprobs_NK) + 2e-6 * logits_NV[3, 0].double()) / temperature
+    kept_NK = logprobs_NK > FLOAT16_MIN
+    assert ((rebuilt_NK - exact_NK).abs() <= slack_NK + 1e-4)[kept_NK].all()
+
+
+def test_other_temperatures_change_no_other_column():
+    logits_NV = random_logits(3, 1003)
+    targets_N = torch.tensor([1, 2, 3])
+    plain = capture([logits_NV], targets_N, top_k=20)
+    found = capture([logits_NV], targets_N, **TOP_20)
+    for name, column in plain.items():
+        assert torch.equal(found[name], column), name
 
 
 @st.composite
