@@ -40,6 +40,10 @@ def rows_of(directory: Path, file: str) -> list[Row]:
     return rows
 
 
+def head(row: Row) -> np.ndarray:
+    return row["topk_logprobs"] if "topk_logprobs" in row else row["logprobs"]
+
+
 def forge(directory: Path, change: Callable[[list[Row]], None], *, all_files: bool = True) -> None:
     """Change rows, and sign the result: hashes, sizes and sums in the manifest are made to fit."""
     manifest = read_manifest(directory)
@@ -63,9 +67,7 @@ def forge(directory: Path, change: Callable[[list[Row]], None], *, all_files: bo
             tokens=sum(len(row["input_ids"]) for row in rows),
             sums={
                 "entropy": sum(float(row["entropy"].astype(float).sum()) for row in rows),
-                "topk_mass": sum(
-                    float(np.exp(row["topk_logprobs"].astype(float)).sum()) for row in rows
-                ),
+                "topk_mass": sum(float(np.exp(head(row).astype(float)).sum()) for row in rows),
                 "target_nll": -float(np.nansum(valid)),
                 "targets": int((~np.isnan(valid)).sum()),
             },
