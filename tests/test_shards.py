@@ -1,6 +1,7 @@
 """Rows go into Parquet files as they are, whole or not at all, and come back."""
 
 import hashlib
+import io
 import os
 from dataclasses import fields
 
@@ -164,16 +165,29 @@ def test_a_file_appears_under_its_name_only_when_it_is_whole_and_on_the_disk(tmp
     assert calls == ["fsync", "replace", "fsync"]  # the file, the rename, the directory
 
 
-def test_a_full_disk_is_the_error_that_is_raised():
-    if not os.path.exists("/dev/full"):  # noqa: PTH110
-        pytest.skip("no /dev/full here")
-    options = {"with_text": True, "profile": "default", "metadata": {}}
-    with (  # noqa: PT012
-        pytest.raises(OSError, match="No space left"),
-        pa.OSFile("/dev/full", "wb") as sink,
-        ShardWriter(sink, **options) as writer,
-    ):
-        writer.write(block(5000))
+class Disk(io.BytesIO):
+    """One that can be full."""
+
+    is_full = False
+
+    def write(self, content) -> int:
+        if self.is_full:
+            raise OSError(28, "No space left on device")
+        return super().write(content)
+
+
+@pytest.mark.parametrize("reason", [None, ValueError("the teacher yields NaN")])
+def test_a_full_disk_is_an_error_but_does_not_hide_an_earlier_one(reason):
+    def write() -> None:
+        disk = Disk()
+        options = {"with_text": True, "profile": "default", "metadata": {}}
+        with ShardWriter(pa.PythonFile(disk, mode="w"), **options):
+            disk.is_full = True
+            if reason:
+                raise reason
+
+    with pytest.raises(type(reason or OSError()), match=str(reason or "No space left")):
+        write()
 
 
 FLAT = [[1, 2], [3], [4, 5, 6], [7]]
