@@ -68,7 +68,7 @@ def build(
     ] = False,
 ) -> None:
     """Build a dataset from a recipe, or go on with an unfinished one."""
-    from builder.recipe import load_recipe
+    from builder.recipe import expand_home, load_recipe
 
     loaded = load_recipe(recipe)
     base = recipe.parent
@@ -104,7 +104,7 @@ def build(
     )
     following = [_program(), "verify", str(output), "--recompute", "5"]
     if local_teacher := loaded.teacher.path or loaded.teacher.gguf:
-        following += ["--teacher", str(base / Path(local_teacher).expanduser())]
+        following += ["--teacher", str(base / expand_home(local_teacher))]
     print(f"next: {shlex.join(following)}")
 
 

@@ -62,7 +62,7 @@ def describe(directory: Path) -> str:
         "disk": f"{totals['bytes'] / 1e6:,.1f} MB in {summary['shards']} files, {totals['bytes_per_token']} bytes a token",
         f"top {summary['top_k']}": f"{totals['mean_topk_mass']:.1%} of the probability on average",
         "entropy": f"{totals['mean_entropy']:.3f} nats on average",
-        "perplexity": f"{totals['teacher_perplexity']} of the teacher on this text",
+        "perplexity": f"{totals['teacher_perplexity'] or '?'} of the teacher on this text",
         "built in": f"{totals['seconds']:,.0f} s at {totals['tokens_per_second']:,.0f} tokens/s on "
         f"{', '.join(e['device'] for e in summary['environments'])}",
     }
