@@ -326,6 +326,13 @@ def _explain_load(error: Exception) -> str:
         return "it needs code from its repo; set teacher.trust_remote_code and a full commit, if you trust it"
     if "Unrecognized configuration class" in message:
         return "it is not a causal language model that transformers knows (an encoder or an encoder–decoder?)"
+    if "model.safetensors" in message:
+        return (
+            "it has no model.safetensors, and other weights are not read, for a pickle file can run code; "
+            "save it again with save_pretrained"
+        )
+    if "couldn't connect" in message or "HF_HUB_OFFLINE" in message:
+        return "it is not in the cache, and the Hub cannot be reached to fetch it; check the network, or use teacher.path"
     if "ignore_mismatched_sizes" in message:
         return "its weights have other shapes than its config.json says; download it again"
     if isinstance(error, SafetensorError):
