@@ -119,7 +119,8 @@ class Corpus:
         """
         if stream.num_shards < num_partitions:
             raise ValueError(
-                f"output.partitions is {num_partitions}, but the corpus has only {stream.num_shards} files to divide"
+                f"output.partitions is {num_partitions}, but the corpus has only {stream.num_shards} files to "
+                "divide; choose fewer"
             )
         self.stream = stream
         self._text_column = text_column

@@ -154,7 +154,7 @@ def load_recipe(path: Path) -> Recipe:
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise ValueError(
             f"no recipe at {path}; name a .toml file such as dataset_cards/*/recipe.toml"
         ) from None
@@ -220,4 +220,4 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{where!r} is missing"
     given = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
-    return f"{where}: {message}{given}"
+    return f"{where}: {message}{given}" if where else message

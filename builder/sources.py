@@ -131,7 +131,7 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
         directory, provenance = demo.embedded_teacher()
         return TeacherSource(location=str(directory), provenance={"kind": "package", **provenance})
     if recipe.path:
-        directory = _existing(base, recipe.path, "teacher.path")
+        directory = _existing(base, recipe.path, "teacher.path", "directory")
         provenance = {
             "kind": "directory",
             "name": directory.name,
@@ -139,8 +139,10 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
         }
         return TeacherSource(location=str(directory), provenance=provenance)
     assert recipe.gguf
-    file = _existing(base, recipe.gguf, "teacher.gguf")
-    tokenizer = recipe.tokenizer and str(_existing(base, recipe.tokenizer, "teacher.tokenizer"))
+    file = _existing(base, recipe.gguf, "teacher.gguf", "file")
+    tokenizer = recipe.tokenizer and str(
+        _existing(base, recipe.tokenizer, "teacher.tokenizer", "directory")
+    )
     provenance = {"kind": "gguf", "name": file.name, "sha256": known.sha256(file)}
     return TeacherSource(location=str(file), tokenizer=tokenizer, provenance=provenance)
 
@@ -203,10 +205,12 @@ def _format(path: Path) -> CorpusFormat:
     return _FORMATS[name]
 
 
-def _existing(base: Path, path: str, key: str) -> Path:
+def _existing(base: Path, path: str, key: str, kind: Literal["file", "directory"]) -> Path:
     full = base / Path(path).expanduser()
     if not full.exists():
         raise ValueError(f"{key}: {path!r} does not exist (looked in {base or '.'})")
+    if full.is_dir() is not (kind == "directory"):
+        raise ValueError(f"{key}: {path!r} is not a {kind}")
     return full.resolve()
 
 
