@@ -212,7 +212,9 @@ def main() -> None:
 
 def _explain(error: Exception) -> str:
     if isinstance(error, typer.TyperException):
-        command = context.command_path if (context := getattr(error, "ctx", None)) else "logit-dataset"
+        command = (
+            context.command_path if (context := getattr(error, "ctx", None)) else "logit-dataset"
+        )
         return f"{error.format_message().rstrip('.')}; see {command} --help"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (
@@ -221,9 +223,7 @@ def _explain(error: Exception) -> str:
         )
     if isinstance(error, ValueError | OSError):
         return str(error)
-    return (
-        f"{type(error).__name__}: {error} (not expected: LOGIT_DATASET_TRACEBACK=1 shows where it comes from)"
-    )
+    return f"{type(error).__name__}: {error} (not expected: LOGIT_DATASET_TRACEBACK=1 shows where it comes from)"
 
 
 def _notice(message: str) -> None:

@@ -11,8 +11,10 @@ How:  `datasets` streams. A position names the file and carries the library's ow
       10 MB, and turns strings that look like dates into dates: an id "2024-01-01" would become "2024-01-01 00:00:00".
 """
 
+import codecs
 import hashlib
 import json
+import locale
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,14 +49,21 @@ def open_local(
     """Local files as a stream with one shard a file; of JSON lines, a row is the line.
 
     Raises:
-        ValueError: the first of several Parquet files is none.
+        ValueError: the first Parquet file is none, or compressed files would be read in another encoding than UTF-8.
     """
-    # "utf-8-sig" drops a byte order mark, which is no part of the text.
-    options: dict[str, Any] = {"encoding": "utf-8-sig"}
+    options: dict[str, Any] = {}
     if format == "parquet":
-        options = {"batch_size": PARQUET_BATCH_ROWS}
+        options["batch_size"] = PARQUET_BATCH_ROWS
     elif format == "text" and text_unit == "file":
         options["sample_by"] = "document"
+    is_compressed = any(path.suffix in (".gz", ".zst") for path in files)
+    encoding = locale.getpreferredencoding(do_setlocale=False)
+    if is_compressed and codecs.lookup(encoding).name != "utf-8":
+        # `datasets` forgets the encoding of compressed files, so that of the system would silently apply.
+        raise ValueError(
+            f"compressed files would be read as {encoding}, the encoding of this system; run again with PYTHONUTF8=1 "
+            "in the environment"
+        )
     with _one_line(f"corpus file {files[0].name}"):  # of which `datasets` reads the schema now
         return load_dataset(
             {"json": "text"}.get(format, format),
@@ -97,7 +106,7 @@ class Corpus:
         *,
         text_column: str,
         id_column: str | None,
-        json_lines: bool = False,
+        format: Literal["hub", "text", "json", "parquet"] = "hub",
         file_names: tuple[str, ...] = (),
         partition: int = 0,
         num_partitions: int = 1,
@@ -109,7 +118,7 @@ class Corpus:
             stream: from `open_local` or `open_hub`.
             text_column: column of the text.
             id_column: column of the document's id; without one, ids are hashes of the text.
-            json_lines: the stream's rows are lines, each a JSON object whose keys are the columns.
+            format: what the stream's rows are; those of `json` are lines, each an object whose keys are the columns.
             file_names: names of the stream's files for messages.
             partition: which of `num_partitions` contiguous ranges of files to read.
             start: a position that an earlier Corpus of the same stream reported.
@@ -125,12 +134,18 @@ class Corpus:
         self.stream = stream
         self._text_column = text_column
         self._id_column = id_column
-        self._json_lines = json_lines
+        self._format = format
         self._file_names = file_names
         self._first_file, self._end_file = (
             stream.num_shards * p // num_partitions for p in (partition, partition + 1)
         )
-        beginning = {"file": self._first_file, "row": 0, "state": None, "documents": 0, "skipped": 0}
+        beginning = {
+            "file": self._first_file,
+            "row": 0,
+            "state": None,
+            "documents": 0,
+            "skipped": 0,
+        }
         start = start or beginning
         self._file: int = start["file"]
         self._row: int = start["row"]
@@ -215,7 +230,9 @@ class Corpus:
             if row is None:
                 return
             self._row += 1
-            if not self._json_lines:
+            if self._row == 1 and self._format in ("text", "json"):
+                row["text"] = row["text"].removeprefix("\ufeff")  # a byte order mark is no text
+            if self._format != "json":
                 yield row
             elif line := row["text"].strip():
                 yield self._parse(line)
@@ -236,7 +253,7 @@ class Corpus:
     def _column(self, row: dict[str, Any], name: str) -> Any:
         if name in row:
             return row[name]
-        if self._json_lines and self._row > 1:
+        if self._format == "json" and self._row > 1:
             return None  # JSON lines often leave out what is null
         raise ValueError(
             f"{self._where()} has no column {name!r}; its columns are {', '.join(row)}; "
@@ -249,12 +266,14 @@ class Corpus:
         return f"corpus file number {self._file}"
 
     def _where_exactly(self) -> str:
-        return f"{self._where()} {'line' if self._json_lines else 'row'} {self._row:,}"
+        return f"{self._where()} {'line' if self._format == 'json' else 'row'} {self._row:,}"
 
     def _advice(self) -> str:
         is_local = bool(self._file_names)
         return (
-            "mend it or leave it out" if is_local else "check the network, and run the command again"
+            "mend it or leave it out"
+            if is_local
+            else "check the network, and run the command again"
         )
 
 

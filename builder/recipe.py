@@ -136,7 +136,7 @@ class Recipe(_Section):
         return self
 
     def published(self) -> dict[str, Any]:
-        """The recipe as plain JSON values for manifest and card, absolute paths cut to their last part."""
+        """The recipe as plain JSON values for manifest and card, paths that lead elsewhere cut to their last part."""
         values = self.model_dump(mode="json")
         values["corpus"]["files"] = [_portable(path) for path in self.corpus.files]
         for field in ("path", "gguf", "tokenizer"):
@@ -203,7 +203,9 @@ def _exactly_one(section: BaseModel, *fields: str) -> None:
 
 
 def _portable(path: str) -> str:
-    return Path(path).name if Path(path).expanduser().is_absolute() else path
+    """What of a path can be published: all of it only if it stays below the recipe's directory."""
+    parts = Path(path).expanduser()
+    return parts.name if parts.is_absolute() or ".." in parts.parts else path
 
 
 def _explain(problem: Any) -> str:

@@ -35,7 +35,11 @@ class BuildState:
             ValueError: another process is building here, or the directory holds something else.
         """
         try:
-            if not self._directory.exists() and self._output.exists() and any(self._output.iterdir()):
+            if (
+                not self._directory.exists()
+                and self._output.exists()
+                and any(self._output.iterdir())
+            ):
                 raise ValueError(
                     f"{self._output} is not empty and holds no build; choose a new or empty directory"
                 )

@@ -336,8 +336,10 @@ def _explain_load(error: Exception) -> str:
             "it has no model.safetensors, and other weights are not read, for a pickle file can run code; "
             "save it again with save_pretrained"
         )
+    if "Unrecognized model" in message:
+        return "it has no config.json with a model_type that transformers knows; name a directory of save_pretrained"
     if "FlashAttention" in message:
-        return f"{message.split('. ')[0][:200].rstrip('.')}; use teacher.attention = \"sdpa\""
+        return f'{message.split(". ")[0][:200].rstrip(".")}; use teacher.attention = "sdpa"'
     if "couldn't connect" in message or "HF_HUB_OFFLINE" in message:
         return "it is not in the cache, and the Hub cannot be reached to fetch it; check the network, or use teacher.path"
     if "ignore_mismatched_sizes" in message:

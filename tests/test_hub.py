@@ -414,7 +414,10 @@ def test_offline_a_build_says_what_is_needed(cli, hub_recipe, tmp_path):
     # HF_HUB_OFFLINE is set in this process.
     status, out, err = cli("build", hub_recipe(), "--output", tmp_path / "out")
     assert (status, out) == (1, "")
-    assert err == "error: cannot reach the Hub to resolve dataset org/corpus@main, since HF_HUB_OFFLINE is set; unset it, give the full commit of what is in the cache, or use local files\n"
+    assert (
+        err
+        == "error: cannot reach the Hub to resolve dataset org/corpus@main, since HF_HUB_OFFLINE is set; unset it, give the full commit of what is in the cache, or use local files\n"
+    )
 
 
 def test_with_everything_cached_the_commits_still_come_from_the_build(
