@@ -131,7 +131,8 @@ def build(
                 if record.exhausted:
                     break
         manifest = make_manifest(plan, state.read("teacher"), records)
-        (output / "README.md").write_text(render_card(manifest), encoding="utf-8")
+        with atomic_file(output / "README.md") as sink:
+            sink.write(render_card(manifest).encode())
         write_json(output / FILE_NAME, manifest)
         state.remove()
         return BuildResult(status="complete", shards_built=built, manifest=manifest)

@@ -284,9 +284,14 @@ def _gguf_tokenizer(path: Path, tokenizer: Path | None) -> Any:
         raise ValueError(
             "a GGUF teacher needs two more packages; run: pip install gguf accelerate"
         ) from None
+    try:
+        rule = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    except (ValueError, LookupError) as error:
+        raise ValueError(
+            f"teacher {path.name}: it is no whole GGUF file ({error}); download it again"
+        ) from None
     if tokenizer:
         return AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=False)
-    rule = GGUFReader(path).get_field("tokenizer.ggml.pre")
     rule_name = str(rule.contents()) if rule else "none"
     if rule_name not in FAITHFUL_GGUF_PRETOKENIZERS:
         raise ValueError(
@@ -337,6 +342,17 @@ def _explain_load(error: Exception) -> str:
         return "it needs code from its repo; set teacher.trust_remote_code and a full commit, if you trust it"
     if "Unrecognized configuration class" in message:
         return "it is not a causal language model that transformers knows (an encoder or an encoder–decoder?)"
+    if "model.safetensors" in message:
+        return (
+            "it has no model.safetensors, and other weights are not read, for a pickle file can run code; "
+            "save it again with save_pretrained"
+        )
+    if "Unrecognized model" in message:
+        return "it has no config.json with a model_type that transformers knows; name a directory of save_pretrained"
+    if "FlashAttention" in message:
+        return f'{message.split(". ")[0][:200].rstrip(".")}; use teacher.attention = "sdpa"'
+    if "couldn't connect" in message or "HF_HUB_OFFLINE" in message:
+        return "it is not in the cache, and the Hub cannot be reached to fetch it; check the network, or use teacher.path"
     if "ignore_mismatched_sizes" in message:
         return "its weights have other shapes than its config.json says; download it again"
     if isinstance(error, SafetensorError):
