@@ -13,6 +13,7 @@ import itertools
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +36,13 @@ from builder.recipe import Recipe, differences, fingerprint
 from builder.schema import SCHEMA_VERSION, Layout
 from builder.sequences import Encoder
 from builder.shards import MAX_ROW_VALUES, ShardWriter, atomic_file, file_sha256
-from builder.sources import CorpusSource, TeacherSource, resolve_corpus, resolve_teacher
+from builder.sources import (
+    CorpusSource,
+    KnownSources,
+    TeacherSource,
+    resolve_corpus,
+    resolve_teacher,
+)
 from builder.state import BuildState
 from builder.stream import SequenceStream, make_encoder
 from builder.teacher import Teacher, load_teacher
@@ -62,6 +69,7 @@ def build(
     device: str = "cpu",
     max_shards: int | None = None,
     progress: Progress = lambda _: None,
+    found: Progress = lambda _: None,
     notice: Notice = lambda message: print(message, file=sys.stderr),
 ) -> BuildResult:
     """Build a dataset, or go on with it.
@@ -73,6 +81,7 @@ def build(
         device: a torch device.
         max_shards: stop after this many new shards.
         progress: told of captured tokens.
+        found: told of the tokens of shards that an earlier run has finished.
         notice: told, in a line, of what the user should know (a damaged shard that is built again).
 
     Raises:
@@ -80,11 +89,11 @@ def build(
         OSError: the disk is full or cannot be written.
     """
     if (output / FILE_NAME).exists():
-        return _already_complete(recipe, output)
+        return _already_complete(recipe, base, output)
     state = BuildState(output)
     with state.locked():
         if (output / FILE_NAME).exists():
-            return _already_complete(recipe, output)
+            return _already_complete(recipe, base, output)
         known = state.known_sources()
         corpus_source = resolve_corpus(recipe.corpus, base, known)
         teacher_source = resolve_teacher(recipe.teacher, base, known)
@@ -118,20 +127,28 @@ def build(
                     record = work.shard(output, partition, index, position)
                     state.add(record)
                     built += 1
+                else:
+                    found(record.tokens)
                 records.append(record)
                 position = record.position_after
                 if record.exhausted:
                     break
         manifest = make_manifest(plan, state.read("teacher"), records)
-        (output / "README.md").write_text(render_card(manifest), encoding="utf-8")
+        with atomic_file(output / "README.md") as sink:
+            sink.write(render_card(manifest).encode())
         write_json(output / FILE_NAME, manifest)
         state.remove()
         return BuildResult(status="complete", shards_built=built, manifest=manifest)
 
 
-def _already_complete(recipe: Recipe, output: Path) -> BuildResult:
+def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
     manifest = read_manifest(output)
-    if changes := differences(manifest["recipe"], recipe.published()):
+    changes = differences(manifest["recipe"], recipe.published())
+    if not changes and recipe.corpus.files:
+        with suppress(ValueError):  # files that are gone do not make the dataset less finished
+            source = resolve_corpus(recipe.corpus, base, KnownSources())
+            changes = differences(manifest["corpus"], source.provenance, "corpus")
+    if changes:
         raise ValueError(
             f"{output} holds a finished dataset of another recipe ({'; '.join(changes)}); choose another directory"
         )

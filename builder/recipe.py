@@ -34,6 +34,12 @@ def _top_k(value: Any) -> Any:
 
 TopK = Annotated[int | Literal["all"], PlainValidator(_top_k)]
 
+PINNED = {
+    "corpus": ("files", "revision"),
+    "teacher": ("path", "gguf", "tokenizer", "revision"),
+}
+"""Fields for which a plan holds hashes or a commit, so that how they are spelled decides nothing."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(
@@ -67,6 +73,7 @@ class CorpusRecipe(_Section):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         _exactly_one(self, "repo", "files", "embedded")
+        _only_with(self, "repo", "revision", "config", "split")
         return self
 
 
@@ -94,8 +101,8 @@ class TeacherRecipe(_Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         _exactly_one(self, "repo", "path", "gguf", "embedded")
-        if self.tokenizer and not self.gguf:
-            raise ValueError("tokenizer is only for a gguf teacher: other teachers bring their own")
+        _only_with(self, "repo", "revision", "trust_remote_code")
+        _only_with(self, "gguf", "tokenizer")
         if self.trust_remote_code and not is_commit(self.revision):
             raise ValueError(
                 "trust_remote_code runs code from the repo, so revision must be a full 40-digit commit, "
@@ -145,6 +152,8 @@ class OutputRecipe(_Section):
     def _check(self) -> Self:
         if self.top_k == "all" and self.tail_samples and "tail_samples" in self.model_fields_set:
             raise ValueError('top_k = "all" leaves no tail to draw from; leave out tail_samples')
+        if self.seed and not self.tail_samples:
+            raise ValueError("seed means something only with tail_samples; leave it out")
         if len(set(self.temperatures)) < len(self.temperatures) or 1 in self.temperatures:
             raise ValueError(
                 f"temperatures are {list(self.temperatures)}, expected different ones, and not 1, which is always stored"
@@ -177,10 +186,10 @@ class Recipe(_Section):
         return self
 
     def published(self) -> dict[str, Any]:
-        """The recipe as plain JSON values for manifest and card, absolute paths cut to their last part."""
+        """The recipe as plain JSON values for manifest and card, paths that lead elsewhere cut to their last part."""
         values = self.model_dump(mode="json")
         if self.output.top_k == "all":
-            values["output"]["tail_samples"] = 0
+            values["output"]["tail_samples"] = 0  # the default of a recipe that says nothing of it
         values["corpus"]["files"] = [_portable(path) for path in self.corpus.files]
         for field in ("path", "gguf", "tokenizer"):
             if values["teacher"][field]:
@@ -197,7 +206,7 @@ def load_recipe(path: Path) -> Recipe:
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise ValueError(
             f"no recipe at {path}; name a .toml file such as dataset_cards/*/recipe.toml"
         ) from None
@@ -212,8 +221,14 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def fingerprint(plan: dict[str, Any]) -> str:
-    """SHA-256 of a plan: the resolved recipe, without its name, and the exact corpus and teacher behind it."""
+    """SHA-256 of a plan: the resolved recipe and the exact corpus and teacher behind it.
+
+    What decides no bytes is left out: the recipe's name, and how it spells what the plan pins.
+    """
     recipe = {key: value for key, value in plan["recipe"].items() if key != "name"}
+    for section, pinned in PINNED.items():
+        values = recipe[section].items()
+        recipe[section] = {key: value for key, value in values if key not in pinned}
     deciding = {**plan, "recipe": recipe, "schema_version": SCHEMA_VERSION}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
@@ -226,6 +241,18 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
             lines += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
         return lines
     return [] if old == new else [f"{path}: {_short(old)} → {_short(new)}"]
+
+
+def expand_home(path: str) -> Path:
+    """A path whose ~ is replaced by the home directory.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path!r} begins with the home directory of nobody") from None
 
 
 def is_commit(revision: str) -> bool:
@@ -245,12 +272,21 @@ def _exactly_one(section: BaseModel, *fields: str) -> None:
         raise ValueError(f"give exactly one of {', '.join(fields)} (found {found})")
 
 
+def _only_with(section: BaseModel, source: str, *fields: str) -> None:
+    for field in fields:
+        default = type(section).model_fields[field].default
+        if not getattr(section, source) and getattr(section, field) != default:
+            raise ValueError(f"{field} means something only with {source}; leave it out")
+
+
 def _portable(path: str) -> str:
-    return Path(path).name if Path(path).expanduser().is_absolute() else path
+    """What of a path can be published: all of it only if it stays below the recipe's directory."""
+    parts = expand_home(path)
+    return parts.name if parts.is_absolute() or ".." in parts.parts else path
 
 
 def _explain(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
+    where = ".".join(str(part) for part in problem["loc"]) or "recipe"
     if problem["type"] == "extra_forbidden":
         section: Any = Recipe
         for part in problem["loc"][:-1]:

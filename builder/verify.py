@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from builder.invariants import Array, broken, sampled_entropy
-from builder.manifest import ShardRecord, Sums, read_manifest, records_of
+from builder.manifest import ShardRecord, Sums, read_manifest, records_of, truncated_length
 from builder.schema import Layout, arrow_schema, columns
 from builder.shards import file_sha256, nested_values
 
@@ -165,10 +165,7 @@ class _RowChecker:
         self._surplus = self._surplus_squares = 0.0
         self._eos: int | None = manifest["teacher"]["eos_token_id"]
         self._prefix: list[int] = manifest["teacher"]["prefix_ids"]
-        sequences = manifest["recipe"]["sequences"]
-        self._truncated_length = (
-            sequences["max_length"] if sequences["long_documents"] == "truncate" else None
-        )
+        self._truncated_length = truncated_length(manifest)
         self._previous: tuple[str, int] | None = None
         self._seen: set[tuple[int, str]] = set()
 
@@ -256,7 +253,7 @@ class _RowChecker:
                 targets[last] = -1  # its next chunk, if there is one, is in the next row group
             elif ids[next_row] == ids[row] and chunks[next_row] == chunks[row] + 1:
                 targets[last] = rows.input_ids[rows.starts[next_row] + len(self._prefix)]
-            elif self._eos is None or rows.ends[row] - rows.starts[row] == self._truncated_length:
+            elif self._eos is None or rows.ends[row] - rows.starts[row] >= self._truncated_length:
                 targets[last] = -1
             else:
                 targets[last] = self._eos

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ["PYTHONPATH"] = str(
+    Path(__file__).parents[1]
+)  # child processes run this checkout's builder, too
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach beyond this machine
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this tiny, a second thread only waits

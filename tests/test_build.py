@@ -143,20 +143,19 @@ def test_resuming_opens_only_the_file_in_which_it_stopped(make_recipe, tmp_path,
     last = max((tmp_path / "out" / ".build" / "records").iterdir())
     stopped_in = json.loads(last.read_text())["position_after"]["file"]
     assert stopped_in >= 2
-    from datasets.packaged_modules.json.json import Json
+    from datasets.packaged_modules.text.text import Text
 
     opened = []
-    original = Json._generate_tables
+    original = Text._generate_tables
 
     def spy(self, base_files, *args, **kwargs):
         for key, table in original(self, base_files, *args, **kwargs):
             opened.append(Path(base_files[key.original_shard_id]).name)
             yield key, table
 
-    monkeypatch.setattr(Json, "_generate_tables", spy)
+    monkeypatch.setattr(Text, "_generate_tables", spy)
     run(recipe, tmp_path / "out")
-    # `datasets` looks at the beginning of the first file for the types of the columns.
-    assert opened == ["part-0.jsonl", *(f"part-{i}.jsonl" for i in range(stopped_in, 6))]
+    assert opened == [f"part-{i}.jsonl" for i in range(stopped_in, 6)]
 
 
 @pytest.mark.parametrize(
@@ -179,6 +178,29 @@ def test_a_finished_build_is_left_alone_and_another_recipe_refused(make_recipe, 
     assert data_bytes(tmp_path / "out") == before
     with pytest.raises(ValueError, match=r"another recipe \(output\.top_k: 20 → 10\)"):
         run(make_recipe(output="top_k = 10"), tmp_path / "out")
+
+
+def test_a_finished_build_of_other_files_is_refused_and_of_missing_ones_is_finished(
+    make_recipe, tmp_path, corpus_file
+):
+    recipe = make_recipe()
+    run(recipe, tmp_path / "out")
+    write_jsonl(corpus_file, sample_documents(25))
+    with pytest.raises(ValueError, match=r"another recipe \(corpus\.files"):
+        run(recipe, tmp_path / "out")
+    corpus_file.unlink()
+    assert run(recipe, tmp_path / "out").status == "already complete"
+
+
+def test_tokens_of_finished_shards_are_told_apart_from_new_ones(make_recipe, tmp_path):
+    recipe, new, found = make_recipe(), [], []
+    run(recipe, tmp_path / "out", max_shards=2, progress=new.append)
+    before = sum(new)
+    assert before > 0
+    new.clear()
+    run(recipe, tmp_path / "out", progress=new.append, found=found.append)
+    assert sum(found) == before
+    assert sum(found) + sum(new) == read_manifest(tmp_path / "out")["totals"]["tokens"]
 
 
 def test_a_changed_recipe_or_corpus_is_refused_with_the_fields(make_recipe, tmp_path, corpus_file):
