@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from builder.card import render_card
+from builder.card import write_card
 from builder.corpus import Position
 from builder.distribution import Distribution, capture, concatenate
 from builder.manifest import (
@@ -32,7 +32,13 @@ from builder.manifest import (
     read_manifest,
     write_json,
 )
-from builder.recipe import Recipe, differences, fingerprint
+from builder.recipe import (
+    Recipe,
+    deciding,
+    differences,
+    row_fingerprint,
+    without_description,
+)
 from builder.schema import SCHEMA_VERSION
 from builder.sequences import Encoder, Sequence, length_sorted_batches
 from builder.shards import Block, ShardWriter, atomic_file, file_sha256
@@ -55,7 +61,7 @@ class BuildResult:
     """How a call of `build` ended."""
 
     status: str
-    """`already complete`, `complete` or `stopped early`."""
+    """`complete`, `stopped early`, or `already complete` (and what was done nevertheless)."""
     shards_built: int
     manifest: dict[str, Any] | None
 
@@ -99,7 +105,7 @@ def build(
             "corpus": corpus_source.provenance,
             "teacher": teacher_source.provenance,
         }
-        state.settle("plan", plan)
+        state.settle("plan", deciding(plan))
         state.remember(known)
         work = _ShardBuilder(
             recipe, plan, corpus_source, teacher_source, device=device, progress=progress
@@ -123,7 +129,7 @@ def build(
                 if record.exhausted:
                     break
         manifest = make_manifest(plan, state.read("teacher"), records)
-        (output / "README.md").write_text(render_card(manifest), encoding="utf-8")
+        write_card(output, manifest)
         write_json(output / FILE_NAME, manifest)
         state.remove()
         return BuildResult(status="complete", shards_built=built, manifest=manifest)
@@ -131,12 +137,23 @@ def build(
 
 def _already_complete(recipe: Recipe, output: Path) -> BuildResult:
     manifest = read_manifest(output)
-    if changes := differences(manifest["recipe"], recipe.published()):
+    published = recipe.published()
+    for section in ("corpus", "teacher"):  # the branch that was resolved then, or its commit
+        if published[section]["revision"] == manifest[section].get("commit"):
+            published[section]["revision"] = manifest["recipe"][section]["revision"]
+    old, new = (without_description(values) for values in (manifest["recipe"], published))
+    if changes := differences(old, new):
         raise ValueError(
             f"{output} holds a finished dataset of another recipe ({'; '.join(changes)}); choose another directory"
         )
+    status = "already complete"
+    if differences(manifest["recipe"], published):
+        status = "already complete, with a new description"
+        manifest["recipe"] = published
+        write_card(output, manifest)
+        write_json(output / FILE_NAME, manifest)
     shutil.rmtree(output / ".build", ignore_errors=True)
-    return BuildResult(status="already complete", shards_built=0, manifest=manifest)
+    return BuildResult(status=status, shards_built=0, manifest=manifest)
 
 
 class _ShardBuilder:
@@ -159,7 +176,7 @@ class _ShardBuilder:
         self._progress = progress
         self._metadata = {
             "logit_dataset.schema": SCHEMA_VERSION,
-            "logit_dataset.fingerprint": fingerprint(plan),
+            "logit_dataset.rows": row_fingerprint(plan),
         }
         self._teacher: Teacher | None = None
         self._stream: SequenceStream | None = None

@@ -14,8 +14,8 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 # A module may import those before it; `demo` prepares a teacher, so it stands after `teacher`.
 ORDER = [
     *["schema", "recipe", "corpus", "sequences", "teacher", "distribution", "demo", "sources"],
-    *["shards", "manifest", "card", "state", "stream", "build", "recompute", "verify"],
-    *["info", "estimate", "cli"],
+    *["shards", "manifest", "charts", "markdown", "licences", "card", "state", "stream", "build"],
+    *["recompute", "verify", "versions", "remote", "release", "hub", "info", "estimate", "cli"],
 ]
 
 
