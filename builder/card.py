@@ -7,9 +7,10 @@ Names, descriptions and file names come from outside: `plain` makes them text th
 TOML is quoted by a library.
 """
 
+import functools
 import json
 import re
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def card_files(
         manifest: of the dataset, which need not be written yet.
         release: what `publish` says of this version and those before; None for a dataset that is not published.
     """
-    curves = measure(directory / record.file for record in records_of(manifest))
+    curves = _curves(directory, tuple((r.file, r.sha256) for r in records_of(manifest)))
     verification = read_verification(directory, manifest)
     card = render_card(manifest, curves=curves, verification=verification, release=release)
     pictures = (mass_svg(curves), entropy_svg(curves))
@@ -48,6 +49,12 @@ def card_files(
         README: card.encode(),
         **{name: svg.encode() for name, svg in zip(PICTURES, pictures, strict=True)},
     }
+
+
+@functools.lru_cache(maxsize=1)
+def _curves(directory: Path, files_and_hashes: tuple[tuple[str, str], ...]) -> Curves:
+    """Measured once, though a plan, its description and the upload all need the card."""
+    return measure(directory / file for file, _ in files_and_hashes)
 
 
 def write_card(
@@ -87,7 +94,7 @@ def render_card(
     where = f"{release['repo']} --revision v{release['version']}" if release else "DIRECTORY"
     card = DatasetCard.from_template(
         DatasetCardData(**_head(manifest)),
-        template_str=(files("builder") / "card_template.md").read_text(encoding="utf-8"),
+        template_str=(resources.files("builder") / "card_template.md").read_text(encoding="utf-8"),
         title=plain(recipe["name"]),
         description=plain(recipe.get("description") or ""),
         tokens=f"{totals['tokens']:,}",

@@ -19,55 +19,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError
-from huggingface_hub import CommitOperationCopy, CommitOperationDelete
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 
 from builder.card import read_verification
 from builder.manifest import records_of
 from builder.release import Plan, holds, stale
-from builder.remote import LocalFile, Notice, Tree, addition
+from builder.remote import LocalFile, Notice, Tree
 from builder.shards import atomic_file
 from builder.verify import record_recomputation, verify
-
-FILES_PER_COMMIT. What has arrived is never sent again.
-      3. The branch is read back: size and hash of every file, and rows through stock `load_dataset`.
-      4. One commit copies it to main, on the server and only if main is still what it was; one tag names that commit.
-
-      Until step 4, users see the former version. Killed anywhere, the same command goes on; a tag is never moved.
-"""
-
-import hashlib
-import random
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
-
-import httpx2
-import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import load_dataset
-from datasets.exceptions import DatasetGenerationError
-from huggingface_hub import CommitOperationCopy, CommitOperationDelete
-
-from builder.card import (
-    PICTURES,
-    README,
-    RELEASE,
-    VERIFICATION,
-    card_files,
-    read_release,
-    read_verification,
-)
-from builder.licences import licences
-from builder.manifest import FILE_NAME, data_digest, json_bytes, read_manifest, records_of
-from builder.remote import REPO_ID, LocalFile, Notice, Repository, Tree, addition
-from builder.shards import atomic_file
-from builder.verify import record_recomputation, verify
-from builder.versions import Step, Version, choose, compare
 
 FILES_PER_COMMIT = 50
 """The Hub asks for fewer than 100, and for no more than about 128 commits an hour."""
 READ_BACK_BYTES = 2 * 10**9
 """Of the data files whose rows are read back and compared; beyond it, a choice of files. All hashes are compared."""
+
+
 def publish(
     plan: Plan,
     *,
@@ -164,7 +130,10 @@ def _write_release(plan: Plan) -> dict[str, LocalFile]:
 
 
 def _upload(plan: Plan, files: dict[str, LocalFile], main: str, notice: Notice) -> str:
-    """Bring the working branch to hold the files: its commit."""
+    """Bring the working branch to hold the files: its commit.
+
+    huggingface_hub hashes a file as it sends it, so one that has changed since it was verified is found when read back.
+    """
     repo, branch = plan.repo, plan.branch
     head = repo.create_branch(branch, main)
     there = repo.tree(head)
@@ -184,7 +153,7 @@ def _upload(plan: Plan, files: dict[str, LocalFile], main: str, notice: Notice) 
         head = repo.commit(
             branch,
             [
-                *(addition(path, files[path]) for path in batch),
+                *(CommitOperationAdd(path, files[path].content) for path in batch),
                 *(CommitOperationDelete(path, is_folder=False) for path in deletions),
             ],
             message=f"Files of {plan.version.tag}",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, HfApi, get_token, snapshot_download
+from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -339,10 +339,3 @@ def _retry_after(error: BaseException) -> int | None:
 def _symptom(error: BaseException) -> str:
     status = _status(error)
     return f"the Hub answers {status}" if status else f"the connection failed ({type(error).__name__})"  # fmt: skip
-
-
-def addition(path: str, file: LocalFile) -> CommitOperationAdd:
-    """The operation that puts a local file into the repository; its hash is known and not computed again."""
-    operation = CommitOperationAdd(path, file.content)
-    operation.upload_info.sha256 = bytes.fromhex(file.sha256)
-    return operation

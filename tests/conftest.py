@@ -18,6 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 REPOSITORY = Path(__file__).parents[1]
+# Programs that tests start import the builder of this checkout, wherever another one is installed.
+os.environ["PYTHONPATH"] = str(REPOSITORY)
 
 TINY_VOCAB_SIZE = 448
 """Of the tiny teacher's logits; its tokenizer has fewer, as Qwen's."""

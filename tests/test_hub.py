@@ -314,7 +314,7 @@ FAILURES = {
     ),
     "pickled weights only": (
         {"teacher": 'repo = "org/pickled"'},
-        r"teacher org/pickled.* safetensors",
+        r"teacher org/pickled: .*safetensors",
     ),
 }
 
@@ -440,10 +440,6 @@ for arguments in (("org/no", "x"), ("org/tiny", "x"), ("org/tiny", "config.json"
         hf_hub_download(arguments[0], arguments[1], revision=(*arguments, None)[2])
     except HfHubHTTPError as error:
         found["errors"].append(type(error).__name__)
-try:
-    api.create_repo("org/new")
-except HfHubHTTPError as error:
-    found["errors"].append(error.response.status_code)
 print(json.dumps(found))
 """
     result = client.python(code)
@@ -467,7 +463,6 @@ print(json.dumps(found))
         "RepositoryNotFoundError",
         "RemoteEntryNotFoundError",
         "RevisionNotFoundError",
-        405,
     ]
 
 
