@@ -273,9 +273,7 @@ def publish(
 def main() -> None:
     """Run a command; a failure is one line on stderr and exit status 1, or 130 after Ctrl-C."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        sys.exit(app(standalone_mode=False))  # the status of a typer.Exit, or None
     except typer.Abort:
         sys.exit(_interrupted())
     except KeyboardInterrupt:

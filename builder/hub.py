@@ -11,6 +11,7 @@ How:  1. The build is verified, and random rows are run through the teacher agai
 import hashlib
 import random
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def publish(
     repo, tag = plan.repo, plan.version.tag
     repo.check_login()
     if plan.is_published:
-        repo.delete_branch(plan.branch)
+        _clean_up(plan, notice)
         return repo.tagged(tag)
     check(plan, recompute=recompute, device=device, teacher_path=teacher_path, progress=progress)
     files = _write_release(plan)
@@ -69,7 +70,14 @@ def publish(
         main = plan.main or repo.head("main")
         work = _upload(plan, files, main, notice)
         notice(f"reading {len(files)} files back")
-        _read_back(plan, files, work)
+        try:
+            _read_back(plan, files, work)
+        except ValueError:
+            with suppress(ValueError):
+                repo.delete_branch(
+                    plan.branch
+                )  # to be gathered anew; whole files are not sent again
+            raise
         main = _put_on_main(plan, files, main, work)
     except ValueError as error:
         raise ValueError(
@@ -83,7 +91,7 @@ def publish(
         raise ValueError(
             f"{error}. main of {repo.id} was changed, but is not tagged as {tag}; the same command goes on from here"
         ) from None
-    repo.delete_branch(plan.branch)
+    _clean_up(plan, notice)
     return main
 
 
@@ -116,6 +124,13 @@ def check(
         )
     if report.recomputed:
         record_recomputation(plan.directory, report, device)
+
+
+def _clean_up(plan: Plan, notice: Notice) -> None:
+    try:
+        plan.repo.delete_branch(plan.branch)
+    except ValueError as error:
+        notice(f"branch {plan.branch} of {plan.repo.id} is left over, and does no harm: {error}")
 
 
 def _write_release(plan: Plan) -> dict[str, LocalFile]:

@@ -187,9 +187,13 @@ class Repository:
 
     def delete_branch(self, branch: str) -> None:
         """Remove a branch, if it is there."""
-        refs = self.refs()
-        if refs and branch in refs.branches:
-            self._try(lambda: self._api.delete_branch(self.id, repo_type="dataset", branch=branch))
+
+        def attempt() -> None:
+            refs = self.refs()
+            if refs and branch in refs.branches:
+                self._api.delete_branch(self.id, repo_type="dataset", branch=branch)
+
+        self._try(attempt)
 
     def commit(
         self,

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ["PYTHONPATH"] = str(
+    Path(__file__).parents[1]
+)  # child processes run this checkout's builder, too
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach beyond this machine
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this tiny, a second thread only waits
@@ -18,8 +21,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 REPOSITORY = Path(__file__).parents[1]
-# Programs that tests start import the builder of this checkout, wherever another one is installed.
-os.environ["PYTHONPATH"] = str(REPOSITORY)
 
 TINY_VOCAB_SIZE = 448
 """Of the tiny teacher's logits; its tokenizer has fewer, as Qwen's."""

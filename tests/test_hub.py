@@ -314,7 +314,7 @@ FAILURES = {
     ),
     "pickled weights only": (
         {"teacher": 'repo = "org/pickled"'},
-        r"teacher org/pickled: .*safetensors",
+        r"teacher org/pickled.* safetensors",
     ),
 }
 
