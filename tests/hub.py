@@ -21,6 +21,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,6 +129,9 @@ class Hub:
         """Larger files have to come in parts of this size."""
         self.is_token_valid = True
         self.lock = Lock()
+        self.connections = 0
+        """That are open."""
+        self._serial = 0
         self.endpoint = ""
 
     def commit(
@@ -136,13 +140,20 @@ class Hub:
         """Make these files the whole content of a branch; the repo and the branch come into being when needed."""
         repo = self.repos.setdefault((kind, repo_id), Repo(kind, repo_id, private=private))
         parent = repo.branches.get(branch, "")
-        digest = hashlib.sha1(f"{kind} {repo_id} {parent} {len(repo.commits)}".encode())
+        self._serial += 1  # no two commits are the same, as their times ensure elsewhere
+        digest = hashlib.sha1(f"{kind} {repo_id} {parent} {self._serial}".encode())
         for path, content in sorted(files.items()):
             digest.update(f"{path} {blob_id(content)}\n".encode())
         sha = digest.hexdigest()
         repo.commits[sha] = dict(files)
         repo.branches[branch] = sha
         return sha
+
+    def settle(self) -> None:
+        """Wait until what a killed client had still sent has been taken."""
+        deadline = time.monotonic() + 10
+        while self.connections and time.monotonic() < deadline:
+            time.sleep(0.002)
 
     def tag(self, kind: str, repo_id: str, name: str, revision: str = "main") -> str:
         """Name a commit."""
@@ -215,6 +226,18 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = (
         True  # else each answer waits 40 ms for the client's acknowledgement of its head
     )
+
+    def setup(self) -> None:
+        with self.hub.lock:
+            self.hub.connections += 1
+        super().setup()
+
+    def finish(self) -> None:
+        try:
+            super().finish()
+        finally:
+            with self.hub.lock:
+                self.hub.connections -= 1
 
     def do_GET(self) -> None:
         self._answer()
