@@ -131,7 +131,7 @@ def verify(
     from builder.verify import record_recomputation
     from builder.verify import verify as run
 
-    directory = _local(dataset, revision, data=True)
+    directory = _local(dataset, revision, "data/*.parquet")
     torch_device = "cpu"
     if recompute:
         _quiet_libraries()
@@ -186,9 +186,10 @@ def info(
     """Say what a dataset is, or show a row with the teacher's alternatives."""
     from builder import info as information
 
-    directory = _local(dataset, revision, data=row is not None)
+    directory = _local(dataset, revision)
     if row is not None:
         _quiet_libraries()
+        directory = _local(dataset, revision, information.file_of_row(directory, row)[0])
         if position is None:
             print(information.describe_row(directory, row, teacher_path=teacher))
         else:
@@ -254,7 +255,8 @@ def publish(
         return
     if not yes and not plan.is_published and sys.stdin.isatty():
         print(release.describe(plan), file=sys.stderr)
-        typer.confirm(f"Publish {name} {plan.version.tag}?", abort=True, err=True)
+        if not typer.confirm(f"Publish {name} {plan.version.tag}?", err=True):
+            raise typer.Exit(1)
     torch_device = _torch_device(device) if recompute else "cpu"
     with _progress("verify", plan.manifest["totals"]["tokens"]) as progress:
         commit = hub.publish(
@@ -289,8 +291,8 @@ def _interrupted() -> int:
     return 130
 
 
-def _local(dataset: str, revision: str | None, *, data: bool) -> Path:
-    """The directory of a dataset; one on the Hub is fetched, whole or only what describes it."""
+def _local(dataset: str, revision: str | None, *files: str) -> Path:
+    """The directory of a dataset; of one on the Hub, what describes it is fetched, and these files."""
     if Path(dataset).exists():
         if revision is not None:
             raise ValueError(f"--revision is for datasets on the Hub, but {dataset} is a directory")
@@ -300,7 +302,7 @@ def _local(dataset: str, revision: str | None, *, data: bool) -> Path:
     if not REPO_ID.fullmatch(dataset):
         return Path(dataset)  # and let the command say that it is not there
     _quiet_libraries()
-    return fetch(dataset, revision or "main", data=data)
+    return fetch(dataset, revision or "main", *files)
 
 
 def _notice(message: str) -> None:

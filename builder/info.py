@@ -171,10 +171,20 @@ def describe_row(directory: Path, row: int, *, teacher_path: Path | None = None)
     return "\n".join(lines)
 
 
-def _find_row(directory: Path, row: int) -> dict[str, Any]:
+def file_of_row(directory: Path, row: int) -> tuple[str, int]:
+    """The data file that holds a row, and the row's number in it.
+
+    Raises:
+        ValueError: there is no such row.
+    """
     first = 0
     for record in records_of(read_manifest(directory)):
         if first <= row < first + record.rows:
-            return read_row(directory / record.file, row - first)
+            return record.file, row - first
         first += record.rows
     raise ValueError(f"{directory} has rows 0 to {first - 1}, not {row}")
+
+
+def _find_row(directory: Path, row: int) -> dict[str, Any]:
+    file, number = file_of_row(directory, row)
+    return read_row(directory / file, number)

@@ -11,7 +11,9 @@ def plain(text: str) -> str:
     """Text from outside as Markdown that shows just this text, on one line, in a table cell too."""
     line = " ".join(str(text).split())
     # Without control characters, lone surrogates, and marks that turn the direction of the text around them.
-    line = "".join(c for c in line if unicodedata.category(c) not in ("Cc", "Cs") and c not in _BIDI)
+    line = "".join(
+        c for c in line if unicodedata.category(c) not in ("Cc", "Cs") and c not in _BIDI
+    )
     line = " ".join(line.split())
     line = "".join(_ENTITIES.get(c, f"\\{c}" if c in "\\`*[]|~$@" else c) for c in line)
     # An underscore within a word is only an underscore.

@@ -241,8 +241,11 @@ def _since(
     changelog = _changelog(read_release(release_path.parent)) if release_path else []
     if manifest_path is None:
         return "major", [f"{former.tag} has no {FILE_NAME}"], changelog
-    step, reasons = compare(read_manifest(manifest_path.parent), manifest)
-    return step, reasons, changelog
+    try:
+        old = read_manifest(manifest_path.parent)
+    except ValueError:
+        return "major", [f"the manifest of {former.tag} has another schema"], changelog
+    return *compare(old, manifest), changelog
 
 
 def _changelog(release: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -77,15 +77,18 @@ class Refs:
     tags: dict[str, str]
 
 
-def fetch(repo_id: str, revision: str, *, data: bool) -> Path:
-    """The directory of a dataset on the Hub, in the cache: with its data, or only the files that describe it.
+def fetch(repo_id: str, revision: str, *files: str) -> Path:
+    """The directory of a dataset on the Hub, in the cache.
+
+    Args:
+        repo_id: ORG/NAME.
+        revision: a tag, branch or commit.
+        files: which to fetch beside those that describe it, as patterns.
 
     Raises:
         ValueError: there is none that can be read, it has no such revision, or it is no logit dataset.
     """
-    patterns = ["manifest.json", "README.md", "verification.json", "release.json"]
-    if data:
-        patterns.append("data/*.parquet")
+    patterns = ["manifest.json", "README.md", "verification.json", "release.json", *files]
     try:
         directory = Path(
             snapshot_download(
@@ -99,7 +102,9 @@ def fetch(repo_id: str, revision: str, *, data: bool) -> Path:
             f"there is no directory {repo_id!r}, and {explain(error, repo_id)}"
         ) from None
     if not (directory / "manifest.json").exists():
-        raise ValueError(f"dataset {repo_id!r} on the Hub has no manifest.json: it is not a logit dataset")  # fmt: skip
+        raise ValueError(
+            f"dataset {repo_id!r} on the Hub has no manifest.json: it is not a logit dataset"
+        )
     return directory
 
 

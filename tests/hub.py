@@ -268,6 +268,8 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             answers = [answer for fault in self.hub.faults if (answer := fault(request))]
             body = self.rfile.read(length)
+            if len(body) < length:
+                raise Cut  # the client is gone
             for answer in answers:
                 if isinstance(answer, int):
                     answer = Refusal(answer, {})

@@ -289,6 +289,39 @@ def test_private_means_private(hub, publish, out):
     assert_one_line(publish("org/set", out, "--private"), "org/set exists and is public")
 
 
+ASKED = """
+import io, sys
+from builder.cli import main
+sys.stdin = io.StringIO(ANSWER)
+sys.stdin.isatty = lambda: True
+sys.argv = ["logit-dataset", "publish", "org/set", DIRECTORY, "--device", "cpu", "--recompute", "0"]
+main()
+"""
+
+
+def test_on_a_terminal_it_asks(hub, client, out):
+    for answer, status in (("n\n", 1), ("y\n", 0)):
+        assert not hub.repos
+        result = client.python(f"DIRECTORY, ANSWER = {str(out)!r}, {answer!r}\n{ASKED}")
+        assert result.returncode == status, result.stderr
+        assert "bytes to send, in" in result.stderr
+        assert "Publish org/set v1.0.0?" in result.stderr
+    assert_published(hub, out, "v1.0.0")
+
+
+def test_a_former_version_of_another_schema_needs_a_major_step(hub, publish, out):
+    assert publish("org/set", out).returncode == 0
+    repo = hub.repos["dataset", "org/set"]
+    files = dict(repo.commits[repo.branches["main"]])
+    files["manifest.json"] = files["manifest.json"].replace(b'"1.0.0"', b'"0.9.0"', 1)
+    hub.commit("dataset", "org/set", files)
+    hub.tag("dataset", "org/set", "v1.1.0")
+    result = publish("org/set", out)
+    assert result.returncode == 0, result.stderr
+    assert list(repo.tags) == ["v1.0.0", "v1.1.0", "v2.0.0"]
+    assert "the manifest of v1.1.0 has another schema" in (out / "README.md").read_text()
+
+
 PATIENT = """
 import sys, time
 from builder.cli import main
@@ -539,6 +572,9 @@ def test_readers_see_what_it_is_without_its_data_and_can_verify_it(
     assert not [r for r in hub.requests if r.path.endswith(".parquet")]
     assert json.loads(client.cli("info", "org/set", "--format", "json").stdout)["name"] == "tiny"
     row = client.cli("info", "org/set", "--row", 1, "--teacher", tiny_teacher_dir)
+    assert {r.path.rpartition("/")[2] for r in hub.requests if r.path.endswith(".parquet")} == {
+        "train-000-00000.parquet"
+    }
     assert row.stdout == client.cli("info", out, "--row", 1, "--teacher", tiny_teacher_dir).stdout
     assert row.returncode == 0
 
