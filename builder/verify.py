@@ -10,6 +10,7 @@ Cost: about 1 M tokens/s for hashes and invariants; recomputing costs what captu
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from builder.manifest import ShardRecord, Sums, read_manifest, records_of, truncated_length
+from builder.card import VERIFICATION
+from builder.manifest import (
+    ShardRecord,
+    Sums,
+    data_digest,
+    environment,
+    read_manifest,
+    records_of,
+    truncated_length,
+    write_json,
+)
 from builder.schema import COLUMNS, FLOAT16_MIN, arrow_schema, float16_rounding
 from builder.shards import file_sha256, nested_values
 
@@ -86,6 +97,17 @@ def verify(
         )
         report.problems += problems
     return report
+
+
+def record_recomputation(directory: Path, report: Report, device: str) -> None:
+    """Keep what recomputing found, with date, hardware and libraries, in `verification.json`: the card shows it."""
+    values = {
+        "data": data_digest(read_manifest(directory)),
+        "date": datetime.now(UTC).date().isoformat(),
+        "environment": environment(device),
+        **(report.recomputed or {}),
+    }
+    write_json(directory / VERIFICATION, values)
 
 
 def _check_files(directory: Path, records: list[ShardRecord], report: Report) -> None:

@@ -69,7 +69,7 @@ def write_synthetic(directory, *, num_tokens, vocab_size, top_k, row_length=256,
     logits_NV[:, common] += spread
     lengths = [row_length] * (num_tokens // row_length)
     ids_N = common[torch.randint(400, (sum(lengths),), generator=generator)]
-    captured = capture(logits_NV, torch.zeros(64, dtype=torch.long), top_k=top_k)
+    captured = capture([logits_NV], torch.zeros(64, dtype=torch.long), top_k=top_k)
     picked_N = ids_N % 64  # the distribution depends on the last token: something to learn
     distribution = type(captured)(
         **{name: getattr(captured, name)[picked_N] for name in captured.__slots__}
@@ -80,7 +80,7 @@ def write_synthetic(directory, *, num_tokens, vocab_size, top_k, row_length=256,
     ]
     (directory / "data").mkdir(parents=True)
     file, fingerprint = "data/train-000-00000.parquet", "synthetic"
-    metadata = {"logit_dataset.fingerprint": fingerprint}
+    metadata = {"logit_dataset.row_fingerprint": fingerprint}
     with (
         atomic_file(directory / file) as sink,
         ShardWriter(sink, with_text=True, profile="default", metadata=metadata) as writer,
@@ -89,6 +89,7 @@ def write_synthetic(directory, *, num_tokens, vocab_size, top_k, row_length=256,
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "fingerprint": fingerprint,
+        "row_fingerprint": fingerprint,
         "recipe": {"sequences": {"max_length": row_length, "long_documents": "chunk"}},
         "teacher": {
             **{"name": "synthetic", "sha256": "0", "vocab_size": vocab_size},
