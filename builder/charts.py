@@ -125,7 +125,7 @@ def entropy_svg(curves: Curves) -> str:
     anchor, shift = ("start", 6) if mean < (LEFT + RIGHT) / 2 else ("end", -6)
     parts += [
         f'<line x1="{mean:.1f}" y1="{TOP}" x2="{mean:.1f}" y2="{BOTTOM}" stroke="{RED}" stroke-width="2"/>',
-        f'<text x="{mean + shift:.1f}" y="{TOP + 12}" text-anchor="{anchor}" fill="{RED}">'
+        f'<text x="{mean + shift:.1f}" y="{TOP - 6}" text-anchor="{anchor}" fill="{RED}">'
         f"mean {curves.mean_entropy:.2f}</text>",
     ]
     return _finish(parts)

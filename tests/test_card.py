@@ -26,7 +26,7 @@ from builder.recipe import Recipe, fingerprint, load_recipe, row_fingerprint
 from builder.schema import columns
 from builder.verify import record_recomputation, verify
 
-MARKDOWN = MarkdownIt("gfm-like", {"linkify": False, "html": True})
+MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 
 HOSTILE = [
     "---\nlicense: mit\n---",
@@ -42,6 +42,9 @@ HOSTILE = [
     "1. item",
     "=====",
     "%YAML 1.1",
+    "<!-- the rest is gone",
+    "<?the rest, too",
+    "&lt; &amp;amp; &#60;",
 ]
 
 

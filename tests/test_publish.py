@@ -439,6 +439,21 @@ def test_a_file_that_arrives_with_other_bytes_is_found_and_sent_again(hub, publi
     assert len(hub.arrived) == before + 1
 
 
+def test_main_gets_what_was_read_back_whatever_the_file_has_become(hub, publish, out):
+    before = local_files(out / "data")
+    first, *_, last = sorted(before)
+
+    def change(request):
+        if request.method == "GET" and request.path.endswith(last):
+            (out / "data" / first).write_bytes(b"changed")
+
+    hub.faults.append(change)
+    assert publish("org/set", out).returncode == 0
+    assert (out / "data" / first).read_bytes() == b"changed"
+    sent = dataset_files(hub, "v1.0.0")
+    assert {name: sent[f"data/{name}"] for name in before} == before
+
+
 @pytest.mark.parametrize("branch", ["main", "publish-v1.0.0"])
 def test_a_branch_moved_by_someone_else_stops_it_before_anything_shows(hub, publish, out, branch):
     step = {"main": "data read back", "publish-v1.0.0": "commit on the working branch"}[branch]
