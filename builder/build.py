@@ -13,7 +13,9 @@ import itertools
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,13 @@ from builder.recipe import Recipe, differences, fingerprint
 from builder.schema import SCHEMA_VERSION
 from builder.sequences import Encoder
 from builder.shards import ShardWriter, atomic_file, file_sha256
-from builder.sources import CorpusSource, TeacherSource, resolve_corpus, resolve_teacher
+from builder.sources import (
+    CorpusSource,
+    KnownSources,
+    TeacherSource,
+    resolve_corpus,
+    resolve_teacher,
+)
 from builder.state import BuildState
 from builder.stream import SequenceStream, make_encoder
 from builder.teacher import Teacher, load_teacher
@@ -58,6 +66,7 @@ def build(
     device: str = "cpu",
     max_shards: int | None = None,
     progress: Progress = lambda _: None,
+    found: Progress = lambda _: None,
     notice: Notice = lambda message: print(message, file=sys.stderr),
 ) -> BuildResult:
     """Build a dataset, or go on with it.
@@ -69,6 +78,7 @@ def build(
         device: a torch device.
         max_shards: stop after this many new shards.
         progress: told of captured tokens.
+        found: told of the tokens of shards that an earlier run has finished.
         notice: told, in a line, of what the user should know (a damaged shard that is built again).
 
     Raises:
@@ -76,11 +86,11 @@ def build(
         OSError: the disk is full or cannot be written.
     """
     if (output / FILE_NAME).exists():
-        return _already_complete(recipe, output)
+        return _already_complete(recipe, base, output)
     state = BuildState(output)
     with state.locked():
         if (output / FILE_NAME).exists():
-            return _already_complete(recipe, output)
+            return _already_complete(recipe, base, output)
         known = state.known_sources()
         corpus_source = resolve_corpus(recipe.corpus, base, known)
         teacher_source = resolve_teacher(recipe.teacher, base, known)
@@ -114,6 +124,8 @@ def build(
                     record = work.shard(output, partition, index, position)
                     state.add(record)
                     built += 1
+                else:
+                    found(record.tokens)
                 records.append(record)
                 position = record.position_after
                 if record.exhausted:
@@ -126,9 +138,14 @@ def build(
         return BuildResult(status="complete", shards_built=built, manifest=manifest)
 
 
-def _already_complete(recipe: Recipe, output: Path) -> BuildResult:
+def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
     manifest = read_manifest(output)
-    if changes := differences(manifest["recipe"], recipe.published()):
+    changes = differences(manifest["recipe"], recipe.published())
+    if not changes and recipe.corpus.files:
+        with suppress(ValueError):  # files that are gone do not make the dataset less finished
+            source = resolve_corpus(recipe.corpus, base, KnownSources())
+            changes = differences(manifest["corpus"], source.provenance, "corpus")
+    if changes:
         raise ValueError(
             f"{output} holds a finished dataset of another recipe ({'; '.join(changes)}); choose another directory"
         )
@@ -160,34 +177,33 @@ class _ShardBuilder:
             "logit_dataset.schema": SCHEMA_VERSION,
             "logit_dataset.fingerprint": fingerprint(plan),
         }
-        self._teacher: Teacher | None = None
         self._stream: SequenceStream | None = None
 
+    @cached_property
     def teacher(self) -> Teacher:
         """The teacher, loaded when first needed."""
-        if self._teacher is None:
-            recipe, source = self._recipe.teacher, self._teacher_source
-            self._teacher = load_teacher(
-                source.location,
-                commit=source.commit,
-                tokenizer=source.tokenizer,
-                dtype=recipe.dtype,
-                attention=recipe.attention,
-                device=self._device,
-                trust_remote_code=recipe.trust_remote_code,
-            )
-            _check_fit(self._recipe, self._teacher)
-        return self._teacher
+        recipe, source = self._recipe.teacher, self._teacher_source
+        teacher = load_teacher(
+            source.location,
+            commit=source.commit,
+            tokenizer=source.tokenizer,
+            dtype=recipe.dtype,
+            attention=recipe.attention,
+            device=self._device,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+        _check_fit(self._recipe, teacher)
+        return teacher
 
+    @cached_property
     def encoder(self) -> Encoder:
         """The way from documents to sequences of the recipe and the teacher's tokenizer."""
-        return make_encoder(self._recipe.sequences, self.teacher().tokenizer)
+        return make_encoder(self._recipe.sequences, self.teacher.tokenizer)
 
     def teacher_provenance(self) -> dict[str, Any]:
         """What the loaded teacher is, and what is put around its sequences."""
-        encoder = self.encoder()
-        special = {"prefix_ids": encoder.prefix, "suffix_ids": encoder.suffix}
-        return self.teacher().provenance() | special
+        special = {"prefix_ids": self.encoder.prefix, "suffix_ids": self.encoder.suffix}
+        return self.teacher.provenance() | special
 
     def shard(
         self, output: Path, partition: int, index: int, start: Position | None
@@ -201,11 +217,11 @@ class _ShardBuilder:
             or self._stream.position != start
         ):
             self._stream = SequenceStream(
-                self._recipe, self._corpus_source, self.encoder(), partition, start
+                self._recipe, self._corpus_source, self.encoder, partition, start
             )
         stream, rows, tokens, sums = self._stream, 0, 0, Sums()
         pipeline = Pipeline(
-            self.teacher(),
+            self.teacher,
             top_k=self._recipe.output.top_k,
             batch_tokens=self._recipe.sequences.batch_tokens,
             progress=self._progress,

@@ -5,10 +5,13 @@ Everything heavy is imported inside the commands, so that `--help` answers at on
 
 import errno
 import os
+import shlex
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,7 +71,7 @@ def build(
     ] = False,
 ) -> None:
     """Build a dataset from a recipe, or go on with an unfinished one."""
-    from builder.recipe import load_recipe
+    from builder.recipe import expand_home, load_recipe
 
     loaded = load_recipe(recipe)
     base = recipe.parent
@@ -81,14 +84,15 @@ def build(
         return
     from builder.build import build as run
 
-    with _progress("build", loaded.corpus.max_tokens) as progress:
+    with _progress("build", loaded.corpus.max_tokens) as bar:
         result = run(
             loaded,
             base,
             output,
             device=torch_device,
             max_shards=max_shards,
-            progress=progress,
+            progress=bar.update,
+            found=partial(_start_from, bar),
             notice=_notice,
         )
     if result.manifest is None:
@@ -101,7 +105,10 @@ def build(
         f"{output}: {result.status}, {totals['tokens']:,} tokens in {totals['rows']:,} rows, "
         f"{totals['bytes_per_token']} bytes a token"
     )
-    print(f"next: logit-dataset verify {output} --recompute 5")
+    following = [_program(), "verify", str(output), "--recompute", "5"]
+    if local_teacher := loaded.teacher.path or loaded.teacher.gguf:
+        following += ["--teacher", str(base / expand_home(local_teacher))]
+    print(f"next: {shlex.join(following)}")
 
 
 @app.command(epilog="Example: logit-dataset verify out/mine --recompute 20")
@@ -124,14 +131,14 @@ def verify(
     if recompute:
         _quiet_libraries()
         torch_device = _torch_device(device)
-    with _progress("verify", read_manifest(directory)["totals"]["tokens"]) as progress:
+    with _progress("verify", read_manifest(directory)["totals"]["tokens"]) as bar:
         report = run(
             directory,
             recompute=recompute,
             seed=seed,
             device=torch_device,
             teacher_path=teacher,
-            progress=progress,
+            progress=bar.update,
         )
     for problem in report.problems:
         print(problem)
@@ -171,6 +178,8 @@ def info(
     from builder import info as information
 
     if row is not None:
+        if format is Format.JSON:
+            raise ValueError("--format json prints the summary; rows are read with load_dataset")
         _quiet_libraries()
         if position is None:
             print(information.describe_row(directory, row, teacher_path=teacher))
@@ -233,14 +242,30 @@ def _notice(message: str) -> None:
 
 
 @contextmanager
-def _progress(label: str, total: int | None) -> Iterator[Callable[[int], Any]]:
+def _progress(label: str, total: int | None) -> Iterator[Any]:
     """A bar with tokens/s and ETA on a terminal, nothing elsewhere."""
     from tqdm import tqdm
 
     with tqdm(
         desc=label, total=total, unit="tok", unit_scale=True, disable=None, leave=False
     ) as bar:
-        yield bar.update
+        yield bar
+
+
+def _start_from(bar: Any, tokens: int) -> None:
+    """Count tokens as done before the bar began, so that rate and ETA are those of this run."""
+    if not bar.disable:
+        bar.initial += tokens
+        bar.n += tokens
+        bar.refresh()
+
+
+def _program() -> str:
+    """How to call this program again: by its name, or as it was called where the name alone is not found."""
+    called = Path(sys.argv[0])
+    if called.name != "logit-dataset" or shutil.which(called.name):
+        return "logit-dataset"
+    return str(called)
 
 
 def _torch_device(device: Device) -> str:

@@ -32,7 +32,7 @@ from builder.schema import FLOAT16_MIN
 WIDE, NARROW = 64, 8
 CPU_WORKSPACE_BYTES = 16 * 2**20
 """Float32 logits worked on at once: small enough for a last-level cache, large enough to hide the cost of a call."""
-CUDA_WORKSPACE_BYTES = 256 * 2**20
+CUDA_WORKSPACE_BYTES = 128 * 2**20
 """The same on a GPU, where a piece must fill the device rather than fit a cache."""
 
 

@@ -1,5 +1,6 @@
 """A finished dataset → what it is, for a person or a program."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from builder.manifest import read_manifest, records_of
-from builder.recompute import dataset_tokenizer, read_row
+from builder.recompute import dataset_tokenizer, read_row, what_follows
+from builder.sequences import NO_TOKEN
 
 Floats = npt.NDArray[np.float64]
 
@@ -40,7 +42,9 @@ def describe(directory: Path) -> str:
     """The summary as text for a terminal."""
     summary = summarize(directory)
     totals, teacher, corpus = summary["totals"], summary["teacher"], summary["corpus"]
-    corpus_name = corpus.get("repo") or corpus.get("name") or f"{len(corpus['files'])} local files"
+    corpus_name = (
+        corpus.get("repo") or corpus.get("name") or f"local files ({len(corpus['files'])})"
+    )
     corpus_pin = (corpus.get("commit") or corpus.get("sha256") or corpus["files"][0]["sha256"])[:12]
     teacher_name = teacher.get("repo") or teacher["name"]
     teacher_pin = (teacher.get("commit") or teacher["sha256"])[:12]
@@ -58,7 +62,7 @@ def describe(directory: Path) -> str:
         "disk": f"{totals['bytes'] / 1e6:,.1f} MB in {summary['shards']} files, {totals['bytes_per_token']} bytes a token",
         f"top {summary['top_k']}": f"{totals['mean_topk_mass']:.1%} of the probability on average",
         "entropy": f"{totals['mean_entropy']:.3f} nats on average",
-        "perplexity": f"{totals['teacher_perplexity']} of the teacher on this text",
+        "perplexity": f"{totals['teacher_perplexity'] or '?'} of the teacher on this text",
         "built in": f"{totals['seconds']:,.0f} s at {totals['tokens_per_second']:,.0f} tokens/s on "
         f"{', '.join(e['device'] for e in summary['environments'])}",
     }
@@ -72,16 +76,18 @@ class Alternatives:
     context: str
     """The text up to and with this position's token."""
     tokens: list[str]
-    """The top K, most probable first."""
+    """The top K, most probable first, as `spell_token` writes them."""
     probabilities: Floats
     """Of the top K."""
     tail: float
     """Probability of all other tokens together."""
     following: str | None
-    """The token that really follows; None at the end of a row."""
+    """The token that really follows: at the end of a row its next chunk's first or end-of-sequence. None where there is
+    neither, or where the document may have been cut short."""
     rank: int | None
     """Index in the top K of the token that really follows; None outside."""
     following_probability: float
+    """Of the token that really follows; NaN where there is none."""
     entropy: float
     """Nats."""
 
@@ -94,19 +100,20 @@ def alternatives(
     Raises:
         ValueError: there is no such row or position, or the teacher's tokenizer cannot be found.
     """
-    values = _find_row(directory, row)
+    manifest = read_manifest(directory)
+    values, targets = _find_row(directory, manifest, row)
     ids = values["input_ids"]
     if not 0 <= position < len(ids):
         raise ValueError(f"row {row} has positions 0 to {len(ids) - 1}, not {position}")
-    tokenizer = dataset_tokenizer(read_manifest(directory), teacher_path)
+    tokenizer = dataset_tokenizer(manifest, teacher_path)
     topk_ids = values["topk_indices"][position].tolist()
-    following = ids[position + 1] if position + 1 < len(ids) else None
+    following = targets[position]
     return Alternatives(
-        context=tokenizer.decode(ids[: position + 1]),
-        tokens=[tokenizer.decode([token]) for token in topk_ids],
+        context=_spell(tokenizer, ids[: position + 1]),
+        tokens=[spell_token(tokenizer, token) for token in topk_ids],
         probabilities=np.exp(values["topk_logprobs"][position].astype(np.float64)),
         tail=float(np.exp(values["tail_logprob"][position].astype(np.float64))),
-        following=None if following is None else tokenizer.decode([following]),
+        following=None if following == NO_TOKEN else spell_token(tokenizer, following),
         rank=topk_ids.index(following) if following in topk_ids else None,
         following_probability=float(np.exp(values["target_logprob"][position].astype(np.float64))),
         entropy=float(values["entropy"][position]),
@@ -136,6 +143,10 @@ def describe_position(found: Alternatives) -> str:
             f"{'':>4}  {found.following_probability:>11.4f}  {found.following!r}   ← really followed, "
             f"outside the top {len(found.tokens)}"
         )
+    elif found.following is None and not np.isnan(found.following_probability):
+        lines.append(
+            f"{'':>4}  {found.following_probability:>11.4f}  what really followed; the document may have been cut here"
+        )
     lines.append(f"entropy {found.entropy:.3f} nats")
     return "\n".join(lines)
 
@@ -146,12 +157,13 @@ def describe_row(directory: Path, row: int, *, teacher_path: Path | None = None)
     Raises:
         ValueError: there is no such row, or the teacher's tokenizer cannot be found.
     """
-    values = _find_row(directory, row)
-    tokenizer = dataset_tokenizer(read_manifest(directory), teacher_path)
+    manifest = read_manifest(directory)
+    values, targets = _find_row(directory, manifest, row)
+    tokenizer = dataset_tokenizer(manifest, teacher_path)
     ids = values["input_ids"]
 
     def show(token: int) -> str:
-        return repr(tokenizer.decode([token]))
+        return "(not known)" if token == NO_TOKEN else repr(spell_token(tokenizer, token))
 
     lines = [
         f"row {row}: document {values['id']!r}, chunk {values['chunk_index']}, {len(ids)} tokens",
@@ -161,9 +173,8 @@ def describe_row(directory: Path, row: int, *, teacher_path: Path | None = None)
         first = int(values["topk_indices"][position][0])
         first_probability = np.exp(float(values["topk_logprobs"][position][0]))
         target = np.exp(float(values["target_logprob"][position]))
-        following = show(ids[position + 1]) if position + 1 < len(ids) else "(next or end)"
         lines.append(
-            f"{position:>8}  {show(token):<16} {following:<15} {target:>8.4f} "
+            f"{position:>8}  {show(token):<16} {show(targets[position]):<15} {target:>8.4f} "
             f"{show(first):<15} {first_probability:>8.4f} {float(values['entropy'][position]):>8.3f}"
         )
     if len(ids) > MAX_POSITIONS:
@@ -171,10 +182,40 @@ def describe_row(directory: Path, row: int, *, teacher_path: Path | None = None)
     return "\n".join(lines)
 
 
-def _find_row(directory: Path, row: int) -> dict[str, Any]:
+def spell_token(tokenizer: Any, token: int) -> str:
+    """The text of one token, spaces included; bytes of a part of a character as in <0xE2>, and <id 9> for no token."""
+    raw: str | None = tokenizer.convert_ids_to_tokens(token)
+    if raw is None:  # logits are often padded beyond the tokenizer's vocabulary
+        return f"<id {token}>"
+    # Decoded alone, a token of such a tokenizer would lose the space at its beginning.
+    return raw.replace("▁", " ") if raw.startswith("▁") else _spell(tokenizer, [token])
+
+
+def _spell(tokenizer: Any, tokens: list[int]) -> str:
+    """The text of some tokens, with the bytes of characters of which only a part is there."""
+    text: str = tokenizer.decode(tokens)
+    if "\ufffd" not in text:
+        return text
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    raw = "".join(tokenizer.convert_ids_to_tokens(tokens))
+    if not all(character in byte_of for character in raw):
+        return text  # not a byte-level vocabulary
+    exact = bytes(byte_of[character] for character in raw).decode("utf-8", "surrogateescape")
+    return re.sub("[\udc80-\udcff]", lambda match: f"<0x{ord(match[0]) - 0xDC00:02X}>", exact)
+
+
+def _find_row(
+    directory: Path, manifest: dict[str, Any], row: int
+) -> tuple[dict[str, Any], list[int]]:
+    """A row, and the token that follows each of its positions."""
     first = 0
-    for record in records_of(read_manifest(directory)):
+    for record in records_of(manifest):
         if first <= row < first + record.rows:
-            return read_row(directory / record.file, row - first)
+            path = directory / record.file
+            values = read_row(path, row - first)
+            last, _ = what_follows(manifest, path, row - first, values)
+            return values, [*values["input_ids"][1:], last]
         first += record.rows
     raise ValueError(f"{directory} has rows 0 to {first - 1}, not {row}")

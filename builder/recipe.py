@@ -17,6 +17,12 @@ from builder.schema import SCHEMA_VERSION
 Positive = Annotated[int, Field(gt=0)]
 SpecialToken = Literal["tokenizer", "always", "never"]
 
+PINNED = {
+    "corpus": ("files", "revision"),
+    "teacher": ("path", "gguf", "tokenizer", "revision"),
+}
+"""Fields for which a plan holds hashes or a commit, so that how they are spelled decides nothing."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(
@@ -50,6 +56,7 @@ class CorpusRecipe(_Section):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         _exactly_one(self, "repo", "files", "embedded")
+        _only_with(self, "repo", "revision", "config", "split")
         return self
 
 
@@ -77,8 +84,8 @@ class TeacherRecipe(_Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         _exactly_one(self, "repo", "path", "gguf", "embedded")
-        if self.tokenizer and not self.gguf:
-            raise ValueError("tokenizer is only for a gguf teacher: other teachers bring their own")
+        _only_with(self, "repo", "revision", "trust_remote_code")
+        _only_with(self, "gguf", "tokenizer")
         if self.trust_remote_code and not is_commit(self.revision):
             raise ValueError(
                 "trust_remote_code runs code from the repo, so revision must be a full 40-digit commit, "
@@ -169,8 +176,14 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def fingerprint(plan: dict[str, Any]) -> str:
-    """SHA-256 of a plan: the resolved recipe, without its name, and the exact corpus and teacher behind it."""
+    """SHA-256 of a plan: the resolved recipe and the exact corpus and teacher behind it.
+
+    What decides no bytes is left out: the recipe's name, and how it spells what the plan pins.
+    """
     recipe = {key: value for key, value in plan["recipe"].items() if key != "name"}
+    for section, pinned in PINNED.items():
+        values = recipe[section].items()
+        recipe[section] = {key: value for key, value in values if key not in pinned}
     deciding = {**plan, "recipe": recipe, "schema_version": SCHEMA_VERSION}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
@@ -183,6 +196,18 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
             lines += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
         return lines
     return [] if old == new else [f"{path}: {_short(old)} → {_short(new)}"]
+
+
+def expand_home(path: str) -> Path:
+    """A path whose ~ is replaced by the home directory.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path!r} begins with the home directory of nobody") from None
 
 
 def is_commit(revision: str) -> bool:
@@ -202,14 +227,21 @@ def _exactly_one(section: BaseModel, *fields: str) -> None:
         raise ValueError(f"give exactly one of {', '.join(fields)} (found {found})")
 
 
+def _only_with(section: BaseModel, source: str, *fields: str) -> None:
+    for field in fields:
+        default = type(section).model_fields[field].default
+        if not getattr(section, source) and getattr(section, field) != default:
+            raise ValueError(f"{field} means something only with {source}; leave it out")
+
+
 def _portable(path: str) -> str:
     """What of a path can be published: all of it only if it stays below the recipe's directory."""
-    parts = Path(path).expanduser()
+    parts = expand_home(path)
     return parts.name if parts.is_absolute() or ".." in parts.parts else path
 
 
 def _explain(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
+    where = ".".join(str(part) for part in problem["loc"]) or "recipe"
     if problem["type"] == "extra_forbidden":
         section: Any = Recipe
         for part in problem["loc"][:-1]:
@@ -222,4 +254,4 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{where!r} is missing"
     given = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
-    return f"{where}: {message}{given}" if where else message
+    return f"{where}: {message}{given}"

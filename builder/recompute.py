@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from builder.corpus import Document
-from builder.manifest import ShardRecord
+from builder.manifest import ShardRecord, truncated_length
 from builder.recipe import SequencesRecipe, TeacherRecipe, differences
 from builder.schema import FLOAT16_MIN, float16_rounding
 from builder.sequences import NO_TOKEN, Encoder
@@ -93,11 +93,7 @@ def recompute_rows(
     problems: list[str] = []
     errors: list[Tensor] = []
     totals: dict[str, float] = defaultdict(float)
-    truncated_length = sequences.max_length if sequences.long_documents == "truncate" else None
-    eos = manifest["teacher"]["eos_token_id"]
-    for row in _choose_rows(
-        directory, records, count, seed, len(encoder.prefix), eos, truncated_length
-    ):
+    for row in _choose_rows(directory, manifest, records, count, seed):
         where = f"{row.file} row {row.number}"
         if row.text is not None and row.is_whole_document:
             encoded = encoder.encode(Document(id="", text=row.text))
@@ -161,14 +157,31 @@ def dataset_tokenizer(manifest: dict[str, Any], teacher_path: Path | None = None
     return load_tokenizer(source.location, commit=source.commit, tokenizer=source.tokenizer)
 
 
+def what_follows(
+    manifest: dict[str, Any], path: Path, number: int, row: dict[str, Any]
+) -> tuple[int, bool]:
+    """The token after the last one of a row, and whether the document certainly ends with the row.
+
+    The token is NO_TOKEN where nothing follows, or where it is not known because the document may have been cut short.
+    """
+    try:
+        following = read_row(path, number + 1, columns=["id", "chunk_index", "input_ids"])
+    except IndexError:  # a file ends with a document
+        following = {"id": None}
+    if (following["id"], following.get("chunk_index")) == (row["id"], row["chunk_index"] + 1):
+        return int(following["input_ids"][len(manifest["teacher"]["prefix_ids"])]), False
+    if len(row["input_ids"]) >= truncated_length(manifest):
+        return NO_TOKEN, False
+    eos = manifest["teacher"]["eos_token_id"]
+    return NO_TOKEN if eos is None else int(eos), True
+
+
 def _choose_rows(
     directory: Path,
+    manifest: dict[str, Any],
     records: list[ShardRecord],
     count: int,
     seed: int,
-    prefix_length: int,
-    eos: int | None,
-    truncated_length: int | None,
 ) -> list[_Row]:
     total = sum(record.rows for record in records)
     chosen = sorted(random.Random(seed).sample(range(total), min(count, total)))
@@ -176,35 +189,17 @@ def _choose_rows(
     for record in records:
         numbers = [number - first for number in chosen if first <= number < first + record.rows]
         first += record.rows
-        if not numbers:
-            continue
-        table = pq.read_table(directory / record.file, columns=["id", "chunk_index", "input_ids"])
         for number in numbers:
-            values = read_row(directory / record.file, number)
-            ids = values["input_ids"]
-            next_token = NO_TOKEN if eos is None else eos
-            if len(ids) == truncated_length:
-                next_token = (
-                    NO_TOKEN  # the document may have been cut here, and what followed is not stored
-                )
-            continues = False
-            if number + 1 < table.num_rows:
-                following = table.slice(number + 1, 1).to_pylist()[0]
-                continues = (
-                    following["id"] == values["id"]
-                    and following["chunk_index"] == values["chunk_index"] + 1
-                )
-                if continues:
-                    next_token = following["input_ids"][prefix_length]
+            path = directory / record.file
+            values = read_row(path, number)
+            next_token, is_end = what_follows(manifest, path, number, values)
             rows.append(
                 _Row(
                     file=record.file,
                     number=number,
-                    is_whole_document=values["chunk_index"] == 0
-                    and not continues
-                    and len(ids) != truncated_length,
+                    is_whole_document=is_end and values["chunk_index"] == 0,
                     text=values.get("text"),
-                    input_ids=ids,
+                    input_ids=values["input_ids"],
                     next_token=next_token,
                     indices_TK=torch.from_numpy(values["topk_indices"].astype(np.int64)),
                     logprobs_TK=torch.from_numpy(values["topk_logprobs"].astype(np.float64)),
@@ -217,12 +212,16 @@ def _choose_rows(
     return rows
 
 
-def read_row(path: Path, number: int) -> dict[str, Any]:
-    """One row of a Parquet file: strings and numbers as such, token ids as a list, the rest as arrays."""
+def read_row(path: Path, number: int, columns: list[str] | None = None) -> dict[str, Any]:
+    """One row of a Parquet file: strings and numbers as such, token ids as a list, the rest as arrays.
+
+    Raises:
+        IndexError: the file has no such row.
+    """
     file = pq.ParquetFile(path)
     for group in range(file.num_row_groups):
         if number < file.metadata.row_group(group).num_rows:
-            return _row_values(file.read_row_group(group).slice(number, 1))
+            return _row_values(file.read_row_group(group, columns=columns).slice(number, 1))
         number -= file.metadata.row_group(group).num_rows
     raise IndexError(number)
 

@@ -42,6 +42,23 @@ class Block:
     """Of all positions of all sequences, in order, on the CPU."""
 
 
+def parquet_writer(sink: pa.NativeFile | Path, schema: pa.Schema, profile: str) -> pq.ParquetWriter:
+    """A writer with the codec and encodings of a profile, `default` or `compact`."""
+    encodings = {"topk_indices.list.element.list.element": "BYTE_STREAM_SPLIT"}
+    if profile == "compact":
+        encodings["topk_logprobs.list.element.list.element"] = "BYTE_STREAM_SPLIT"
+    return pq.ParquetWriter(
+        sink,
+        schema,
+        compression="zstd",
+        compression_level=ZSTD_LEVEL,
+        use_dictionary=["id"],
+        column_encoding=encodings,
+        write_page_index=True,
+        write_statistics=["id", "chunk_index"],
+    )
+
+
 class ShardWriter:
     """Writes the blocks of one shard to an open file, on a thread of its own."""
 
@@ -50,19 +67,7 @@ class ShardWriter:
     ) -> None:
         """Start a Parquet file whose key–value metadata is `metadata`."""
         self._schema = arrow_schema(with_text=with_text).with_metadata(metadata)
-        encodings = {"topk_indices.list.element.list.element": "BYTE_STREAM_SPLIT"}
-        if profile == "compact":
-            encodings["topk_logprobs.list.element.list.element"] = "BYTE_STREAM_SPLIT"
-        self._writer = pq.ParquetWriter(
-            sink,
-            self._schema,
-            compression="zstd",
-            compression_level=ZSTD_LEVEL,
-            use_dictionary=["id"],
-            column_encoding=encodings,
-            write_page_index=True,
-            write_statistics=["id", "chunk_index"],
-        )
+        self._writer = parquet_writer(sink, self._schema, profile)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer")
         self._writing: Future[None] | None = None
 

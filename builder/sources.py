@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from builder import demo
-from builder.recipe import CorpusRecipe, TeacherRecipe, is_commit
+from builder.recipe import CorpusRecipe, TeacherRecipe, expand_home, is_commit
 
 CorpusFormat = Literal["hub", "text", "json", "parquet"]
 
@@ -90,6 +90,7 @@ def resolve_corpus(recipe: CorpusRecipe, base: Path, known: KnownSources) -> Cor
         ValueError: no such files, an unknown or mixed format, or the Hub does not know the dataset.
     """
     if recipe.repo:
+        _check_not_here(recipe.repo, "corpus.files")
         commit = known.commit(recipe.repo, recipe.revision, "dataset")
         provenance = {"kind": "hub", "repo": recipe.repo, "commit": commit}
         return CorpusSource(format="hub", commit=commit, provenance=provenance)
@@ -121,6 +122,7 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
         ValueError: no such directory or file, or the Hub does not know the model.
     """
     if recipe.repo:
+        _check_not_here(recipe.repo, "teacher.path")
         commit = known.commit(recipe.repo, recipe.revision, "model")
         return TeacherSource(
             location=recipe.repo,
@@ -140,11 +142,21 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
         return TeacherSource(location=str(directory), provenance=provenance)
     assert recipe.gguf
     file = _existing(base, recipe.gguf, "teacher.gguf", "file")
-    tokenizer = recipe.tokenizer and str(
-        _existing(base, recipe.tokenizer, "teacher.tokenizer", "directory")
-    )
     provenance = {"kind": "gguf", "name": file.name, "sha256": known.sha256(file)}
-    return TeacherSource(location=str(file), tokenizer=tokenizer, provenance=provenance)
+    if not recipe.tokenizer:
+        return TeacherSource(location=str(file), provenance=provenance)
+    tokenizer = _existing(base, recipe.tokenizer, "teacher.tokenizer", "directory")
+    provenance["tokenizer_files_sha256"] = _tree_sha256(tokenizer, known)
+    return TeacherSource(location=str(file), tokenizer=str(tokenizer), provenance=provenance)
+
+
+def _check_not_here(repo: str, key: str) -> None:
+    """The libraries read a directory of the working directory rather than a Hub repository of the same name."""
+    if Path(repo).exists():
+        raise ValueError(
+            f"{repo!r} is to come from the Hub, but there is a directory of this name here, which would be read instead; "
+            f"run from another directory, or name it as {key}"
+        )
 
 
 def _commit_on_hub(repo: str, revision: str, repo_type: Literal["dataset", "model"]) -> str:
@@ -185,7 +197,7 @@ def _commit_on_hub(repo: str, revision: str, repo_type: Literal["dataset", "mode
 def _expand(patterns: tuple[str, ...], base: Path) -> tuple[Path, ...]:
     files: list[Path] = []
     for pattern in patterns:
-        found = sorted(glob.glob(str(base / Path(pattern).expanduser()), recursive=True))
+        found = sorted(glob.glob(str(base / expand_home(pattern)), recursive=True))
         matches = [path for path in map(Path, found) if path.is_file()]
         if not matches:
             raise ValueError(f"corpus.files: nothing matches {pattern!r} (looked in {base or '.'})")
@@ -206,7 +218,7 @@ def _format(path: Path) -> CorpusFormat:
 
 
 def _existing(base: Path, path: str, key: str, kind: Literal["file", "directory"]) -> Path:
-    full = base / Path(path).expanduser()
+    full = base / expand_home(path)
     if not full.exists():
         raise ValueError(f"{key}: {path!r} does not exist (looked in {base or '.'})")
     if full.is_dir() is not (kind == "directory"):

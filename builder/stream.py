@@ -79,16 +79,22 @@ def open_corpus(
     start: Position | None = None,
 ) -> Corpus:
     """The documents of one partition of a resolved corpus, from a position on."""
+    id_column = "id" if recipe.embedded else recipe.id_column
     if source.format == "hub":
         assert recipe.repo
         assert source.commit
         rows = open_hub(recipe.repo, commit=source.commit, config=recipe.config, split=recipe.split)
     else:
-        rows = open_local(source.files, format=source.format, text_unit=recipe.text_unit)
+        rows = open_local(
+            source.files,
+            format=source.format,
+            text_unit=recipe.text_unit,
+            columns=tuple(dict.fromkeys(filter(None, (recipe.text_column, id_column)))),
+        )
     return Corpus(
         rows,
         text_column=recipe.text_column,
-        id_column="id" if recipe.embedded else recipe.id_column,
+        id_column=id_column,
         format=source.format,
         file_names=tuple(path.name for path in source.files),
         partition=partition,

@@ -5,7 +5,7 @@ Out:  pieces of [n, V] raw logits, in order: all positions of the first sequence
 
 How:  sequences are padded on the right; under causal attention no real position can see the padding, so no mask is
       needed and nothing leaks. The body of the model runs once over [B, T]; the head runs over real positions only,
-      in pieces of at most LOGITS_BYTES, so memory does not grow with B · T · V.
+      in pieces of a fixed size, so memory does not grow with B · T · V.
 
       Some architectures do more than a matrix product after the body (soft-capping, logit scales, an `embed_out`).
       Instead of a table of them, the head here is the model's own forward method with the body replaced by one that
@@ -17,7 +17,10 @@ Shape suffixes: B sequences, T positions, N real positions, V vocabulary, D hidd
 
 import copy
 import hashlib
+import io
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +30,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
-LOGITS_BYTES = 64 * 2**20
-"""Logits that exist at once: a matrix product of a few hundred rows runs at full speed, and V = 152k costs no more."""
+CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES = 64 * 2**20, 256 * 2**20
+"""Logits that exist at once, however large V is: enough rows for a matrix product at full speed, few enough to fit anywhere."""
 
 PROBE_LENGTHS = (24, 13, 5)
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -87,11 +90,12 @@ class Teacher:
             return
         hidden_ND = self._hidden(sequences)
         for piece_ND in hidden_ND.split(self._rows_per_piece):
-            yield self._head(inputs_embeds=piece_ND[None], use_cache=False).logits[0]
+            yield self._apply_head(piece_ND)
 
     @property
     def _rows_per_piece(self) -> int:
-        return max(8, LOGITS_BYTES // (self.vocab_size * self.dtype.itemsize) // 8 * 8)
+        limit = CUDA_LOGITS_BYTES if self.device.type == "cuda" else CPU_LOGITS_BYTES
+        return max(8, limit // (self.vocab_size * self.dtype.itemsize) // 8 * 8)
 
     def _hidden(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """[N, D] last hidden states of all real positions of a right-padded batch."""
@@ -110,6 +114,10 @@ class Teacher:
         )
         real_ND: Tensor = hidden_BTD.flatten(0, 1).index_select(0, to_device(real_N, self.device))
         return real_ND
+
+    def _apply_head(self, hidden_ND: Tensor) -> Tensor:
+        logits_1NV: Tensor = self._head(inputs_embeds=hidden_ND[None], use_cache=False).logits
+        return logits_1NV[0]
 
     def _whole(self, ids_BT: Tensor) -> Tensor:
         logits_BTV: Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
@@ -243,9 +251,12 @@ def load_gguf(path: Path, *, tokenizer: Path | None) -> tuple[Any, Any]:
         ValueError: packages are missing, or the file's tokenizer needs a rule that is not known here.
     """
     right_tokenizer = _gguf_tokenizer(path, tokenizer)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        str(path.parent), gguf_file=path.name, dtype=torch.float32
-    )
+    with (
+        nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+    ):  # its progress bar
+        loaded = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=torch.float32
+        )
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from builder.manifest import ShardRecord, Sums, read_manifest, records_of
+from builder.manifest import ShardRecord, Sums, read_manifest, records_of, truncated_length
 from builder.schema import COLUMNS, FLOAT16_MIN, arrow_schema, float16_rounding
 from builder.shards import file_sha256, nested_values
 
@@ -166,10 +166,7 @@ class _RowChecker:
         self._vocab_size: int = manifest["teacher"]["vocab_size"]
         self._eos: int | None = manifest["teacher"]["eos_token_id"]
         self._prefix: list[int] = manifest["teacher"]["prefix_ids"]
-        sequences = manifest["recipe"]["sequences"]
-        self._truncated_length = (
-            sequences["max_length"] if sequences["long_documents"] == "truncate" else None
-        )
+        self._truncated_length = truncated_length(manifest)
         self._previous: tuple[str, int] | None = None
 
     def check(self, table: pa.Table) -> None:
@@ -286,7 +283,7 @@ class _RowChecker:
                 targets[last] = -1  # its next chunk, if there is one, is in the next row group
             elif ids[next_row] == ids[row] and chunks[next_row] == chunks[row] + 1:
                 targets[last] = rows.input_ids[rows.starts[next_row] + len(self._prefix)]
-            elif self._eos is None or rows.ends[row] - rows.starts[row] == self._truncated_length:
+            elif self._eos is None or rows.ends[row] - rows.starts[row] >= self._truncated_length:
                 targets[last] = -1
             else:
                 targets[last] = self._eos

@@ -135,3 +135,16 @@ def test_a_gpu_gives_the_rows_of_the_cpu(tiny_model, tiny_tokenizer, sequences, 
     _, blocks = run(on_gpu, sequences)
     assert all(block.distribution.logsumexp.device.type == "cpu" for block in blocks)
     assert_each_equals_alone(teacher, blocks)
+
+
+@pytest.mark.gpu
+def test_no_statistic_waits_for_the_gpu():
+    logits = torch.randn(700, 49_152, device="cuda")
+    targets = torch.randint(49_152, (700,), device="cuda")
+    torch.cuda.set_sync_debug_mode("error")  # any call that waits raises
+    try:
+        arrive = module.start_copy(capture(logits.split(300), targets, top_k=50))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = capture([logits.cpu()], targets.cpu(), top_k=50)
+    torch.testing.assert_close(arrive().logsumexp, expected.logsumexp)

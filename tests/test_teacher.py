@@ -175,7 +175,7 @@ def test_logits_come_in_order_and_in_pieces_of_bounded_size(make_teacher, monkey
     sequences = random_sequences((33, 5, 17, 1, 28))
     (whole_NV,) = teacher.logits(sequences)
     max_bytes = 20 * TINY_VOCAB_SIZE * 4
-    monkeypatch.setattr(teacher_module, "LOGITS_BYTES", max_bytes)
+    monkeypatch.setattr(teacher_module, "CPU_LOGITS_BYTES", max_bytes)
     pieces = list(teacher.logits(sequences))
     assert len(pieces) == 6  # of 16 rows: the largest multiple of 8 that fits
     assert all(piece.numel() * piece.element_size() <= max_bytes for piece in pieces)
@@ -187,7 +187,7 @@ def test_the_whole_model_yields_pieces_of_bounded_size_too(make_teacher, monkeyp
     sequences = random_sequences((33, 5, 17))
     whole_NV = torch.cat(list(teacher.logits(sequences)))
     max_bytes = 8 * TINY_VOCAB_SIZE * 4
-    monkeypatch.setattr(teacher_module, "LOGITS_BYTES", max_bytes)
+    monkeypatch.setattr(teacher_module, "CPU_LOGITS_BYTES", max_bytes)
     pieces = list(teacher.logits(sequences))
     assert len(pieces) == 5 + 1 + 3
     assert all(piece.numel() * piece.element_size() <= max_bytes for piece in pieces)

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from builder.build import build
 from builder.manifest import read_manifest, records_of, write_json
+from builder.recipe import load_recipe
 from builder.recompute import recompute_rows
 from builder.shards import file_sha256, nested_values
 from builder.verify import verify
@@ -89,6 +91,19 @@ def test_a_good_dataset_has_no_problems_even_recomputed(built, tiny_teacher_dir)
     assert report.recomputed["nll_stored"] == pytest.approx(
         report.recomputed["nll_recomputed"], abs=2e-3
     )
+
+
+@pytest.mark.parametrize("eos", ["never", "always"])
+@pytest.mark.parametrize("max_length", [31, 130])
+@pytest.mark.parametrize("long_documents", ["chunk", "truncate"])
+def test_a_good_dataset_has_no_problems_where_documents_are_cut(
+    make_recipe, tmp_path, tiny_teacher_dir, long_documents, max_length, eos
+):
+    """Some of these cuts are moved in front of a character, so that a cut row is shorter than max_length."""
+    sequences = f'long_documents = "{long_documents}"\nmax_length = {max_length}\neos = "{eos}"'
+    recipe = make_recipe(sequences=sequences)
+    build(load_recipe(recipe), tmp_path, tmp_path / "out")
+    assert problems(tmp_path / "out", tiny_teacher_dir, recompute=100) == []
 
 
 def test_forging_without_a_change_stays_undetected(copy, tiny_teacher_dir):
