@@ -127,7 +127,7 @@ def _share_of_corpus(
         return sum(sizes[:num_rows]) / sum(sizes)
     lines = itertools.chain.from_iterable(_open(path) for path in source.files)
     size = sum(len(line) for line in itertools.islice(lines, num_rows))
-    return size / (sum(sizes) * _expansion(source.files[0]))
+    return size / (sum(sizes) * _expansion(max(source.files, key=lambda path: path.stat().st_size)))
 
 
 def _expansion(path: Path) -> float:
