@@ -13,16 +13,15 @@ import itertools
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from builder.card import render_card
 from builder.corpus import Position
-from builder.distribution import Distribution, capture, concatenate
+from builder.distribution import Distribution
 from builder.manifest import (
     FILE_NAME,
     ShardRecord,
@@ -32,22 +31,21 @@ from builder.manifest import (
     read_manifest,
     write_json,
 )
+from builder.pipeline import Notice, Pipeline, Progress
 from builder.recipe import Recipe, differences, fingerprint
 from builder.schema import SCHEMA_VERSION
-from builder.sequences import Encoder, Sequence, length_sorted_batches
-from builder.shards import Block, ShardWriter, atomic_file, file_sha256
-from builder.sources import CorpusSource, TeacherSource, resolve_corpus, resolve_teacher
+from builder.sequences import Encoder
+from builder.shards import ShardWriter, atomic_file, file_sha256
+from builder.sources import (
+    CorpusSource,
+    KnownSources,
+    TeacherSource,
+    resolve_corpus,
+    resolve_teacher,
+)
 from builder.state import BuildState
 from builder.stream import SequenceStream, make_encoder
 from builder.teacher import Teacher, load_teacher
-
-WINDOW_BATCHES = 8
-"""Sequences of this many batches are sorted by length together, and then written in the corpus's order."""
-WINDOW_VALUES = 2**26
-"""Limit on T · K of a window, for large K: 400 MB of indices and log-probs."""
-
-Progress = Callable[[int], None]
-"""Called with the number of tokens just captured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +66,8 @@ def build(
     device: str = "cpu",
     max_shards: int | None = None,
     progress: Progress = lambda _: None,
-    notice: Callable[[str], None] = lambda message: print(message, file=sys.stderr),
+    found: Progress = lambda _: None,
+    notice: Notice = lambda message: print(message, file=sys.stderr),
 ) -> BuildResult:
     """Build a dataset, or go on with it.
 
@@ -79,6 +78,7 @@ def build(
         device: a torch device.
         max_shards: stop after this many new shards.
         progress: told of captured tokens.
+        found: told of the tokens of shards that an earlier run has finished.
         notice: told, in a line, of what the user should know (a damaged shard that is built again).
 
     Raises:
@@ -86,11 +86,11 @@ def build(
         OSError: the disk is full or cannot be written.
     """
     if (output / FILE_NAME).exists():
-        return _already_complete(recipe, output)
+        return _already_complete(recipe, base, output)
     state = BuildState(output)
     with state.locked():
         if (output / FILE_NAME).exists():
-            return _already_complete(recipe, output)
+            return _already_complete(recipe, base, output)
         known = state.known_sources()
         corpus_source = resolve_corpus(recipe.corpus, base, known)
         teacher_source = resolve_teacher(recipe.teacher, base, known)
@@ -102,7 +102,13 @@ def build(
         state.settle("plan", plan)
         state.remember(known)
         work = _ShardBuilder(
-            recipe, plan, corpus_source, teacher_source, device=device, progress=progress
+            recipe,
+            plan,
+            corpus_source,
+            teacher_source,
+            device=device,
+            progress=progress,
+            notice=notice,
         )
         built, records = 0, []
         for partition in range(recipe.output.partitions):
@@ -118,20 +124,28 @@ def build(
                     record = work.shard(output, partition, index, position)
                     state.add(record)
                     built += 1
+                else:
+                    found(record.tokens)
                 records.append(record)
                 position = record.position_after
                 if record.exhausted:
                     break
         manifest = make_manifest(plan, state.read("teacher"), records)
-        (output / "README.md").write_text(render_card(manifest), encoding="utf-8")
+        with atomic_file(output / "README.md") as sink:
+            sink.write(render_card(manifest).encode())
         write_json(output / FILE_NAME, manifest)
         state.remove()
         return BuildResult(status="complete", shards_built=built, manifest=manifest)
 
 
-def _already_complete(recipe: Recipe, output: Path) -> BuildResult:
+def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
     manifest = read_manifest(output)
-    if changes := differences(manifest["recipe"], recipe.published()):
+    changes = differences(manifest["recipe"], recipe.published())
+    if not changes and recipe.corpus.files:
+        with suppress(ValueError):  # files that are gone do not make the dataset less finished
+            source = resolve_corpus(recipe.corpus, base, KnownSources())
+            changes = differences(manifest["corpus"], source.provenance, "corpus")
+    if changes:
         raise ValueError(
             f"{output} holds a finished dataset of another recipe ({'; '.join(changes)}); choose another directory"
         )
@@ -151,44 +165,45 @@ class _ShardBuilder:
         *,
         device: str,
         progress: Progress,
+        notice: Notice,
     ) -> None:
         self._recipe = recipe
         self._corpus_source = corpus_source
         self._teacher_source = teacher_source
         self._device = device
         self._progress = progress
+        self._notice = notice
         self._metadata = {
             "logit_dataset.schema": SCHEMA_VERSION,
             "logit_dataset.fingerprint": fingerprint(plan),
         }
-        self._teacher: Teacher | None = None
         self._stream: SequenceStream | None = None
 
+    @cached_property
     def teacher(self) -> Teacher:
         """The teacher, loaded when first needed."""
-        if self._teacher is None:
-            recipe, source = self._recipe.teacher, self._teacher_source
-            self._teacher = load_teacher(
-                source.location,
-                commit=source.commit,
-                tokenizer=source.tokenizer,
-                dtype=recipe.dtype,
-                attention=recipe.attention,
-                device=self._device,
-                trust_remote_code=recipe.trust_remote_code,
-            )
-            _check_fit(self._recipe, self._teacher)
-        return self._teacher
+        recipe, source = self._recipe.teacher, self._teacher_source
+        teacher = load_teacher(
+            source.location,
+            commit=source.commit,
+            tokenizer=source.tokenizer,
+            dtype=recipe.dtype,
+            attention=recipe.attention,
+            device=self._device,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+        _check_fit(self._recipe, teacher)
+        return teacher
 
+    @cached_property
     def encoder(self) -> Encoder:
         """The way from documents to sequences of the recipe and the teacher's tokenizer."""
-        return make_encoder(self._recipe.sequences, self.teacher().tokenizer)
+        return make_encoder(self._recipe.sequences, self.teacher.tokenizer)
 
     def teacher_provenance(self) -> dict[str, Any]:
         """What the loaded teacher is, and what is put around its sequences."""
-        encoder = self.encoder()
-        special = {"prefix_ids": encoder.prefix, "suffix_ids": encoder.suffix}
-        return self.teacher().provenance() | special
+        special = {"prefix_ids": self.encoder.prefix, "suffix_ids": self.encoder.suffix}
+        return self.teacher.provenance() | special
 
     def shard(
         self, output: Path, partition: int, index: int, start: Position | None
@@ -202,9 +217,16 @@ class _ShardBuilder:
             or self._stream.position != start
         ):
             self._stream = SequenceStream(
-                self._recipe, self._corpus_source, self.encoder(), partition, start
+                self._recipe, self._corpus_source, self.encoder, partition, start
             )
         stream, rows, tokens, sums = self._stream, 0, 0, Sums()
+        pipeline = Pipeline(
+            self.teacher,
+            top_k=self._recipe.output.top_k,
+            batch_tokens=self._recipe.sequences.batch_tokens,
+            progress=self._progress,
+            notice=self._notice,
+        )
         with (
             atomic_file(output / name) as sink,
             ShardWriter(
@@ -214,16 +236,9 @@ class _ShardBuilder:
                 metadata=self._metadata,
             ) as writer,
         ):
-            for window in _windows(stream.shard_sequences(), self._recipe):
-                block = capture_block(
-                    window,
-                    self.teacher(),
-                    top_k=self._recipe.output.top_k,
-                    batch_tokens=self._recipe.sequences.batch_tokens,
-                    progress=self._progress,
-                )
+            for block in pipeline.blocks(stream.shard_sequences()):
                 writer.write(block)
-                rows += len(window)
+                rows += len(block.sequences)
                 tokens += len(block.distribution.logsumexp)
                 sums += _sums(block.distribution)
             if not rows:
@@ -244,64 +259,10 @@ class _ShardBuilder:
             position_after=stream.position,
             exhausted=stream.exhausted,
             sums=sums,
+            halved_batches=pipeline.halved_batches,
             seconds=round(time.perf_counter() - started, 3),
             environment=environment(self._device),
         )
-
-
-def capture_block(
-    sequences: list[Sequence],
-    teacher: Teacher,
-    *,
-    top_k: int,
-    batch_tokens: int,
-    progress: Progress = lambda _: None,
-) -> Block:
-    """Run the teacher over some sequences, and keep their distributions in the sequences' order.
-
-    Raises:
-        ValueError: the teacher yields NaN or infinity; names the document.
-    """
-    lengths = [len(sequence.token_ids) for sequence in sequences]
-    parts: dict[int, Distribution] = {}
-    for batch in length_sorted_batches(lengths, batch_tokens):
-        targets_N = torch.tensor(
-            [target for i in batch for target in sequences[i].targets], device=teacher.device
-        )
-        captured, start = [], 0
-        for logits_NV in teacher.logits([sequences[i].token_ids for i in batch]):
-            end = start + len(logits_NV)
-            captured.append(capture(logits_NV, targets_N[start:end], top_k=top_k))
-            start = end
-        whole = concatenate(captured)
-        split = {
-            f.name: getattr(whole, f.name).cpu().split([lengths[i] for i in batch])
-            for f in fields(whole)
-        }
-        for row, i in enumerate(batch):
-            parts[i] = Distribution(**{name: values[row] for name, values in split.items()})
-            _check_finite(parts[i], sequences[i])
-        progress(start)
-    return Block(
-        sequences=sequences, distribution=concatenate([parts[i] for i in range(len(sequences))])
-    )
-
-
-def _windows(sequences: Iterator[Sequence], recipe: Recipe) -> Iterator[list[Sequence]]:
-    batch_tokens = recipe.sequences.batch_tokens
-    limit = max(
-        batch_tokens, min(WINDOW_BATCHES * batch_tokens, WINDOW_VALUES // recipe.output.top_k)
-    )
-    window: list[Sequence] = []
-    tokens = 0
-    for sequence in sequences:
-        if window and tokens + len(sequence.token_ids) > limit:
-            yield window
-            window, tokens = [], 0
-        window.append(sequence)
-        tokens += len(sequence.token_ids)
-    if window:
-        yield window
 
 
 def _check_fit(recipe: Recipe, teacher: Teacher) -> None:
@@ -314,15 +275,6 @@ def _check_fit(recipe: Recipe, teacher: Teacher) -> None:
         raise ValueError(
             f"sequences.max_length is {recipe.sequences.max_length}, but the teacher was made for {teacher.max_length} "
             "positions; choose a smaller max_length"
-        )
-
-
-def _check_finite(distribution: Distribution, sequence: Sequence) -> None:
-    bad = (~distribution.logsumexp.isfinite()).nonzero()
-    if len(bad):
-        raise ValueError(
-            f"the teacher yields NaN or infinity for document {sequence.document_id!r} "
-            f"(chunk {sequence.chunk_index}, position {int(bad[0])}); try another teacher.dtype, or leave it out"
         )
 
 

@@ -3,12 +3,15 @@
 Everything heavy is imported inside the commands, so that `--help` answers at once.
 """
 
+import errno
 import os
 import shlex
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,12 +19,14 @@ import typer
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Capture a teacher's next-token distributions as a Hugging Face dataset, verify and read them.",
     epilog="Example: logit-dataset build dataset_cards/smollm2-135m-python-docs/recipe.toml --output out/python-docs",
 )
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C: 128 and the number of the signal, as shells have it."""
 
 
 class Device(StrEnum):
@@ -79,14 +84,15 @@ def build(
         return
     from builder.build import build as run
 
-    with _progress("build", loaded.corpus.max_tokens) as progress:
+    with _progress("build", loaded.corpus.max_tokens) as bar:
         result = run(
             loaded,
             base,
             output,
             device=torch_device,
             max_shards=max_shards,
-            progress=progress,
+            progress=bar.update,
+            found=partial(_start_from, bar),
             notice=_notice,
         )
     if result.manifest is None:
@@ -99,7 +105,7 @@ def build(
         f"{output}: {result.status}, {totals['tokens']:,} tokens in {totals['rows']:,} rows, "
         f"{totals['bytes_per_token']} bytes a token"
     )
-    following = ["logit-dataset", "verify", str(output), "--recompute", "5"]
+    following = [_program(), "verify", str(output), "--recompute", "5"]
     if local_teacher := loaded.teacher.path or loaded.teacher.gguf:
         following += ["--teacher", str(base / expand_home(local_teacher))]
     print(f"next: {shlex.join(following)}")
@@ -125,14 +131,14 @@ def verify(
     if recompute:
         _quiet_libraries()
         torch_device = _torch_device(device)
-    with _progress("verify", read_manifest(directory)["totals"]["tokens"]) as progress:
+    with _progress("verify", read_manifest(directory)["totals"]["tokens"]) as bar:
         report = run(
             directory,
             recompute=recompute,
             seed=seed,
             device=torch_device,
             teacher_path=teacher,
-            progress=progress,
+            progress=bar.update,
         )
     for problem in report.problems:
         print(problem)
@@ -191,20 +197,42 @@ def info(
 
 
 def main() -> None:
-    """Run a command. Exit status 1 is a failure (one line on stderr), 2 a wrong command line, 130 Ctrl-C."""
+    """Run a command. A failure is one line on stderr, and exit status 1, 2 for a wrong command line, or 130 after Ctrl-C."""
     try:
-        app()
-    except SystemExit as stop:
-        if stop.code == 130:  # typer's own, after KeyboardInterrupt
-            print(
-                "interrupted: finished shards are safe; run the same command to go on",
-                file=sys.stderr,
-            )
-        raise
-    except (ValueError, OSError, MemoryError) as error:
+        # What this returns is the status of a typer.Exit, which typer also makes of Ctrl-C.
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        sys.stdout.flush()
+    except (typer.Abort, KeyboardInterrupt):
+        status = INTERRUPTED
+    except BrokenPipeError:  # who reads our output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except Exception as error:
         if os.environ.get("LOGIT_DATASET_TRACEBACK"):
             raise
-        sys.exit(f"error: {' '.join(str(error).split()) or type(error).__name__}")
+        print(f"error: {' '.join(_explain(error).split())}", file=sys.stderr)
+        status = getattr(error, "exit_code", 1)
+    if status == INTERRUPTED:
+        print(
+            "interrupted: finished shards are safe; run the same command to go on", file=sys.stderr
+        )
+    sys.exit(status)
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, typer.TyperException):
+        command = (
+            context.command_path if (context := getattr(error, "ctx", None)) else "logit-dataset"
+        )
+        return f"{error.format_message().rstrip('.')}; see {command} --help"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            f"cannot write ({os.strerror(error.errno)}); finished shards are safe: make room, and run the same command "
+            "to go on"
+        )
+    if isinstance(error, ValueError | OSError):
+        return str(error)
+    return f"{type(error).__name__}: {error} (not expected: LOGIT_DATASET_TRACEBACK=1 shows where it comes from)"
 
 
 def _notice(message: str) -> None:
@@ -214,14 +242,30 @@ def _notice(message: str) -> None:
 
 
 @contextmanager
-def _progress(label: str, total: int | None) -> Iterator[Callable[[int], Any]]:
+def _progress(label: str, total: int | None) -> Iterator[Any]:
     """A bar with tokens/s and ETA on a terminal, nothing elsewhere."""
     from tqdm import tqdm
 
     with tqdm(
         desc=label, total=total, unit="tok", unit_scale=True, disable=None, leave=False
     ) as bar:
-        yield bar.update
+        yield bar
+
+
+def _start_from(bar: Any, tokens: int) -> None:
+    """Count tokens as done before the bar began, so that rate and ETA are those of this run."""
+    if not bar.disable:
+        bar.initial += tokens
+        bar.n += tokens
+        bar.refresh()
+
+
+def _program() -> str:
+    """How to call this program again: by its name, or as it was called where the name alone is not found."""
+    called = Path(sys.argv[0])
+    if called.name != "logit-dataset" or shutil.which(called.name):
+        return "logit-dataset"
+    return str(called)
 
 
 def _torch_device(device: Device) -> str:
@@ -244,8 +288,10 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
     import datasets
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.utils.logging.set_verbosity_error()  # it announces every retry in two lines
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)

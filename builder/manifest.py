@@ -26,6 +26,14 @@ MAX_CHARACTER_TOKENS = 64
 """More tokens than any character takes: bytes make it 4, and no normaliser writes one as more than 18."""
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
 
+READ_BACK = {
+    "recipe": ("name", "corpus", "teacher", "sequences", "output"),
+    "teacher": ("vocab_size", "eos_token_id", "prefix_ids", "parameters", "dtype"),
+    "totals": ("tokens", "rows", "documents", "documents_skipped", "bytes"),
+    "corpus": (),
+}
+"""What readers of a manifest rely on, besides its shards."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sums:
@@ -64,6 +72,8 @@ class ShardRecord:
     exhausted: bool
     """Whether this is the last shard of its partition."""
     sums: Sums
+    halved_batches: int
+    """Batches that did not fit the device's memory and were halved, which can change last bits."""
     seconds: float
     environment: dict[str, Any]
     """Libraries and hardware that computed it."""
@@ -157,34 +167,32 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / FILE_NAME
     if not path.exists():
+        if not directory.exists():
+            raise ValueError(f"{directory} does not exist; name the directory of a finished build")
         state = (
             "an unfinished build; run the same build command to go on"
             if (directory / ".build").exists()
-            else ("not a logit dataset")
+            else "not a logit dataset; name the directory of a finished build"
         )
         raise ValueError(f"{directory} has no {FILE_NAME}: it is {state}")
+    advice = "fetch or build the dataset again"
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         major = str(manifest["schema_version"]).split(".")[0]
-        missing = {
-            "recipe",
-            "corpus",
-            "teacher",
-            "totals",
-            "environments",
-            "shards",
-            "fingerprint",
-        } - set(manifest)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); fetch or build the dataset again") from None
+        raise ValueError(f"{path} is damaged ({_reason(error)}); {advice}") from None
     if major != SCHEMA_VERSION.split(".")[0]:
         raise ValueError(
             f"{path} has schema version {manifest['schema_version']}, this program reads {SCHEMA_VERSION}; install the matching version"
         )
-    if missing:
-        raise ValueError(
-            f"{path} is damaged (no {', '.join(sorted(missing))}); fetch or build the dataset again"
-        )
+    try:
+        if not records_of(manifest):
+            raise ValueError("no shards")
+        for section, keys in READ_BACK.items():
+            for key in keys:
+                manifest[section][key]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({_reason(error)}); {advice}") from None
     return manifest
 
 
@@ -198,15 +206,22 @@ def truncated_length(manifest: dict[str, Any]) -> float:
     return longest - MAX_CHARACTER_TOKENS
 
 
+def _reason(error: Exception) -> str:
+    return f"no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
+
+
 def write_json(path: Path, values: Any) -> None:
     """Write a small JSON file so that after a crash either the old or the new one is there, whole."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(values, file, indent=1, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -143,7 +143,7 @@ class Recipe(_Section):
         return self
 
     def published(self) -> dict[str, Any]:
-        """The recipe as plain JSON values for manifest and card, absolute paths cut to their last part."""
+        """The recipe as plain JSON values for manifest and card, paths that lead elsewhere cut to their last part."""
         values = self.model_dump(mode="json")
         values["corpus"]["files"] = [_portable(path) for path in self.corpus.files]
         for field in ("path", "gguf", "tokenizer"):
@@ -161,7 +161,7 @@ def load_recipe(path: Path) -> Recipe:
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise ValueError(
             f"no recipe at {path}; name a .toml file such as dataset_cards/*/recipe.toml"
         ) from None
@@ -235,7 +235,9 @@ def _only_with(section: BaseModel, source: str, *fields: str) -> None:
 
 
 def _portable(path: str) -> str:
-    return Path(path).name if expand_home(path).is_absolute() else path
+    """What of a path can be published: all of it only if it stays below the recipe's directory."""
+    parts = expand_home(path)
+    return parts.name if parts.is_absolute() or ".." in parts.parts else path
 
 
 def _explain(problem: Any) -> str:

@@ -10,7 +10,8 @@ Sizes: see README. `topk_indices` is split into byte streams before zstd (their 
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -41,29 +42,48 @@ class Block:
     """Of all positions of all sequences, in order, on the CPU."""
 
 
+def parquet_writer(sink: pa.NativeFile | Path, schema: pa.Schema, profile: str) -> pq.ParquetWriter:
+    """A writer with the codec and encodings of a profile, `default` or `compact`."""
+    encodings = {"topk_indices.list.element.list.element": "BYTE_STREAM_SPLIT"}
+    if profile == "compact":
+        encodings["topk_logprobs.list.element.list.element"] = "BYTE_STREAM_SPLIT"
+    return pq.ParquetWriter(
+        sink,
+        schema,
+        compression="zstd",
+        compression_level=ZSTD_LEVEL,
+        use_dictionary=["id"],
+        column_encoding=encodings,
+        write_page_index=True,
+        write_statistics=["id", "chunk_index"],
+    )
+
+
 class ShardWriter:
-    """Writes the blocks of one shard to an open file."""
+    """Writes the blocks of one shard to an open file, on a thread of its own."""
 
     def __init__(
         self, sink: pa.NativeFile, *, with_text: bool, profile: str, metadata: dict[str, str]
     ) -> None:
         """Start a Parquet file whose key–value metadata is `metadata`."""
         self._schema = arrow_schema(with_text=with_text).with_metadata(metadata)
-        encodings = {"topk_indices.list.element.list.element": "BYTE_STREAM_SPLIT"}
-        if profile == "compact":
-            encodings["topk_logprobs.list.element.list.element"] = "BYTE_STREAM_SPLIT"
-        self._writer = pq.ParquetWriter(
-            sink,
-            self._schema,
-            compression="zstd",
-            compression_level=ZSTD_LEVEL,
-            use_dictionary=["id"],
-            column_encoding=encodings,
-            write_page_index=True,
-            write_statistics=["id", "chunk_index"],
-        )
+        self._writer = parquet_writer(sink, self._schema, profile)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer")
+        self._writing: Future[None] | None = None
 
     def write(self, block: Block) -> None:
+        """Append rows while the caller goes on.
+
+        Waits for the block before, so that no more than two are in memory, and raises what went wrong with it.
+        """
+        self._finish()
+        self._writing = self._thread.submit(self._write_block, block)
+
+    def _finish(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
+    def _write_block(self, block: Block) -> None:
         """Append rows, in row groups of at most ROW_GROUP_TOKENS tokens (or one row)."""
         top_k = block.distribution.topk_indices.shape[1]
         limit = min(ROW_GROUP_TOKENS, MAX_LIST_VALUES // top_k)
@@ -87,10 +107,13 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Write the footer. After a failure the file is worthless, and only its buffers are let go."""
-        if kind is None:
-            self._writer.close()
-        else:
-            with suppress(OSError, pa.ArrowException):
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._thread.shutdown()
+            failed = kind is not None or (self._writing is not None and self._writing.exception())
+            with suppress(OSError, pa.ArrowException) if failed else nullcontext():
                 self._writer.close()
 
     def _write_rows(self, block: Block, rows: slice, tokens: slice) -> None:

@@ -133,7 +133,7 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
         directory, provenance = demo.embedded_teacher()
         return TeacherSource(location=str(directory), provenance={"kind": "package", **provenance})
     if recipe.path:
-        directory = _existing(base, recipe.path, "teacher.path")
+        directory = _existing(base, recipe.path, "teacher.path", "directory")
         provenance = {
             "kind": "directory",
             "name": directory.name,
@@ -141,11 +141,11 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
         }
         return TeacherSource(location=str(directory), provenance=provenance)
     assert recipe.gguf
-    file = _existing(base, recipe.gguf, "teacher.gguf")
+    file = _existing(base, recipe.gguf, "teacher.gguf", "file")
     provenance = {"kind": "gguf", "name": file.name, "sha256": known.sha256(file)}
     if not recipe.tokenizer:
         return TeacherSource(location=str(file), provenance=provenance)
-    tokenizer = _existing(base, recipe.tokenizer, "teacher.tokenizer")
+    tokenizer = _existing(base, recipe.tokenizer, "teacher.tokenizer", "directory")
     provenance["tokenizer_files_sha256"] = _tree_sha256(tokenizer, known)
     return TeacherSource(location=str(file), tokenizer=str(tokenizer), provenance=provenance)
 
@@ -180,7 +180,12 @@ def _commit_on_hub(repo: str, revision: str, repo_type: Literal["dataset", "mode
         ) from None
     except RevisionNotFoundError:
         raise ValueError(f"{repo_type} {repo!r} has no revision {revision!r} on the Hub") from None
-    except (HfHubHTTPError, OfflineModeIsEnabled, httpx2.HTTPError, OSError) as error:
+    except OfflineModeIsEnabled:
+        raise ValueError(
+            f"cannot reach the Hub to resolve {repo_type} {repo}@{revision}, since HF_HUB_OFFLINE is set; unset it, "
+            "give the full commit of what is in the cache, or use local files"
+        ) from None
+    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         raise ValueError(
             f"cannot reach the Hub to resolve {repo_type} {repo}@{revision} ({_first_line(error)}); "
             "check the network, or use local files"
@@ -212,10 +217,12 @@ def _format(path: Path) -> CorpusFormat:
     return _FORMATS[name]
 
 
-def _existing(base: Path, path: str, key: str) -> Path:
+def _existing(base: Path, path: str, key: str, kind: Literal["file", "directory"]) -> Path:
     full = base / expand_home(path)
     if not full.exists():
         raise ValueError(f"{key}: {path!r} does not exist (looked in {base or '.'})")
+    if full.is_dir() is not (kind == "directory"):
+        raise ValueError(f"{key}: {path!r} is not a {kind}")
     return full.resolve()
 
 

@@ -5,7 +5,7 @@ Out:  pieces of [n, V] raw logits, in order: all positions of the first sequence
 
 How:  sequences are padded on the right; under causal attention no real position can see the padding, so no mask is
       needed and nothing leaks. The body of the model runs once over [B, T]; the head runs over real positions only,
-      in pieces of at most LOGITS_BYTES, so memory does not grow with B · T · V.
+      in pieces of a fixed size, so memory does not grow with B · T · V.
 
       Some architectures do more than a matrix product after the body (soft-capping, logit scales, an `embed_out`).
       Instead of a table of them, the head here is the model's own forward method with the body replaced by one that
@@ -17,7 +17,10 @@ Shape suffixes: B sequences, T positions, N real positions, V vocabulary, D hidd
 
 import copy
 import hashlib
+import io
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +30,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
-LOGITS_BYTES = 64 * 2**20
-"""Logits that exist at once: a matrix product of a few hundred rows runs at full speed, and V = 152k costs no more."""
+CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES = 64 * 2**20, 256 * 2**20
+"""Logits that exist at once, however large V is: enough rows for a matrix product at full speed, few enough to fit anywhere."""
 
 PROBE_LENGTHS = (24, 13, 5)
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -81,16 +84,18 @@ class Teacher:
         """Raw logits of every position of every sequence, in order, in pieces of [n, V] on the device."""
         if not self.head_only:
             for ids in sequences:
-                logits_TV = self._whole(torch.tensor([list(ids)], device=self.device))[0]
+                ids_1T = to_device(torch.tensor([list(ids)]), self.device)
+                logits_TV = self._whole(ids_1T)[0]
                 yield from logits_TV.split(self._rows_per_piece)
             return
         hidden_ND = self._hidden(sequences)
         for piece_ND in hidden_ND.split(self._rows_per_piece):
-            yield self._head(inputs_embeds=piece_ND[None], use_cache=False).logits[0]
+            yield self._apply_head(piece_ND)
 
     @property
     def _rows_per_piece(self) -> int:
-        return max(8, LOGITS_BYTES // (self.vocab_size * self.dtype.itemsize) // 8 * 8)
+        limit = CUDA_LOGITS_BYTES if self.device.type == "cuda" else CPU_LOGITS_BYTES
+        return max(8, limit // (self.vocab_size * self.dtype.itemsize) // 8 * 8)
 
     def _hidden(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """[N, D] last hidden states of all real positions of a right-padded batch."""
@@ -98,7 +103,8 @@ class Teacher:
         ids_BT = torch.zeros(len(sequences), length, dtype=torch.long)
         for row_T, ids in zip(ids_BT, sequences, strict=True):
             row_T[: len(ids)] = torch.tensor(ids)
-        hidden_BTD = self.model.base_model(input_ids=ids_BT.to(self.device), use_cache=False)[0]
+        ids_BT = to_device(ids_BT, self.device)
+        hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False)[0]
         starts = range(0, len(sequences) * length, length)
         real_N = torch.cat(
             [
@@ -106,8 +112,12 @@ class Teacher:
                 for start, ids in zip(starts, sequences, strict=True)
             ]
         )
-        real_ND: Tensor = hidden_BTD.flatten(0, 1).index_select(0, real_N.to(self.device))
+        real_ND: Tensor = hidden_BTD.flatten(0, 1).index_select(0, to_device(real_N, self.device))
         return real_ND
+
+    def _apply_head(self, hidden_ND: Tensor) -> Tensor:
+        logits_1NV: Tensor = self._head(inputs_embeds=hidden_ND[None], use_cache=False).logits
+        return logits_1NV[0]
 
     def _whole(self, ids_BT: Tensor) -> Tensor:
         logits_BTV: Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
@@ -148,6 +158,13 @@ class Teacher:
             return self.vocab_size, ours.shape == expected_NV.shape and error(ours) <= tolerance
         except (AttributeError, TypeError, RuntimeError, IndexError):
             return self.vocab_size, False  # an architecture whose forward does not come apart
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on a device; on a GPU through pinned memory, so that nothing waits for the copy."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class _Handover(nn.Module):
@@ -234,9 +251,12 @@ def load_gguf(path: Path, *, tokenizer: Path | None) -> tuple[Any, Any]:
         ValueError: packages are missing, or the file's tokenizer needs a rule that is not known here.
     """
     right_tokenizer = _gguf_tokenizer(path, tokenizer)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        str(path.parent), gguf_file=path.name, dtype=torch.float32
-    )
+    with (
+        nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+    ):  # its progress bar
+        loaded = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=torch.float32
+        )
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -264,9 +284,14 @@ def _gguf_tokenizer(path: Path, tokenizer: Path | None) -> Any:
         raise ValueError(
             "a GGUF teacher needs two more packages; run: pip install gguf accelerate"
         ) from None
+    try:
+        rule = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    except (ValueError, LookupError) as error:
+        raise ValueError(
+            f"teacher {path.name}: it is no whole GGUF file ({error}); download it again"
+        ) from None
     if tokenizer:
         return AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=False)
-    rule = GGUFReader(path).get_field("tokenizer.ggml.pre")
     rule_name = str(rule.contents()) if rule else "none"
     if rule_name not in FAITHFUL_GGUF_PRETOKENIZERS:
         raise ValueError(
@@ -317,6 +342,17 @@ def _explain_load(error: Exception) -> str:
         return "it needs code from its repo; set teacher.trust_remote_code and a full commit, if you trust it"
     if "Unrecognized configuration class" in message:
         return "it is not a causal language model that transformers knows (an encoder or an encoder–decoder?)"
+    if "model.safetensors" in message:
+        return (
+            "it has no model.safetensors, and other weights are not read, for a pickle file can run code; "
+            "save it again with save_pretrained"
+        )
+    if "Unrecognized model" in message:
+        return "it has no config.json with a model_type that transformers knows; name a directory of save_pretrained"
+    if "FlashAttention" in message:
+        return f'{message.split(". ")[0][:200].rstrip(".")}; use teacher.attention = "sdpa"'
+    if "couldn't connect" in message or "HF_HUB_OFFLINE" in message:
+        return "it is not in the cache, and the Hub cannot be reached to fetch it; check the network, or use teacher.path"
     if "ignore_mismatched_sizes" in message:
         return "its weights have other shapes than its config.json says; download it again"
     if isinstance(error, SafetensorError):

@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ["PYTHONPATH"] = str(
+    Path(__file__).parents[1]
+)  # child processes run this checkout's builder, too
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach beyond this machine
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-")  # nor write to, or find, what the user keeps

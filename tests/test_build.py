@@ -180,6 +180,29 @@ def test_a_finished_build_is_left_alone_and_another_recipe_refused(make_recipe, 
         run(make_recipe(output="top_k = 10"), tmp_path / "out")
 
 
+def test_a_finished_build_of_other_files_is_refused_and_of_missing_ones_is_finished(
+    make_recipe, tmp_path, corpus_file
+):
+    recipe = make_recipe()
+    run(recipe, tmp_path / "out")
+    write_jsonl(corpus_file, sample_documents(25))
+    with pytest.raises(ValueError, match=r"another recipe \(corpus\.files"):
+        run(recipe, tmp_path / "out")
+    corpus_file.unlink()
+    assert run(recipe, tmp_path / "out").status == "already complete"
+
+
+def test_tokens_of_finished_shards_are_told_apart_from_new_ones(make_recipe, tmp_path):
+    recipe, new, found = make_recipe(), [], []
+    run(recipe, tmp_path / "out", max_shards=2, progress=new.append)
+    before = sum(new)
+    assert before > 0
+    new.clear()
+    run(recipe, tmp_path / "out", progress=new.append, found=found.append)
+    assert sum(found) == before
+    assert sum(found) + sum(new) == read_manifest(tmp_path / "out")["totals"]["tokens"]
+
+
 def test_a_changed_recipe_or_corpus_is_refused_with_the_fields(make_recipe, tmp_path, corpus_file):
     run(make_recipe(), tmp_path / "out", max_shards=1)
     with pytest.raises(ValueError, match=r"recipe\.sequences\.batch_tokens: 256 → 128"):

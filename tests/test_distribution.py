@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from builder import distribution
-from builder.distribution import Distribution, block_width, capture, concatenate
+from builder.distribution import Distribution, capture, concatenate
 from builder.schema import FLOAT16_MIN
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,7 +60,7 @@ def float32_rounding(logits_NV: Tensor) -> Tensor:
 
 
 def assert_equals_reference(logits_NV: Tensor, targets: list[int], top_k: int) -> Distribution:
-    found = capture(logits_NV, torch.tensor(targets), top_k=top_k)
+    found = capture([logits_NV], torch.tensor(targets), top_k=top_k)
     rows = [
         reference(row, target, top_k)
         for row, target in zip(logits_NV.double().tolist(), targets, strict=True)
@@ -176,7 +176,7 @@ def test_fewer_finite_logits_than_top_k(finite, dtype):
 def test_whole_blocks_of_masked_entries(top_k):
     """A block of nothing but −inf makes no NaN, be it searched or not, first or last."""
     logits_NV = random_logits(3, 1003, seed=3)
-    width = block_width(1003, top_k)
+    width = distribution.WIDE
     logits_NV[0, :width] = -torch.inf
     logits_NV[1, 1003 // width * width - width :] = -torch.inf
     logits_NV[2, width : 3 * width] = -torch.inf
@@ -213,7 +213,7 @@ def test_values_below_the_range_of_float16_are_clamped():
 
 
 def test_no_target_is_nan_and_only_there():
-    found = capture(random_logits(4, 600), torch.tensor([-1, 5, -1, 599]), top_k=10)
+    found = capture([random_logits(4, 600)], torch.tensor([-1, 5, -1, 599]), top_k=10)
     assert found.target_logprob.isnan().tolist() == [True, False, True, False]
 
 
@@ -223,7 +223,7 @@ def test_a_target_in_the_top_k_has_the_same_bits_in_both_columns(dtype):
     for rank in (0, 1, 24, 49):
         by_rank_NV = logits_NV.float().sort(dim=-1, descending=True, stable=True).indices
         targets_N = by_rank_NV[:, rank]
-        found = capture(logits_NV, targets_N, top_k=50)
+        found = capture([logits_NV], targets_N, top_k=50)
         matches_NK = found.topk_indices == targets_N[:, None]
         assert (matches_NK.sum(-1) == 1).all()
         listed_N = found.topk_logprobs[matches_NK]
@@ -235,9 +235,9 @@ def test_a_target_in_the_top_k_has_the_same_bits_in_both_columns(dtype):
 @pytest.mark.parametrize("position", [0, 500, 1002])
 def test_nan_and_infinity_show_in_the_logsumexp_of_their_row_alone(poison, dtype, position):
     logits_NV = random_logits(3, 1003).to(dtype)
-    clean = capture(logits_NV, torch.tensor([1, 2, 3]), top_k=20)
+    clean = capture([logits_NV], torch.tensor([1, 2, 3]), top_k=20)
     logits_NV[1, position] = poison
-    found = capture(logits_NV, torch.tensor([1, 2, 3]), top_k=20)
+    found = capture([logits_NV], torch.tensor([1, 2, 3]), top_k=20)
     assert found.logsumexp.isfinite().tolist() == [True, False, True]
     for name in (field.name for field in fields(Distribution)):
         assert torch.equal(getattr(found, name)[[0, 2]], getattr(clean, name)[[0, 2]]), name
@@ -247,27 +247,28 @@ def test_nan_and_infinity_show_in_the_logsumexp_of_their_row_alone(poison, dtype
 def test_a_row_of_nothing_but_minus_infinity_is_not_finite(top_k):
     logits_NV = random_logits(2, 333)
     logits_NV[0] = -torch.inf
-    found = capture(logits_NV, torch.tensor([0, 0]), top_k=top_k)
+    found = capture([logits_NV], torch.tensor([0, 0]), top_k=top_k)
     assert found.logsumexp.isfinite().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("piece_bytes", [1, 3 * 4 * 1008, 2**40])
-def test_the_size_of_a_piece_changes_nothing(monkeypatch, piece_bytes, dtype):
+@pytest.mark.parametrize("workspace_bytes", [1, 3 * 4 * 1024, 2**26])
+def test_the_size_of_the_workspace_changes_nothing(monkeypatch, workspace_bytes, dtype):
     logits_NV = random_logits(17, 1003, seed=6).to(dtype)
     targets_N = torch.tensor(spread_targets(17, 1003))
-    expected = capture(logits_NV, targets_N, top_k=50)
-    monkeypatch.setattr(distribution, "PIECE_BYTES", piece_bytes)
-    found = capture(logits_NV, targets_N, top_k=50)
-    for field in fields(Distribution):
-        assert torch.equal(getattr(found, field.name), getattr(expected, field.name)), field.name
+    expected = capture([logits_NV], targets_N, top_k=50)
+    monkeypatch.setattr(distribution, "CPU_WORKSPACE_BYTES", workspace_bytes)
+    for pieces in ([logits_NV], logits_NV.split([1, 5, 11])):
+        found = capture(pieces, targets_N, top_k=50)
+        for name in (field.name for field in fields(Distribution)):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
 def test_concatenate_keeps_the_order_of_the_parts():
     logits_NV, targets_N = random_logits(9, 400), torch.tensor(spread_targets(9, 400))
-    whole = capture(logits_NV, targets_N, top_k=7)
+    whole = capture([logits_NV], targets_N, top_k=7)
     parts = [
-        capture(logits_NV[start:stop], targets_N[start:stop], top_k=7)
+        capture([logits_NV[start:stop]], targets_N[start:stop], top_k=7)
         for start, stop in ((0, 4), (4, 5), (5, 9))
     ]
     joined = concatenate(parts)
@@ -280,24 +281,8 @@ def test_concatenate_keeps_the_order_of_the_parts():
 def test_the_input_is_left_as_it_was():
     logits_NV = random_logits(3, 512)
     before = logits_NV.clone()
-    capture(logits_NV, torch.tensor([1, 2, 3]), top_k=50)
+    capture([logits_NV], torch.tensor([1, 2, 3]), top_k=50)
     assert torch.equal(logits_NV, before)
-
-
-@pytest.mark.parametrize(
-    ("vocab_size", "top_k", "width"),
-    [
-        (1, 1, 16),
-        (448, 20, 16),
-        (49_152, 50, 32),
-        (151_936, 50, 64),
-        (49_152, 1, 256),
-        (262_144, 1, 256),
-        (49_152, 1000, 16),
-    ],
-)
-def test_block_width(vocab_size, top_k, width):
-    assert block_width(vocab_size, top_k) == width
 
 
 @st.composite

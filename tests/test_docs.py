@@ -2,53 +2,81 @@
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
 
 from builder.schema import columns
 
+BUILDER, STUDENT = REPOSITORY / "builder", REPOSITORY / "builder" / "student"
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 # A module may import those before it; `demo` prepares a teacher, so it stands after `teacher`.
 ORDER = [
     *["schema", "recipe", "corpus", "sequences", "teacher", "distribution", "demo", "sources"],
-    *["shards", "manifest", "card", "state", "stream", "build", "recompute", "verify"],
+    *["shards", "pipeline", "manifest", "card", "state", "stream", "build", "recompute", "verify"],
     *["info", "estimate", "cli"],
+]
+# The package for trainers knows of the others the schema only; its modules have an order of their own.
+STUDENT_ORDER = [
+    *["rows", "batches", "load", "gather", "divergences", "losses", "vocabulary", "retokenize"],
 ]
 
 
-def imported(module: str) -> set[str]:
-    tree = ast.parse((REPOSITORY / "builder" / f"{module}.py").read_text(encoding="utf-8"))
+def imported(path: Path) -> set[str]:
+    """Modules of ours that a file imports: `schema`, or `student.rows`."""
+    module, tree = path.stem, ast.parse(path.read_text(encoding="utf-8"))
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             if node.module == "builder":
                 found |= {alias.name for alias in node.names}
             elif node.module.startswith("builder."):
-                found.add(node.module.split(".")[1])
+                found.add(node.module.removeprefix("builder."))
             assert node.level == 0, f"{module} has a relative import"
         elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("builder.")}
+            found |= {
+                a.name.removeprefix("builder.") for a in node.names if a.name.startswith("builder.")
+            }
     return found
 
 
 def test_every_module_has_its_place():
-    modules = {path.stem for path in (REPOSITORY / "builder").glob("*.py")} - {"__init__"}
+    modules = {path.stem for path in BUILDER.glob("*.py")} - {"__init__"}
     assert modules == set(ORDER)
+    assert {p.name for p in BUILDER.iterdir() if (p / "__init__.py").exists()} == {"student"}
+    assert {path.stem for path in STUDENT.glob("*.py")} - {"__init__"} == set(STUDENT_ORDER)
 
 
 @pytest.mark.parametrize("module", ORDER)
 def test_imports_go_one_way(module):
     # The type-only imports of `shards` are the names of what flows through it.
     allowed = set(ORDER[: ORDER.index(module)]) | ({"recompute"} if module == "verify" else set())
-    assert imported(module) <= allowed
+    assert imported(BUILDER / f"{module}.py") <= allowed
+
+
+@pytest.mark.parametrize("module", STUDENT_ORDER)
+def test_the_student_imports_the_schema_and_itself_only(module):
+    before = STUDENT_ORDER[: STUDENT_ORDER.index(module)]
+    assert imported(STUDENT / f"{module}.py") <= {"schema", *(f"student.{name}" for name in before)}
+
+
+def test_importing_the_student_loads_neither_transformers_nor_the_builder():
+    code = (
+        "import sys, builder.student; print(*sorted(m for m in sys.modules if m in "
+        "('transformers', 'pydantic', 'typer') or m.startswith('builder.') and 'student' not in m))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["builder.schema"]
 
 
 def test_stages_know_nothing_of_recipes():
     for stage in ("schema", "corpus", "sequences", "teacher", "distribution", "shards"):
-        assert not imported(stage) & {"recipe", "manifest", "build", "cli"}
+        assert not imported(BUILDER / f"{stage}.py") & {"recipe", "manifest", "build", "cli"}
 
 
 def test_the_row_table_of_the_readme_is_the_schema():
@@ -60,7 +88,7 @@ def test_the_row_table_of_the_readme_is_the_schema():
 def test_the_file_tree_of_the_readme_is_complete():
     tree = README.split("## The files")[1].split("```")[1]
     listed = set(re.findall(r"^\s+(\w+)\.py", tree, flags=re.MULTILINE))
-    assert listed == set(ORDER)
+    assert listed == {*ORDER, *STUDENT_ORDER}
 
 
 def test_the_python_of_the_readme_runs_as_pasted(built, tmp_path, monkeypatch):

@@ -38,6 +38,7 @@ def record(index: int, partition: int = 0, **changes: Any) -> ShardRecord:
         "position_after": {"file": 0, "row": 5, "documents": 2 * index + 2, "skipped": index},
         "exhausted": False,
         "sums": Sums(entropy=20.0, topk_mass=9.0, target_nll=27.0, targets=9),
+        "halved_batches": 0,
         "seconds": 0.5,
         "environment": CPU,
     }
@@ -50,6 +51,13 @@ RECIPE = Recipe(
     teacher=TeacherRecipe(embedded="smollm2-135m-instruct"),
 )
 PLAN = {"recipe": RECIPE.published(), "corpus": {"sha256": "c"}, "teacher": {"sha256": "t"}}
+TEACHER = {
+    "vocab_size": 7,
+    "eos_token_id": 0,
+    "prefix_ids": [],
+    "parameters": 9,
+    "dtype": "float32",
+}
 RECORDS = [record(0), record(1, environment=GPU), record(0, 1), record(1, 1, environment=GPU)]
 
 
@@ -59,7 +67,7 @@ def test_a_record_survives_json():
 
 
 def test_a_manifest_holds_every_record_and_each_environment_once(tmp_path):
-    manifest = make_manifest(PLAN, {"vocab_size": 7}, RECORDS)
+    manifest = make_manifest(PLAN, TEACHER, RECORDS)
     write_json(tmp_path / FILE_NAME, manifest)
     read = read_manifest(tmp_path)
     assert read == manifest
@@ -68,7 +76,7 @@ def test_a_manifest_holds_every_record_and_each_environment_once(tmp_path):
     assert [shard["environment"] for shard in read["shards"]] == [0, 1, 0, 1]
     assert read["schema_version"] == SCHEMA_VERSION
     assert read["fingerprint"] == fingerprint(PLAN)
-    assert read["teacher"] == {"sha256": "t", "vocab_size": 7}
+    assert read["teacher"] == {"sha256": "t", **TEACHER}
     assert Recipe.model_validate_json(json.dumps(read["recipe"])) == RECIPE
 
 
@@ -148,7 +156,7 @@ def test_damaged_records_are_refused(change, message):
         records_of(manifest)
 
 
-GOOD = make_manifest(PLAN, {}, RECORDS)
+GOOD = make_manifest(PLAN, TEACHER, RECORDS)
 
 
 @pytest.mark.parametrize(
@@ -156,8 +164,10 @@ GOOD = make_manifest(PLAN, {}, RECORDS)
     [
         ("", r"is damaged \(Expecting value.*\); fetch or build the dataset again"),
         ("[]", "is damaged"),
-        ("{}", r"is damaged \('schema_version'\)"),
-        (json.dumps({"schema_version": SCHEMA_VERSION}), r"is damaged \(no corpus, environments, "),
+        ("{}", r"is damaged \(no 'schema_version'\)"),
+        (json.dumps({"schema_version": SCHEMA_VERSION}), r"is damaged \(no 'environments'\)"),
+        (json.dumps(GOOD | {"shards": []}), r"is damaged \(no shards\)"),
+        (json.dumps(GOOD | {"totals": {}}), r"is damaged \(no 'tokens'\)"),
         (json.dumps(GOOD | {"schema_version": "2.0.0"}), "has schema version 2.0.0, this program"),
         (json.dumps(GOOD | {"schema_version": 2}), "has schema version 2, this program reads 1"),
         (json.dumps(GOOD)[:-9], "is damaged"),

@@ -313,11 +313,11 @@ def test_no_absolute_path_is_published(monkeypatch, tmp_path):
         for teacher in ({"path": "x"}, {"gguf": "x", "tokenizer": "y"}):
             recipe = Recipe(
                 name="x",
-                corpus=CorpusRecipe(files=(f"{prefix}a-*.txt", "b/c.txt", "../d.txt")),
+                corpus=CorpusRecipe(files=(f"{prefix}a-*.txt", "b/c.txt", "../secret/d.txt")),
                 teacher=TeacherRecipe(**{key: prefix + value for key, value in teacher.items()}),
             )
             published = recipe.published()
-            assert published["corpus"]["files"] == ["a-*.txt", "b/c.txt", "../d.txt"]
+            assert published["corpus"]["files"] == ["a-*.txt", "b/c.txt", "d.txt"]
             assert {k: v for k, v in published["teacher"].items() if k in teacher} == teacher
             text = json.dumps(published)
             assert "secret" not in text

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from builder import teacher as teacher_module
-from builder.distribution import Distribution, capture, concatenate
+from builder.distribution import Distribution, capture
 from builder.teacher import Teacher, load_teacher, load_tokenizer
 
 CPU = torch.device("cpu")
@@ -120,13 +120,7 @@ def whole_model_logits(model: Any, ids: list[int]) -> Tensor:
 
 
 def capture_all(teacher: Teacher, sequences: list[list[int]], targets: list[int]) -> Distribution:
-    pieces, start = [], 0
-    for logits_NV in teacher.logits(sequences):
-        targets_N = torch.tensor(targets[start : start + len(logits_NV)])
-        pieces.append(capture(logits_NV, targets_N, top_k=TOP_K))
-        start += len(logits_NV)
-    assert start == len(targets)
-    return concatenate(pieces)
+    return capture(teacher.logits(sequences), torch.tensor(targets), top_k=TOP_K)
 
 
 def float16_half_spacing(values: Tensor) -> Tensor:
@@ -181,7 +175,7 @@ def test_logits_come_in_order_and_in_pieces_of_bounded_size(make_teacher, monkey
     sequences = random_sequences((33, 5, 17, 1, 28))
     (whole_NV,) = teacher.logits(sequences)
     max_bytes = 20 * TINY_VOCAB_SIZE * 4
-    monkeypatch.setattr(teacher_module, "LOGITS_BYTES", max_bytes)
+    monkeypatch.setattr(teacher_module, "CPU_LOGITS_BYTES", max_bytes)
     pieces = list(teacher.logits(sequences))
     assert len(pieces) == 6  # of 16 rows: the largest multiple of 8 that fits
     assert all(piece.numel() * piece.element_size() <= max_bytes for piece in pieces)
@@ -193,7 +187,7 @@ def test_the_whole_model_yields_pieces_of_bounded_size_too(make_teacher, monkeyp
     sequences = random_sequences((33, 5, 17))
     whole_NV = torch.cat(list(teacher.logits(sequences)))
     max_bytes = 8 * TINY_VOCAB_SIZE * 4
-    monkeypatch.setattr(teacher_module, "LOGITS_BYTES", max_bytes)
+    monkeypatch.setattr(teacher_module, "CPU_LOGITS_BYTES", max_bytes)
     pieces = list(teacher.logits(sequences))
     assert len(pieces) == 5 + 1 + 3
     assert all(piece.numel() * piece.element_size() <= max_bytes for piece in pieces)

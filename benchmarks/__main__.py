@@ -1,0 +1,125 @@
+"""`make bench`: measure, print tables, and write the numbers to a JSON file.
+
+Example: python -m benchmarks --tokens 8000 --rounds 3 --only capture reading
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import sample
+
+SECTIONS = ("capture", "storage", "reading", "memory", "startup")
+BARS = {
+    "build_over_forward": {"float32": 0.96, "bfloat16": 0.93},
+    "build_over_naive": {"float32": 1.3, "bfloat16": 1.8},
+}
+DATASET_TOKENS = 20_000
+"""Of the dataset whose storage and reading are measured."""
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--tokens", type=int, default=12_000, help="of a build, in each round")
+    parser.add_argument("--rounds", type=int, default=5, help="after one that does not count")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--output", type=Path, default=Path("out/bench.json"))
+    options = parser.parse_args()
+
+    from builder.cli import _quiet_libraries
+
+    _quiet_libraries()
+    results: dict[str, Any] = {"machine": sample.machine(options.device)}
+    print(" · ".join(f"{name} {value}" for name, value in results["machine"].items()))
+    started = time.perf_counter()
+    if "capture" in options.only:
+        results["capture"] = _capture(options)
+    if {"storage", "reading"} & set(options.only):
+        results |= _stored(options)
+    if "memory" in options.only:
+        from benchmarks import memory
+
+        results["memory"] = memory.measure()
+        _table(
+            "peak memory above the weights", {k: f"{v} MB" for k, v in results["memory"].items()}
+        )
+    if "startup" in options.only:
+        from benchmarks import startup
+
+        results["startup"] = startup.measure(options.device)
+        _table("seconds before work", results["startup"])
+    sample.write_json(options.output, results)
+    print(f"\n{time.perf_counter() - started:,.0f} s; all numbers are in {options.output}")
+
+
+def _capture(options: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import capture
+
+    results = {}
+    for dtype in ("float32", "bfloat16"):
+        found = capture.measure(
+            dtype, device=options.device, tokens=options.tokens, rounds=options.rounds
+        )
+        results[dtype] = found
+        rows: dict[str, object] = {}
+        for name in ("forward", "build", "naive"):
+            rows[f"{name}, tokens/s"] = f"{found[f'{name}_tokens_per_second']:,}"
+        for name, bars in BARS.items():
+            rows[name.replace("_over_", " ÷ ")] = f"{found[name]} (bar {bars[dtype]})"
+        for stage, share in found["stages"].items():
+            rows[f"share of {stage}"] = f"{share:.1%}"
+        _table(f"capture, {dtype}", rows)
+    return results
+
+
+def _stored(options: argparse.Namespace) -> dict[str, Any]:
+    from builder.build import build
+
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        base = Path(scratch)
+        _say("building a dataset to store and read …")
+        recipe = sample.recipe("bfloat16", DATASET_TOKENS)
+        build(recipe, base, base / "dataset", device=options.device)
+        if "storage" in options.only:
+            from benchmarks import storage
+
+            results["storage"] = storage.measure(base / "dataset", base)
+            for way, sizes in results["storage"].items():
+                _table(f"bytes per token, {way}", sizes)
+        if "reading" in options.only:
+            from benchmarks import reading
+
+            results["reading"] = reading.measure(base / "dataset", rounds=options.rounds)
+            rates = results["reading"]["tokens_per_second"]
+            rows: dict[str, object] = {f"{name}, tokens/s": f"{v:,}" for name, v in rates.items()}
+            rows["batches ÷ decode"] = f"{results['reading']['batches_over_decode']} (bar 0.8)"
+            rows["shuffled ÷ decode"] = f"{results['reading']['shuffled_over_decode']} (bar 0.8)"
+            rows["shuffled ÷ lists"] = f"{results['reading']['shuffled_over_lists']} (bar 10)"
+            _table("reading", rows)
+    return results
+
+
+def _table(title: str, rows: dict[str, Any]) -> None:
+    width = max(map(len, rows))
+    print(f"\n{title}")
+    for name, value in rows.items():
+        print(f"  {name:<{width}}  {value}")
+    sys.stdout.flush()
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

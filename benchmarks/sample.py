@@ -1,0 +1,117 @@
+"""What all measurements share: the recipe, the sequences that it gives, clocks, and a description of the machine."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from builder import demo
+from builder.manifest import environment
+from builder.recipe import Recipe
+from builder.sequences import Encoder, Sequence
+from builder.stream import SequenceStream, make_encoder
+from builder.teacher import Teacher, load_teacher
+
+MAX_LENGTH, BATCH_TOKENS, TOP_K = 512, 4096, 50
+
+
+def recipe(dtype: str, tokens: int, **output: object) -> Recipe:
+    """The embedded recipe, cut to some tokens."""
+    return Recipe.model_validate(
+        {
+            "name": "benchmark",
+            "corpus": {"embedded": "python-docs", "max_tokens": tokens},
+            "teacher": {"embedded": "smollm2-135m-instruct", "dtype": dtype},
+            "sequences": {"max_length": MAX_LENGTH, "batch_tokens": BATCH_TOKENS},
+            "output": {"top_k": TOP_K, **output},
+        }
+    )
+
+
+def load(dtype: str, device: str) -> Teacher:
+    """The embedded teacher."""
+    directory, _ = demo.embedded_teacher()
+    return load_teacher(str(directory), dtype=dtype, device=device)
+
+
+def sequences(teacher: Teacher, tokens: int) -> list[Sequence]:
+    """The sequences of the recipe, in the corpus's order."""
+    from builder.sources import KnownSources, resolve_corpus
+
+    cut = recipe("float32", tokens)
+    source = resolve_corpus(cut.corpus, Path(), KnownSources())
+    encoder: Encoder = make_encoder(cut.sequences, teacher.tokenizer)
+    return list(SequenceStream(cut, source, encoder, 0, None).shard_sequences())
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """How long a call takes."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def rounds(calls: dict[str, Callable[[], float]], count: int) -> dict[str, list[float]]:
+    """Run the calls in turn, `count` times after one warm-up: what each returned, round by round."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for round_number in range(count + 1):
+        for name, call in calls.items():
+            value = call()
+            if round_number:
+                found[name].append(value)
+    return found
+
+
+def ratio(numerator: list[float], denominator: list[float]) -> float:
+    """Median of the ratios, round by round: what drifts hits both sides alike."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+@contextmanager
+def timed(owner: object, name: str, clock: dict[str, float], label: str) -> Iterator[None]:
+    """Add the time spent in a function or generator, while this lasts, to `clock[label]`."""
+    original = getattr(owner, name)
+
+    def clocked(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            clock[label] = clock.get(label, 0.0) + time.perf_counter() - started
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        result = clocked(original, *args, **kwargs)
+        end = object()
+        return (
+            iter(lambda: clocked(next, result, end), end) if hasattr(result, "__next__") else result
+        )
+
+    setattr(owner, name, wrapper)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def machine(device: str) -> dict[str, object]:
+    """Processor, cores, device and versions, without names of hosts or users."""
+    return {"processor": _processor(), "cores": os.cpu_count(), **environment(device)}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write_json(path: Path, values: object) -> None:
+    """Write results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

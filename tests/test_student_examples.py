@@ -1,0 +1,106 @@
+"""The two training programs run as they are, and their students learn; a small vocabulary suffices for a teacher of 49,152."""
+
+import ast
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from builder.distribution import capture
+from builder.schema import SCHEMA_VERSION
+from builder.sequences import Sequence
+from builder.shards import Block, ShardWriter, atomic_file
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["train_plain", "train_trainer"])
+def test_examples_are_programs_of_their_own(name):
+    tree = ast.parse((REPOSITORY / "examples" / f"{name}.py").read_text(encoding="utf-8"))
+    ours = {
+        node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "builder"
+    }
+    assert ours == {"builder.student"}
+
+
+@pytest.mark.parametrize("kind", ["tail_bucket", "residual"])
+def test_a_plain_student_learns(built, kind):
+    losses = example("train_plain").main(
+        [str(built), "--kind", kind, "--steps", "40", "--length", "64", "--vocabulary", "300"]
+    )
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+
+
+def test_a_plain_student_goes_on_where_it_stopped(built, tmp_path):
+    main = example("train_plain").main
+    options = [str(built), "--length", "64", "--vocabulary", "100", "--steps"]
+    whole = main([*options, "10"])
+    checkpoint = ["--checkpoint", str(tmp_path / "student.pt")]
+    parts = main([*options, "4", *checkpoint]) + main([*options, "6", *checkpoint])
+    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+
+
+def test_a_student_of_the_trainer_learns_and_is_saved(built, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    losses = example("train_trainer").main(
+        [str(built), str(tmp_path), "--steps", "40", "--length", "64", "--width", "32"]
+    )
+    assert len(losses) == 10
+    assert losses[-1] < 0.8 * losses[0]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.vocab_size == 448
+
+
+def write_synthetic(directory, *, num_tokens, vocab_size, top_k, row_length=256, spread=4.0):
+    """A dataset of random rows without a teacher: a few hundred ids make up the text, as in a real one."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randint(vocab_size, (400,), generator=generator)
+    logits_NV = spread * torch.randn(64, vocab_size, generator=generator)
+    logits_NV[:, common] += spread
+    lengths = [row_length] * (num_tokens // row_length)
+    ids_N = common[torch.randint(400, (sum(lengths),), generator=generator)]
+    captured = capture(logits_NV, torch.zeros(64, dtype=torch.long), top_k=top_k)
+    picked_N = ids_N % 64  # the distribution depends on the last token: something to learn
+    distribution = type(captured)(
+        **{name: getattr(captured, name)[picked_N] for name in captured.__slots__}
+    )
+    sequences = [
+        Sequence(document_id=f"d{i}", chunk_index=0, text="", token_ids=ids.tolist(), next_token=2)
+        for i, ids in enumerate(ids_N.split(row_length))
+    ]
+    (directory / "data").mkdir(parents=True)
+    file, fingerprint = "data/train-000-00000.parquet", "synthetic"
+    metadata = {"logit_dataset.fingerprint": fingerprint}
+    with (
+        atomic_file(directory / file) as sink,
+        ShardWriter(sink, with_text=True, profile="default", metadata=metadata) as writer,
+    ):
+        writer.write(Block(sequences=sequences, distribution=distribution))
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": fingerprint,
+        "recipe": {"sequences": {"max_length": row_length, "long_documents": "chunk"}},
+        "teacher": {
+            **{"name": "synthetic", "sha256": "0", "vocab_size": vocab_size},
+            **{"tokenizer_sha256": "0", "eos_token_id": 2, "prefix_ids": []},
+        },
+        "shards": [{"file": file}],
+    }
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_under_a_million_parameters_learn_from_a_vocabulary_of_49152(tmp_path, capsys):
+    write_synthetic(tmp_path / "big", num_tokens=2_048, vocab_size=49_152, top_k=50)
+    losses = example("train_plain").main([str(tmp_path / "big"), "--steps", "12"])
+    assert "752,928 parameters" in capsys.readouterr().out
+    assert losses[-1] < 0.7 * losses[0]

@@ -1,0 +1,355 @@
+"""Projections lose no mass and make none up; the identity changes nothing; what they say is true of the text."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_VOCAB_SIZE, TRAINING_TEXT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from builder.student import FrequentTokens, TokenizerProjection, distillation_loss, load_logits
+from builder.student.rows import NO_TARGET, Rows
+
+V = 30
+
+
+@pytest.fixture(scope="module")
+def data(built):
+    return load_logits(built)
+
+
+def make_rows(seed, num_positions, top_k, vocab_size, *, draws=0):
+    """Random rows of a teacher, and its full distribution [N, V]."""
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(0, 2, (num_positions, vocab_size))
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    order = np.argsort(-logp, axis=-1)
+    listed = np.take_along_axis(logp, order[:, :top_k], -1)
+    rest = np.exp(np.take_along_axis(logp, order[:, top_k:], -1))
+    columns = {
+        "input_ids": generator.integers(0, vocab_size, num_positions).astype(np.int32),
+        "target_ids": generator.integers(0, vocab_size, num_positions).astype(np.int32),
+        "topk_indices": order[:, :top_k].astype(np.int32),
+        "topk_logprobs": listed.astype(np.float16),
+        "tail_logprob": np.log(np.maximum(rest.sum(-1), 1e-300)).clip(-65504).astype(np.float16),
+        "target_logprob": np.zeros(num_positions, np.float16),
+        "logsumexp": np.zeros(num_positions, np.float32),
+        "entropy": np.ones(num_positions, np.float16),
+    }
+    columns["target_ids"][-1] = NO_TARGET
+    if draws:
+        picked = [
+            generator.choice(order[n, top_k:], draws, p=rest[n] / rest[n].sum())
+            for n in range(num_positions)
+        ]
+        columns["tail_indices"] = np.array(picked, np.int32)
+        columns["tail_logprobs"] = np.take_along_axis(logp, columns["tail_indices"], -1)
+    return Rows(lengths_R=np.array([num_positions]), columns=columns), logp
+
+
+def mass(columns):
+    listed = np.exp(columns["topk_logprobs"].astype(np.float64)).sum(-1)
+    return listed + np.exp(columns["tail_logprob"].astype(np.float64))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, V), st.integers(0, V))
+def test_frequent_tokens_conserve_mass_and_keep_what_is_listed(seed, num_positions, top_k, kept):
+    rows, _ = make_rows(seed, num_positions, top_k, V)
+    before = {name: values.copy() for name, values in rows.columns.items()}
+    counts = np.random.default_rng(seed).integers(0, 9, V)
+    projection = FrequentTokens(counts, kept)
+    found = projection(rows).columns
+    np.testing.assert_allclose(mass(found), mass(before), rtol=1e-6)
+    np.testing.assert_equal(rows.columns, before)  # the rows that came in are not changed
+    chosen = sorted(np.argsort(-counts, kind="stable")[:kept].tolist())
+    assert projection.kept.tolist() == chosen
+    place = {teacher: student for student, teacher in enumerate(chosen)}
+    for n in range(num_positions):
+        for teacher, student, was, now in zip(
+            before["topk_indices"][n],
+            found["topk_indices"][n],
+            before["topk_logprobs"][n],
+            found["topk_logprobs"][n],
+            strict=True,
+        ):
+            assert student == place.get(teacher, -1)
+            assert now == (was if teacher in place else -65504)
+        assert found["input_ids"][n] == place.get(before["input_ids"][n], kept)
+        target = before["target_ids"][n]
+        assert found["target_ids"][n] == (place.get(target, kept) if target >= 0 else NO_TARGET)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, V))
+def test_all_tokens_are_the_identity(seed, top_k):
+    rows, _ = make_rows(seed, 5, top_k, V)
+    found = FrequentTokens(np.zeros(V), V)(rows).columns
+    assert set(rows.columns) - set(found) == {"target_logprob", "logsumexp"}
+    for name, values in found.items():
+        np.testing.assert_array_equal(values, rows.columns[name])
+
+
+def test_frequent_tokens_that_must_be_kept():
+    projection = FrequentTokens([5, 0, 3, 4], 2, always_keep=[1])
+    assert (projection.kept.tolist(), projection.other, projection.vocab_size) == ([0, 1], 2, 3)
+    with pytest.raises(ValueError, match=r"num_kept is 9, expected 0 .* to 4"):
+        FrequentTokens([5, 0, 3, 4], 9)
+    with pytest.raises(ValueError, match=r"num_kept is 1, expected 2 \(always_keep\)"):
+        FrequentTokens([5, 0, 3, 4], 1, always_keep=[1, 2])
+
+
+def test_draws_stay_unbiased_in_the_small_vocabulary():
+    """The mean over many draws is the cross-entropy with the teacher summed up into the student's ids."""
+    num_positions, kept = 4, 12
+    rows, logp = make_rows(0, num_positions, 5, V, draws=4000)
+    projection = FrequentTokens(np.arange(V), kept)
+    found = projection(rows).columns
+    masses = np.exp(found["topk_logprobs"].astype(np.float64)).sum(-1) + found["tail_masses"].sum(
+        -1
+    )
+    np.testing.assert_allclose(masses, mass(rows.columns), rtol=1e-5)
+
+    whole = np.zeros((num_positions, kept + 1))
+    np.add.at(whole.T, projection._map_V, np.exp(logp).T)
+    logits = torch.randn(
+        1, num_positions, kept + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    expected = -(torch.from_numpy(whole) * logits[0].log_softmax(-1)).sum(-1).mean()
+    batch = {name: torch.from_numpy(values)[None] for name, values in found.items()}
+    batch["mask"] = torch.ones(1, num_positions, dtype=torch.bool)
+    assert abs(distillation_loss(logits, batch, kind="tail_draws") - expected) < 0.01
+    assert abs(distillation_loss(logits, batch, kind="renormalised_top_k") - expected) > 0.1
+
+
+def test_a_temperature_is_refused_after_a_projection(data):
+    projected = data.project(FrequentTokens(data.token_counts(), 100))
+    batch = next(iter(projected.batches(batch_size=2)))
+    with pytest.raises(ValueError, match="load without a projection"):
+        distillation_loss(torch.zeros(*batch["input_ids"].shape, 101), batch, temperature=2.0)
+
+
+def test_a_projected_dataset_gives_projected_batches_and_its_own_state(data):
+    projection = FrequentTokens(data.token_counts(), 100, always_keep=[0])
+    assert (data.vocab_size, data.project(projection).vocab_size) == (TINY_VOCAB_SIZE, 101)
+    plain = data.batches(batch_size=3, length=150, packed=True)
+    small = data.project(projection).batches(batch_size=3, length=150, packed=True)
+    for before, after in zip(plain, small, strict=True):
+        mask = before["mask"]
+        assert torch.equal(mask, after["mask"])
+        mapped = torch.from_numpy(projection._map_V)[before["input_ids"].long()]
+        assert torch.equal(mapped[mask], after["input_ids"][mask])
+        assert int(after["topk_indices"].max()) <= 100
+    with pytest.raises(ValueError, match="saved state has projection = None"):
+        small.load_state_dict(plain.state_dict())
+
+
+def train_tokenizer(size, *, text=TRAINING_TEXT, normalizer=None):
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    if normalizer:
+        backend.normalizer = normalizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(list(text) * 4, trainer)
+    return backend
+
+
+class WithEnd:
+    """What `TokenizerProjection` knows of a fast tokenizer of transformers."""
+
+    def __init__(self, backend, eos_token_id=0):
+        self.backend_tokenizer, self.eos_token_id = backend, eos_token_id
+
+
+def test_the_same_tokenizer_is_the_identity(data, tiny_tokenizer):
+    projection = TokenizerProjection(tiny_tokenizer, tiny_tokenizer)
+    assert projection.coverage == 1.0
+    own = len(tiny_tokenizer)
+    for group in data.row_groups[:2]:
+        rows = data.read(group)
+        found = projection(rows)
+        np.testing.assert_array_equal(found.lengths_R, rows.lengths_R)
+        before, after = rows.columns, found.columns
+        assert after["mask"].all()
+        np.testing.assert_array_equal(after["input_ids"], before["input_ids"])
+        chunk_ends = before["target_ids"] != after["target_ids"]
+        assert (after["target_ids"][chunk_ends] == NO_TARGET).all()
+        assert chunk_ends.sum() < len(rows.lengths_R)
+        # The tiny teacher has 448 logits, and 48 of them are of no token: their mass has no bytes and joins the tail.
+        listed = before["topk_indices"] < own
+        for n in range(len(listed)):
+            was = dict(
+                zip(
+                    before["topk_indices"][n][listed[n]].tolist(),
+                    before["topk_logprobs"][n][listed[n]].tolist(),
+                    strict=True,
+                )
+            )
+            now = dict(
+                zip(
+                    after["topk_indices"][n].tolist(),
+                    after["topk_logprobs"][n].tolist(),
+                    strict=True,
+                )
+            )
+            assert {token: now[token] for token in was} == pytest.approx(was, abs=1e-5)
+        np.testing.assert_allclose(mass(after), mass(before), rtol=1e-6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(size=st.integers(257, 400), seed=st.integers(0, 10**6))
+def test_another_tokenizer_conserves_mass_and_spells_the_same_bytes(size, seed, teacher_tokenizer):
+    student = train_tokenizer(size, text=TRAINING_TEXT[seed % 3 :])
+    projection = TokenizerProjection(teacher_tokenizer, WithEnd(student))
+    text = " ".join(np.random.default_rng(seed).permutation(" ".join(TRAINING_TEXT).split()))
+    ids = teacher_tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    rows, _ = make_rows(seed, len(ids), 8, 400)
+    rows.columns["input_ids"] = np.array(ids, np.int32)
+    rows.columns["target_ids"] = np.array([*ids[1:], 0], np.int32)
+    found = projection(rows).columns
+    assert found["input_ids"].tolist() == student.encode(text).ids
+    assert found["target_ids"].tolist() == [*found["input_ids"][1:].tolist(), 0]
+
+    teacher_bytes, student_bytes = projection._teacher.bytes, projection._student.bytes
+    teacher_ends = np.cumsum([len(teacher_bytes[i]) for i in ids])
+    student_ends = np.cumsum([len(student_bytes[i]) for i in found["input_ids"]])
+    np.testing.assert_array_equal(found["mask"], np.isin(student_ends, teacher_ends))
+    assert found["mask"][-1]
+    assert (found["topk_indices"][~found["mask"]] == -1).all()
+    assert not found["tail_logprob"][~found["mask"]].any()
+    for m in np.flatnonzero(found["mask"]):
+        t = int(np.flatnonzero(teacher_ends == student_ends[m])[0])
+        expected = {}
+        for token, logprob in zip(
+            rows.columns["topk_indices"][t], rows.columns["topk_logprobs"][t], strict=True
+        ):
+            place = int(projection._map_V[token])
+            if place >= 0:
+                assert place == 0 or teacher_bytes[token].startswith(student_bytes[place])
+                expected[place] = expected.get(place, 0) + float(np.exp(np.float64(logprob)))
+        listed = found["topk_indices"][m] >= 0
+        got = dict(
+            zip(
+                found["topk_indices"][m][listed].tolist(),
+                np.exp(found["topk_logprobs"][m][listed].astype(np.float64)).tolist(),
+                strict=True,
+            )
+        )
+        assert got == pytest.approx(expected, rel=1e-5)
+        assert (np.diff(found["topk_logprobs"][m]) <= 0).all()
+        assert mass(found)[m] == pytest.approx(mass(rows.columns)[t], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def teacher_tokenizer(tiny_tokenizer):
+    return tiny_tokenizer
+
+
+def word_tokenizer(words):
+    """A byte-level tokenizer whose tokens are all bytes, and these words by their merges."""
+    vocabulary = {
+        token: i for i, token in enumerate(["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
+    merges = []
+    for word in words:
+        for end in range(2, len(word) + 1):
+            pair = (word[: end - 1], word[end - 1])
+            if pair not in merges:
+                merges.append(pair)
+                vocabulary.setdefault(word[:end], len(vocabulary))
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def test_whose_mass_goes_where():
+    """teacher: the, then; student: th, thexy. What begins "the" may go on as "thexy", which only the student has as a token."""
+    teacher, student = word_tokenizer(["then", "walked"]), word_tokenizer(["thexy", "wal"])
+    projection = TokenizerProjection(WithEnd(teacher), WithEnd(student))
+    loose = TokenizerProjection(WithEnd(teacher), WithEnd(student), strict=False)
+
+    def goes(word, projection=projection):
+        place = int(projection._map_V[teacher.token_to_id(word)])
+        return None if place < 0 else student.id_to_token(place)
+
+    assert goes("the") is None  # "thexy" begins so
+    assert goes("the", loose) == "the"
+    assert goes("then") == "the"
+    assert goes("th") == "th"  # a teacher that meant "thexy" would have said "the"
+    assert goes("walked") == "wal"
+    assert goes("z") == "z"
+    assert projection._map_V[0] == 0  # the end of a sequence
+
+
+def test_a_normalising_tokenizer_is_refused_and_half_a_character_is_left_out(teacher_tokenizer):
+    rows, _ = make_rows(0, 6, 4, 400)
+    ids = teacher_tokenizer.backend_tokenizer.encode("The quick").ids
+    rows.columns["input_ids"] = np.array((ids * 6)[:6], np.int32)
+    lower = train_tokenizer(300, normalizer=normalizers.Lowercase())
+    with pytest.raises(ValueError, match="does not spell a text as it is"):
+        TokenizerProjection(teacher_tokenizer, WithEnd(lower))(rows)
+    half = teacher_tokenizer.backend_tokenizer.token_to_id("Ã")  # the first byte of é
+    rows.columns["input_ids"][-1] = half
+    two = Rows(lengths_R=np.array([2, 4]), columns=rows.columns)
+    found = TokenizerProjection(teacher_tokenizer, WithEnd(train_tokenizer(300)))(two)
+    assert len(found.lengths_R) == 1
+    assert all(len(values) == found.lengths_R[0] for values in found.columns.values())
+
+
+def test_a_sentencepiece_vocabulary_is_understood():
+    teacher = word_tokenizer(["Ġquick", "The"])
+    vocabulary = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}}
+    for token in ("▁", "T", "h", "e", "▁T", "▁Th", "▁The", "q", "▁q"):
+        vocabulary[token] = len(vocabulary)
+    backend = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=[("▁", "T"), ("▁T", "h"), ("▁Th", "e"), ("▁", "q")],
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    projection = TokenizerProjection(WithEnd(teacher), WithEnd(backend, None))
+
+    def goes(word):
+        place = int(projection._map_V[teacher.token_to_id(word)])
+        return None if place < 0 else backend.id_to_token(place)
+
+    assert goes("Ġquick") == "▁q"
+    assert goes("Ã") == "<0xC3>"
+    ids = teacher.encode("The quick").ids
+    rows, _ = make_rows(0, len(ids), 4, 400)
+    rows.columns["input_ids"] = np.array(ids, np.int32)
+    found = projection(rows).columns
+    assert [backend.id_to_token(i) for i in found["input_ids"][:3]] == ["▁The", "▁q", "<0x75>"]
+    assert found["mask"][0]
+    assert not found["mask"][1]
+
+    words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    with pytest.raises(ValueError, match="cannot tell the bytes of this tokenizer's tokens"):
+        TokenizerProjection(WithEnd(teacher), words)
+
+
+def test_logits_without_a_token_are_in_no_students_way(tiny_tokenizer):
+    """A teacher whose logits are more than its tokens, as Qwen's."""
+    assert len(tiny_tokenizer) < TINY_VOCAB_SIZE
+    rows, _ = make_rows(0, 5, 8, TINY_VOCAB_SIZE)
+    ids = tiny_tokenizer.backend_tokenizer.encode("The quick brown fox").ids
+    rows.columns["input_ids"] = np.array(ids[:5], np.int32)
+    rows.columns["topk_indices"][:, 0] = TINY_VOCAB_SIZE - 1
+    found = TokenizerProjection(tiny_tokenizer, tiny_tokenizer)(rows).columns
+    np.testing.assert_allclose(mass(found), mass(rows.columns), rtol=1e-5)
