@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from builder.card import VERIFICATION
+from builder.card import VERIFICATION, read_release, write_card
 from builder.manifest import (
     ShardRecord,
     Sums,
@@ -100,14 +100,16 @@ def verify(
 
 
 def record_recomputation(directory: Path, report: Report, device: str) -> None:
-    """Keep what recomputing found, with date, hardware and libraries, in `verification.json`: the card shows it."""
+    """Keep what recomputing found, with date, hardware and libraries, in `verification.json`, and show it in the card."""
+    manifest = read_manifest(directory)
     values = {
-        "data": data_digest(read_manifest(directory)),
+        "data": data_digest(manifest),
         "date": datetime.now(UTC).date().isoformat(),
         "environment": environment(device),
         **(report.recomputed or {}),
     }
     write_json(directory / VERIFICATION, values)
+    write_card(directory, manifest, release=read_release(directory))
 
 
 def _check_files(directory: Path, records: list[ShardRecord], report: Report) -> None:
