@@ -863,7 +863,7 @@ def test_no_path_user_or_host_is_written(cli, tiny_teacher_dir, tmp_path, monkey
     if len(socket.gethostname()) > 4:
         secrets.append(socket.gethostname())
     files = [path for path in output.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".json", ".md", ".parquet"}
+    assert {path.suffix for path in files} == {".json", ".md", ".parquet", ".svg"}
     for path in files:
         content = path.read_bytes()
         if path.suffix == ".parquet":
