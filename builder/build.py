@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from builder.card import render_card
+from builder.card import write_card
 from builder.corpus import Position
 from builder.distribution import Distribution
 from builder.manifest import (
@@ -32,7 +32,7 @@ from builder.manifest import (
     write_json,
 )
 from builder.pipeline import Notice, Pipeline, Progress
-from builder.recipe import Recipe, differences, fingerprint
+from builder.recipe import Recipe, deciding, differences, row_fingerprint, without_description
 from builder.schema import SCHEMA_VERSION, Layout
 from builder.sequences import Encoder
 from builder.shards import MAX_ROW_VALUES, ShardWriter, atomic_file, file_sha256
@@ -56,7 +56,7 @@ class BuildResult:
     """How a call of `build` ended."""
 
     status: str
-    """`already complete`, `complete` or `stopped early`."""
+    """`complete`, `stopped early`, or `already complete` (and what was done nevertheless)."""
     shards_built: int
     manifest: dict[str, Any] | None
 
@@ -102,7 +102,7 @@ def build(
             "corpus": corpus_source.provenance,
             "teacher": teacher_source.provenance,
         }
-        state.settle("plan", plan)
+        state.settle("plan", deciding(plan))
         state.remember(known)
         work = _ShardBuilder(
             recipe,
@@ -134,8 +134,7 @@ def build(
                 if record.exhausted:
                     break
         manifest = make_manifest(plan, state.read("teacher"), records)
-        with atomic_file(output / "README.md") as sink:
-            sink.write(render_card(manifest).encode())
+        write_card(output, manifest)
         write_json(output / FILE_NAME, manifest)
         state.remove()
         return BuildResult(status="complete", shards_built=built, manifest=manifest)
@@ -143,7 +142,12 @@ def build(
 
 def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
     manifest = read_manifest(output)
-    changes = differences(manifest["recipe"], recipe.published())
+    published = recipe.published()
+    for section in ("corpus", "teacher"):  # the branch that was resolved then, or its commit
+        if published[section]["revision"] == manifest[section].get("commit"):
+            published[section]["revision"] = manifest["recipe"][section]["revision"]
+    old, new = (without_description(values) for values in (manifest["recipe"], published))
+    changes = differences(old, new)
     if not changes and recipe.corpus.files:
         with suppress(ValueError):  # files that are gone do not make the dataset less finished
             source = resolve_corpus(recipe.corpus, base, KnownSources())
@@ -152,8 +156,14 @@ def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
         raise ValueError(
             f"{output} holds a finished dataset of another recipe ({'; '.join(changes)}); choose another directory"
         )
+    status = "already complete"
+    if differences(manifest["recipe"], published):
+        status = "already complete, with a new description"
+        manifest["recipe"] = published
+        write_card(output, manifest)
+        write_json(output / FILE_NAME, manifest)
     shutil.rmtree(output / ".build", ignore_errors=True)
-    return BuildResult(status="already complete", shards_built=0, manifest=manifest)
+    return BuildResult(status=status, shards_built=0, manifest=manifest)
 
 
 class _ShardBuilder:
@@ -178,7 +188,7 @@ class _ShardBuilder:
         self._notice = notice
         self._metadata = {
             "logit_dataset.schema": SCHEMA_VERSION,
-            "logit_dataset.fingerprint": fingerprint(plan),
+            "logit_dataset.row_fingerprint": row_fingerprint(plan),
         }
         self._stream: SequenceStream | None = None
 

@@ -253,16 +253,25 @@ def _spell(tokenizer: Any, tokens: list[int]) -> str:
     return re.sub("[\udc80-\udcff]", lambda match: f"<0x{ord(match[0]) - 0xDC00:02X}>", exact)
 
 
+def file_of_row(directory: Path, row: int) -> tuple[str, int]:
+    """The data file that holds a row, and the row's number in it.
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    first = 0
+    for record in records_of(read_manifest(directory)):
+        if first <= row < first + record.rows:
+            return record.file, row - first
+        first += record.rows
+    raise ValueError(f"{directory} has rows 0 to {first - 1}, not {row}")
+
+
 def _find_row(
     directory: Path, manifest: dict[str, Any], row: int
 ) -> tuple[dict[str, Any], list[int]]:
     """A row, and the token that follows each of its positions."""
-    first = 0
-    for record in records_of(manifest):
-        if first <= row < first + record.rows:
-            path = directory / record.file
-            values = read_row(path, row - first)
-            last, _ = what_follows(manifest, path, row - first, values)
-            return values, [*values["input_ids"][1:], last]
-        first += record.rows
-    raise ValueError(f"{directory} has rows 0 to {first - 1}, not {row}")
+    file, number = file_of_row(directory, row)
+    values = read_row(directory / file, number)
+    last, _ = what_follows(manifest, directory / file, number, values)
+    return values, [*values["input_ids"][1:], last]

@@ -5,6 +5,7 @@ Out:  one JSON file with provenance, totals and the hash of every data file. It 
       absolute paths, for it is published.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
-from builder.recipe import fingerprint
+from builder.recipe import fingerprint, row_fingerprint
 from builder.schema import SCHEMA_VERSION
 
 FILE_NAME = "manifest.json"
@@ -131,6 +132,7 @@ def make_manifest(
     return {
         "schema_version": SCHEMA_VERSION,
         "fingerprint": fingerprint(plan),
+        "row_fingerprint": row_fingerprint(plan),
         "recipe": plan["recipe"],
         "corpus": plan["corpus"],
         "teacher": {**plan["teacher"], **teacher},
@@ -157,6 +159,12 @@ def records_of(manifest: dict[str, Any]) -> list[ShardRecord]:
             f"{FILE_NAME} has damaged shard records ({error}); fetch or build the dataset again"
         ) from None
     return [ShardRecord.from_json(shard) for shard in shards]
+
+
+def data_digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of names and hashes of all data files: it stands for the data, whatever is said about them."""
+    listing = [[shard["file"], shard["sha256"]] for shard in manifest["shards"]]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -214,9 +222,8 @@ def write_json(path: Path, values: Any) -> None:
     """Write a small JSON file so that after a crash either the old or the new one is there, whole."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(values, file, indent=1, ensure_ascii=False)
-            file.write("\n")
+        with partial.open("wb") as file:
+            file.write(json_bytes(values))
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -227,6 +234,11 @@ def write_json(path: Path, values: Any) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def json_bytes(values: Any) -> bytes:
+    """JSON as this program writes it."""
+    return f"{json.dumps(values, indent=1, ensure_ascii=False)}\n".encode()
 
 
 def _totals(records: list[ShardRecord]) -> dict[str, Any]:

@@ -23,6 +23,10 @@ from builder.schema import SCHEMA_VERSION
 
 Positive = Annotated[int, Field(gt=0)]
 SpecialToken = Literal["tokenizer", "always", "never"]
+License = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]{0,63}$")]
+"""An identifier as the Hub and SPDX use them, e.g. `apache-2.0`, `cc-by-sa-3.0`, `odc-by`."""
+Language = Annotated[str, Field(pattern=r"^([a-z]{2,3}|code|multilingual)$")]
+"""ISO 639 code, or one of the Hub's two special values."""
 Temperature = Annotated[float, Field(ge=0.1, le=100)]
 
 
@@ -33,6 +37,15 @@ def _top_k(value: Any) -> Any:
 
 
 TopK = Annotated[int | Literal["all"], PlainValidator(_top_k)]
+
+DESCRIPTIVE = {
+    "": ("name", "description"),
+    "corpus": ("license", "language"),
+    "teacher": ("license",),
+}
+"""Fields that the card shows and no byte of the data depends on."""
+LIMITS = ("max_documents", "max_tokens")
+"""Fields of the corpus that say how many rows there are, but change none."""
 
 PINNED = {
     "corpus": ("files", "revision"),
@@ -69,6 +82,10 @@ class CorpusRecipe(_Section):
     max_documents: Positive | None = None
     max_tokens: Positive | None = None
     """Stop after the document that reaches this number of tokens."""
+    license: License | None = None
+    """Licence of the texts, which are in the dataset; publishing needs it. The embedded corpus brings its own."""
+    language: tuple[Language, ...] = ()
+    """Languages of the texts, for the card."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -97,6 +114,8 @@ class TeacherRecipe(_Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
     """Run model code from the repo. Needs `revision` to be a full commit."""
+    license: License | None = None
+    """Licence of the teacher, which may cover its outputs; publishing needs it. The embedded one brings its own."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -170,7 +189,9 @@ class Recipe(_Section):
     """A dataset, fully described."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
-    """Short name, as in a Hub repository. The only field that does not change the data."""
+    """Short name, as in a Hub repository."""
+    description: Annotated[str, Field(max_length=2000)] | None = None
+    """A sentence or two for the top of the dataset card: plain text."""
     corpus: CorpusRecipe
     teacher: TeacherRecipe
     sequences: SequencesRecipe = SequencesRecipe()
@@ -221,16 +242,37 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def fingerprint(plan: dict[str, Any]) -> str:
-    """SHA-256 of a plan: the resolved recipe and the exact corpus and teacher behind it.
+    """SHA-256 of everything that decides the data: the recipe, and the exact corpus and teacher behind it."""
+    return _sha256({**deciding(plan), "schema_version": SCHEMA_VERSION})
 
-    What decides no bytes is left out: the recipe's name, and how it spells what the plan pins.
+
+def row_fingerprint(plan: dict[str, Any]) -> str:
+    """SHA-256 of what decides each row: as `fingerprint`, but the same for any number of rows.
+
+    It stands in every Parquet file, so that a dataset that goes on where a smaller one stopped shares its files with it.
     """
-    recipe = {key: value for key, value in plan["recipe"].items() if key != "name"}
+    values = deciding(plan)
+    corpus = {key: value for key, value in values["recipe"]["corpus"].items() if key not in LIMITS}
+    values["recipe"] = {**values["recipe"], "corpus": corpus}
+    return _sha256({**values, "schema_version": SCHEMA_VERSION})
+
+
+def deciding(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan without what changes no byte: fields for the card, and how the recipe spells what the plan pins."""
+    recipe = without_description(plan["recipe"])
     for section, pinned in PINNED.items():
         values = recipe[section].items()
         recipe[section] = {key: value for key, value in values if key not in pinned}
-    deciding = {**plan, "recipe": recipe, "schema_version": SCHEMA_VERSION}
-    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+    return {**plan, "recipe": recipe}
+
+
+def without_description(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's plain values without the fields that only the card shows."""
+    kept = {key: value for key, value in recipe.items() if key not in DESCRIPTIVE[""]}
+    for section in ("corpus", "teacher"):
+        values = recipe[section].items()
+        kept[section] = {key: value for key, value in values if key not in DESCRIPTIVE[section]}
+    return kept
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -258,6 +300,10 @@ def expand_home(path: str) -> Path:
 def is_commit(revision: str) -> bool:
     """Whether a revision is a full commit hash, which needs no resolving."""
     return len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
+
+
+def _sha256(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _short(value: Any) -> str:

@@ -10,6 +10,7 @@ Cost: about 1 M tokens/s for hashes and invariants; recomputing costs what captu
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from builder.card import VERIFICATION, read_release, write_card
 from builder.invariants import Array, broken, sampled_entropy
-from builder.manifest import ShardRecord, Sums, read_manifest, records_of, truncated_length
+from builder.manifest import (
+    ShardRecord,
+    Sums,
+    data_digest,
+    environment,
+    read_manifest,
+    records_of,
+    truncated_length,
+    write_json,
+)
 from builder.schema import Layout, arrow_schema, columns
 from builder.shards import file_sha256, nested_values
 
@@ -85,6 +96,19 @@ def verify(
         )
         report.problems += problems
     return report
+
+
+def record_recomputation(directory: Path, report: Report, device: str) -> None:
+    """Keep what recomputing found, with date, hardware and libraries, in `verification.json`, and show it in the card."""
+    manifest = read_manifest(directory)
+    values = {
+        "data": data_digest(manifest),
+        "date": datetime.now(UTC).date().isoformat(),
+        "environment": environment(device),
+        **(report.recomputed or {}),
+    }
+    write_json(directory / VERIFICATION, values)
+    write_card(directory, manifest, release=read_release(directory))
 
 
 def _check_files(directory: Path, records: list[ShardRecord], report: Report) -> None:

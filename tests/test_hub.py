@@ -260,6 +260,31 @@ def test_a_hiccup_of_the_hub_is_survived(hub, client, hub_recipe, tmp_path):
     assert read_manifest(tmp_path / "out")["totals"]["documents"] == len(DOCUMENTS)
 
 
+def test_a_network_that_goes_away_in_mid_build_loses_nothing(hub, client, hub_recipe, tmp_path):
+    def drop(request: stand_in.Request) -> None:
+        if request.path.endswith("00001-of-00002.parquet"):
+            raise ConnectionAbortedError("as the test wants it")  # closes the connection
+
+    command = ["build", str(hub_recipe()), "--output"]
+    hub.faults.append(drop)
+    try:
+        result = client.python(f"""
+import sys, time
+from builder.cli import main
+time.sleep = lambda seconds: None  # between the attempts of the client libraries
+sys.argv = {["logit-dataset", *command, str(tmp_path / "out")]!r}
+main()
+""")
+    finally:
+        hub.faults.clear()
+    message = r"corpus file number 1 cannot be read \(Server Disconnected\); check the network, and run the command again"
+    assert_one_line(result, message)
+    assert data_bytes(tmp_path / "out")
+    assert client.cli(*command, tmp_path / "out").returncode == 0
+    assert client.cli(*command, tmp_path / "whole").returncode == 0
+    assert data_bytes(tmp_path / "out") == data_bytes(tmp_path / "whole")
+
+
 FAILURES = {
     "no such dataset": (
         {"corpus": 'repo = "org/nothing"'},

@@ -108,5 +108,6 @@ def test_kills_at_the_steps_between_which_something_could_be_half_done(
     assert shards == [
         (r.file, r.sha256, r.rows) for r in records_of(read_manifest(tmp_path / "whole"))
     ]
-    assert sorted(path.name for path in output.iterdir()) == ["README.md", "data", "manifest.json"]
+    left = sorted(path.name for path in output.iterdir())
+    assert left == ["README.md", "assets", "data", "manifest.json"]
     assert not list((output / "data").glob(".*"))

@@ -1,6 +1,9 @@
 """What a recipe may add to the row, end to end: right values, the same bytes after a stop, verified, loaded, shown."""
 
+import json
+import re
 import shutil
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +12,14 @@ import pytest
 import torch
 from conftest import TINY_VOCAB_SIZE
 from datasets import load_dataset
+from hub import card_errors
 from test_build import data_bytes, read_rows, run
 from test_verify import Row, forge, problems
 
 from builder import build as build_module
+from builder.charts import measure
 from builder.manifest import read_manifest
-from builder.recipe import load_recipe
+from builder.recipe import Recipe, load_recipe
 from builder.schema import FLOAT16_MIN, arrow_schema, columns
 from builder.schema import Layout as RowLayout
 from builder.verify import verify
@@ -469,13 +474,46 @@ def test_info_shows_positions_of_every_kind(cli, everything, whole, tiny_teacher
 
 def test_the_card_says_how_to_use_what_is_there(everything, whole, make_recipe, tmp_path):
     card = (everything / "README.md").read_text()
-    assert "6 tokens drawn from among these" in card
+    assert "the mass of all others, 6 tokens drawn from among these, and" in card
     assert "+ exp(`tail_logprob`) / M · Σ f(`tail_indices`)" in card
     assert "| `logsumexp_t0.5` | float32 [T] |" in card
     card = (whole / "README.md").read_text()
     assert "the log-probabilities of all 448 tokens" in card
     assert "topk" not in card
-    assert "tail" not in card
+    assert "tail" not in card.split("## Build it again")[0]
+
+
+@pytest.mark.parametrize("choice", ["everything", "whole"])
+def test_the_recipe_in_a_card_asks_for_the_same(choice, request):
+    output = request.getfixturevalue(choice)
+    toml = re.search(r"```toml\n(.*?)```", (output / "README.md").read_text(), re.DOTALL)[1]
+    recipe = Recipe.model_validate_json(json.dumps(tomllib.loads(toml)))
+    assert recipe.published()["output"] == read_manifest(output)["recipe"]["output"]
+
+
+@pytest.mark.parametrize("choice", ["everything", "whole"])
+def test_the_python_of_a_card_runs_as_pasted(choice, request, monkeypatch):
+    output = request.getfixturevalue(choice)
+    monkeypatch.chdir(output.parent)
+    card = (output / "README.md").read_text()
+    assert card_errors(card) == []
+    names: dict = {}
+    for snippet in re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL):
+        exec(compile(snippet.replace("path/to/this/directory", "out"), "README.md", "exec"), names)
+    student = names["student"](names["row"]["input_ids"]).detach().log_softmax(-1).double()
+    if choice == "whole":
+        teacher = names["row"]["logprobs"].double()
+        assert float(names["loss"]) > 1
+        again = (teacher.exp() * (teacher - student)).sum(-1).mean()
+        assert 0 < float(names["loss"] - again) < 1  # the step has brought the student nearer
+
+
+def test_the_picture_of_a_whole_distribution_ends_where_nothing_is_left(everything, whole):
+    exact, cut = (measure(sorted((path / "data").iterdir())) for path in (whole, everything))
+    assert len(exact.mass) == TINY_VOCAB_SIZE
+    assert exact.mass[-1] == pytest.approx(1, abs=1e-3)
+    np.testing.assert_allclose(exact.mass[:20], cut.mass, rtol=1e-6)
+    assert (whole / "assets" / "mass.svg").exists()
 
 
 def test_an_estimate_knows_what_options_cost(cli, make_recipe, tmp_path):

@@ -11,6 +11,7 @@ from conftest import REPOSITORY
 
 from builder import recipe as recipe_module
 from builder.recipe import (
+    DESCRIPTIVE,
     PINNED,
     CorpusRecipe,
     OutputRecipe,
@@ -21,6 +22,7 @@ from builder.recipe import (
     fingerprint,
     is_commit,
     load_recipe,
+    row_fingerprint,
 )
 from builder.sources import KnownSources, resolve_corpus, resolve_teacher
 
@@ -43,6 +45,7 @@ def load(tmp_path: Path, text: str) -> Recipe:
 def test_defaults(tmp_path):
     assert load(tmp_path, SMALLEST).model_dump() == {
         "name": "x",
+        "description": None,
         "corpus": {
             "repo": None,
             "revision": "main",
@@ -55,6 +58,8 @@ def test_defaults(tmp_path):
             "text_unit": "file",
             "max_documents": None,
             "max_tokens": None,
+            "license": None,
+            "language": (),
         },
         "teacher": {
             "repo": None,
@@ -66,6 +71,7 @@ def test_defaults(tmp_path):
             "dtype": "bfloat16",
             "attention": "sdpa",
             "trust_remote_code": False,
+            "license": None,
         },
         "sequences": {
             "max_length": 1024,
@@ -249,12 +255,13 @@ def changed(field: str, value: Any) -> Recipe:
     return BASE.model_copy(update={section: values})
 
 
-def test_every_field_changes_the_fingerprint_but_the_name_and_what_is_pinned():
+def test_every_field_changes_the_fingerprint_but_what_is_pinned_or_descriptive():
     fields = {f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields}
     pinned = {f"{name}.{key}" for name, keys in PINNED.items() for key in keys}
-    assert pinned < fields
-    assert set(OTHER) == fields - pinned
-    assert set(Recipe.model_fields) == {"name", *SECTIONS}
+    descriptive = {f"{name}.{key}" for name, keys in DESCRIPTIVE.items() if name for key in keys}
+    assert pinned | descriptive < fields
+    assert set(OTHER) == fields - pinned - descriptive
+    assert set(Recipe.model_fields) == {*DESCRIPTIVE[""], *SECTIONS}
 
     found = {field: fingerprint(plan(changed(field, value))) for field, value in OTHER.items()}
     found["nothing"] = fingerprint(plan(BASE))
@@ -263,11 +270,19 @@ def test_every_field_changes_the_fingerprint_but_the_name_and_what_is_pinned():
     assert len(set(found.values())) == len(found)
     assert all(re.fullmatch(r"[0-9a-f]{64}", value) for value in found.values())
 
-    for field in pinned:
-        value = ("x",) if field == "corpus.files" else "x"
+    for field in pinned | descriptive:
+        value = ("x",) if field in ("corpus.files", "corpus.language") else "x"
         assert fingerprint(plan(changed(field, value))) == found["nothing"], field
-    renamed = BASE.model_copy(update={"name": "y"})
+    renamed = BASE.model_copy(update={"name": "y", "description": "z"})
     assert fingerprint(plan(renamed)) == found["nothing"]
+
+
+def test_only_what_decides_each_row_changes_the_fingerprint_of_rows():
+    rows = {field: row_fingerprint(plan(changed(field, value))) for field, value in OTHER.items()}
+    base = row_fingerprint(plan(BASE))
+    assert {field for field, value in rows.items() if value == base} == {
+        *("corpus.max_documents", "corpus.max_tokens")
+    }
 
 
 def test_the_schema_version_changes_the_fingerprint(monkeypatch):

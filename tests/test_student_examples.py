@@ -78,7 +78,7 @@ def write_synthetic(directory, *, num_tokens, vocab_size, top_k, row_length=256,
     ]
     (directory / "data").mkdir(parents=True)
     file, fingerprint = "data/train-000-00000.parquet", "synthetic"
-    metadata = {"logit_dataset.fingerprint": fingerprint}
+    metadata = {"logit_dataset.row_fingerprint": fingerprint}
     with (
         atomic_file(directory / file) as sink,
         ShardWriter(
@@ -89,6 +89,7 @@ def write_synthetic(directory, *, num_tokens, vocab_size, top_k, row_length=256,
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "fingerprint": fingerprint,
+        "row_fingerprint": fingerprint,
         "recipe": {"sequences": {"max_length": row_length, "long_documents": "chunk"}},
         "teacher": {
             **{"name": "synthetic", "sha256": "0", "vocab_size": vocab_size},

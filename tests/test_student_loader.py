@@ -391,7 +391,7 @@ def test_a_damaged_dataset_is_refused_at_once(copy, built):
     )
     pq.write_table(table.drop_columns("tail_logprob"), first)
     refused("column tail_logprob is nothing, expected list")
-    pq.write_table(table.replace_schema_metadata({"logit_dataset.fingerprint": "abc"}), second)
+    pq.write_table(table.replace_schema_metadata({"logit_dataset.row_fingerprint": "abc"}), second)
     refused(f"{second.name} belongs to the build abc, the manifest is of")
     change_manifest(copy, lambda m: m["shards"][0].update(file="data/../../secret.parquet"))
     refused("names the file 'data/../../secret.parquet', expected data")
