@@ -23,8 +23,6 @@ from builder.schema import SCHEMA_VERSION
 FILE_NAME = "manifest.json"
 DATA_FILE = re.compile(r"data/[A-Za-z0-9_][A-Za-z0-9._-]*\.parquet")
 """Names that a manifest, which may come from anywhere, may use for a data file."""
-MAX_CHARACTER_TOKENS = 64
-"""More tokens than any character takes: bytes make it 4, and no normaliser writes one as more than 18."""
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
 
 READ_BACK = {
@@ -202,16 +200,6 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({_reason(error)}); {advice}") from None
     return manifest
-
-
-def truncated_length(manifest: dict[str, Any]) -> float:
-    """Rows of this many tokens or more may be the beginning of a longer document, the rest of which was left out."""
-    sequences = manifest["recipe"]["sequences"]
-    if sequences["long_documents"] != "truncate":
-        return math.inf
-    # A cut that would fall inside a character is made before it, and no suffix stands after a cut.
-    longest: int = sequences["max_length"] - len(manifest["teacher"]["suffix_ids"])
-    return longest - MAX_CHARACTER_TOKENS
 
 
 def _reason(error: Exception) -> str:

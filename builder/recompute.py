@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from builder.corpus import Document
-from builder.manifest import ShardRecord, truncated_length
+from builder.manifest import ShardRecord
 from builder.recipe import SequencesRecipe, TeacherRecipe, differences
-from builder.schema import FLOAT16_MIN, Layout, float16_rounding, temperature_column
+from builder.schema import FLOAT16_MIN, Layout, float16_rounding, shortest_cut, temperature_column
 from builder.sequences import NO_TOKEN, Encoder
 from builder.shards import nested_values
 from builder.sources import KnownSources, TeacherSource, resolve_teacher
@@ -173,7 +173,7 @@ def what_follows(
         following = {"id": None}
     if (following["id"], following.get("chunk_index")) == (row["id"], row["chunk_index"] + 1):
         return int(following["input_ids"][len(manifest["teacher"]["prefix_ids"])]), False
-    if len(row["input_ids"]) >= truncated_length(manifest):
+    if len(row["input_ids"]) >= shortest_cut(manifest):
         return NO_TOKEN, False
     eos = manifest["teacher"]["eos_token_id"]
     return NO_TOKEN if eos is None else int(eos), True

@@ -28,10 +28,9 @@ from builder.manifest import (
     environment,
     read_manifest,
     records_of,
-    truncated_length,
     write_json,
 )
-from builder.schema import Layout, arrow_schema, columns
+from builder.schema import Layout, arrow_schema, columns, shortest_cut
 from builder.shards import file_sha256, nested_values
 
 VALUES_AT_ONCE = 2**22
@@ -189,7 +188,7 @@ class _RowChecker:
         self._surplus = self._surplus_squares = 0.0
         self._eos: int | None = manifest["teacher"]["eos_token_id"]
         self._prefix: list[int] = manifest["teacher"]["prefix_ids"]
-        self._truncated_length = truncated_length(manifest)
+        self._shortest_cut = shortest_cut(manifest)
         self._previous: tuple[str, int] | None = None
         self._seen: set[tuple[int, str]] = set()
 
@@ -277,7 +276,7 @@ class _RowChecker:
                 targets[last] = -1  # its next chunk, if there is one, is in the next row group
             elif ids[next_row] == ids[row] and chunks[next_row] == chunks[row] + 1:
                 targets[last] = rows.input_ids[rows.starts[next_row] + len(self._prefix)]
-            elif self._eos is None or rows.ends[row] - rows.starts[row] >= self._truncated_length:
+            elif self._eos is None or rows.ends[row] - rows.starts[row] >= self._shortest_cut:
                 targets[last] = -1
             else:
                 targets[last] = self._eos

@@ -17,7 +17,6 @@ from builder.manifest import (
     make_manifest,
     read_manifest,
     records_of,
-    truncated_length,
     write_json,
 )
 from builder.recipe import CorpusRecipe, Recipe, TeacherRecipe, fingerprint
@@ -208,12 +207,3 @@ def test_the_environment_names_libraries_and_hardware_but_no_host_or_user():
     assert set(found) == {"device", "threads", "python", *LIBRARIES}
     assert found["device"].endswith(" CPU")
     assert os.uname().nodename not in json.dumps(found).split('"')
-
-
-@pytest.mark.parametrize(
-    ("mode", "suffix", "expected"), [("chunk", [], math.inf), ("truncate", [1, 2], 1024 - 2 - 64)]
-)
-def test_from_which_length_on_a_row_may_be_a_cut_document(mode, suffix, expected):
-    manifest = make_manifest(PLAN, {"suffix_ids": suffix}, RECORDS)
-    manifest["recipe"]["sequences"]["long_documents"] = mode
-    assert truncated_length(manifest) == expected

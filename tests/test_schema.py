@@ -1,5 +1,7 @@
 """The schema: one list of columns, from which the Parquet types, the card's types and the tolerances follow."""
 
+import math
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -18,6 +20,7 @@ from builder.schema import (
     card_features,
     columns,
     float16_rounding,
+    shortest_cut,
     temperature_column,
 )
 
@@ -126,3 +129,12 @@ def test_float16_rounding_is_half_of_numpy_s_spacing(power):
 
 def test_float16_rounding_below_the_smallest_number_is_half_of_it():
     assert float16_rounding(np.array([1e-30])) == float(np.spacing(np.float16(0))) / 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "expected"), [("chunk", [], math.inf), ("truncate", [1, 2], 1024 - 2 - 64)]
+)
+def test_from_which_length_on_a_row_may_be_a_cut_document(mode, suffix, expected):
+    sequences = {"long_documents": mode, "max_length": 1024}
+    manifest = {"recipe": {"sequences": sequences}, "teacher": {"suffix_ids": suffix}}
+    assert shortest_cut(manifest) == expected

@@ -93,7 +93,7 @@ def write_synthetic(directory, *, num_tokens, vocab_size, top_k, row_length=256,
         "recipe": {"sequences": {"max_length": row_length, "long_documents": "chunk"}},
         "teacher": {
             **{"name": "synthetic", "sha256": "0", "vocab_size": vocab_size},
-            **{"tokenizer_sha256": "0", "eos_token_id": 2, "prefix_ids": []},
+            **{"tokenizer_sha256": "0", "eos_token_id": 2, "prefix_ids": [], "suffix_ids": []},
         },
         "shards": [{"file": file}],
     }

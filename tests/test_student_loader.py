@@ -1,6 +1,7 @@
 """Batches hold what the files hold, once an epoch, in any shape; they resume exactly; the wrong dataset is refused."""
 
 import json
+import math
 import random
 import shutil
 from dataclasses import replace
@@ -164,13 +165,13 @@ def test_targets_of_chunks_with_a_prefix_and_of_truncated_documents():
     )
     ids = np.array([1, 10, 11, 1, 12, 1, 13, 1, 14, 1, 15], np.int32)
     lengths = np.array([3, 2, 2, 2, 2])
-    ends = Ends(eos_token_id=9, num_prefix_ids=1, truncated_length=None)
+    ends = Ends(eos_token_id=9, num_prefix_ids=1, shortest_cut=math.inf)
     found = _target_ids(table, ids, lengths, ends)
     assert found.tolist() == [10, 11, 12, 12, 9, 13, 9, 14, 9, 15, NO_TARGET]
-    cut = Ends(eos_token_id=9, num_prefix_ids=1, truncated_length=3)
+    cut = Ends(eos_token_id=9, num_prefix_ids=1, shortest_cut=3)
     whole = table.set_column(1, "chunk_index", pa.array([0] * 5, pa.int32()))
     assert _target_ids(whole, ids, lengths, cut)[[2, 4]].tolist() == [NO_TARGET, 9]
-    no_eos = Ends(eos_token_id=None, num_prefix_ids=1, truncated_length=None)
+    no_eos = Ends(eos_token_id=None, num_prefix_ids=1, shortest_cut=math.inf)
     assert _target_ids(table, ids, lengths, no_eos)[[2, 4]].tolist() == [12, NO_TARGET]
 
 
