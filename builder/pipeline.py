@@ -170,11 +170,9 @@ class Pipeline:
             uniforms_NM=None if uniforms_NM is None else to_device(uniforms_NM, teacher.device),
             temperatures=layout.temperatures,
         )
-        return (
-            distribution
-            if hidden_ND is None
-            else distribution | {"hidden_states": hidden_ND.half()}
-        )
+        if hidden_ND is not None:
+            distribution["hidden_states"] = hidden_ND.half()
+        return distribution
 
     def _uniforms(self, sequence: Sequence) -> Tensor:
         return uniforms(

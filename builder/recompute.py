@@ -8,6 +8,7 @@ Shape suffixes: T positions, V vocabulary, K top-k, M draws from the tail, D hid
 
 import random
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -270,24 +271,12 @@ def _compare(
             "entropy": (stored["entropy"], entropy_T),
             **_head(stored, logprobs_TV, layout),
         }
-        if layout.tail_samples:
-            drawn_TM = logprobs_TV.gather(1, stored["tail_indices"])
-            gone_T1 = (stored["tail_logprob"] <= FLOAT16_MIN)[:, None]
-            compared["tail_logprobs"] = (
-                stored["tail_logprobs"],
-                drawn_TM.masked_fill(gone_T1, -torch.inf),
-            )
         for name, (found, expected) in compared.items():
             errors[name].append(_beyond_rounding(found, expected))
         errors["logsumexp"].append(stored["logsumexp"] - logits_TV.logsumexp(-1))
-        for temperature in layout.temperatures:
-            name = temperature_column(temperature).name
-            errors[name].append(stored[name] - (logits_TV / temperature).logsumexp(-1))
-        if layout.hidden_states:
-            hidden_TD = row.columns["hidden_states"][here].to(teacher.device, teacher.dtype)
-            rebuilt_TV = torch.cat(list(teacher.head(hidden_TD))).cpu().double().log_softmax(-1)
-            errors[REBUILT].append(_divergence(logprobs_TV, rebuilt_TV))
-
+        hidden_TD = row.columns["hidden_states"][here] if layout.hidden_states else None
+        for name, error in _added(stored, hidden_TD, logits_TV, teacher, layout):
+            errors[name].append(error)
         best_TK, expected_TK = _best(stored, logprobs_TV)
         errors["missing from the top K"].append(best_TK - expected_TK)
         name = "logprobs" if layout.top_k == "all" else "topk_logprobs"
@@ -318,11 +307,36 @@ def _head(
     }
 
 
+def _added(
+    stored: dict[str, Tensor],
+    hidden_TD: Tensor | None,
+    logits_TV: Tensor,
+    teacher: Teacher,
+    layout: Layout,
+) -> Iterator[tuple[str, Tensor]]:
+    """Errors of the columns that a recipe may add."""
+    logprobs_TV = logits_TV.log_softmax(-1)
+    if layout.tail_samples:
+        gone_T1 = (stored["tail_logprob"] <= FLOAT16_MIN)[:, None]
+        drawn_TM = logprobs_TV.gather(1, stored["tail_indices"]).masked_fill(gone_T1, -torch.inf)
+        yield "tail_logprobs", _beyond_rounding(stored["tail_logprobs"], drawn_TM)
+    for temperature in layout.temperatures:
+        name = temperature_column(temperature).name
+        yield name, stored[name] - (logits_TV / temperature).logsumexp(-1)
+    if hidden_TD is not None:
+        pieces = teacher.head(hidden_TD.to(teacher.device, teacher.dtype))
+        rebuilt_TV = torch.cat(list(pieces)).cpu().double().log_softmax(-1)
+        yield REBUILT, _divergence(logprobs_TV, rebuilt_TV)
+
+
 def _best(stored: dict[str, Tensor], logprobs_TV: Tensor) -> tuple[Tensor, Tensor]:
-    """The teacher's log-probabilities of its own top K and of the stored one, by rank; where all are stored, K is 1."""
-    indices_TK = stored.get("topk_indices")
-    if indices_TK is None:
-        indices_TK = stored["logprobs"].argmax(-1, keepdim=True)
+    """The teacher's log-probabilities of its own top K and of the stored one, by rank; where all are stored, of the first."""
+    if "logprobs" in stored:
+        stored_TV = stored["logprobs"]
+        # Several may be the first once they are rounded.
+        first_TV = logprobs_TV.masked_fill(stored_TV < stored_TV.amax(-1, keepdim=True), -torch.inf)
+        return logprobs_TV.amax(-1, keepdim=True), first_TV.amax(-1, keepdim=True)
+    indices_TK = stored["topk_indices"]
     best_TK = logprobs_TV.topk(indices_TK.shape[1]).values
     return best_TK, logprobs_TV.gather(1, indices_TK).sort(-1, descending=True).values
 

@@ -20,6 +20,7 @@ from builder import build as build_module
 from builder.charts import measure
 from builder.manifest import read_manifest
 from builder.recipe import Recipe, load_recipe
+from builder.recompute import _best
 from builder.schema import FLOAT16_MIN, arrow_schema, columns
 from builder.schema import Layout as RowLayout
 from builder.verify import verify
@@ -503,9 +504,9 @@ def test_the_python_of_a_card_runs_as_pasted(choice, request, monkeypatch):
     student = names["student"](names["row"]["input_ids"]).detach().log_softmax(-1).double()
     if choice == "whole":
         teacher = names["row"]["logprobs"].double()
-        assert float(names["loss"]) > 1
+        assert names["loss"].item() > 1
         again = (teacher.exp() * (teacher - student)).sum(-1).mean()
-        assert 0 < float(names["loss"] - again) < 1  # the step has brought the student nearer
+        assert 0 < names["loss"].item() - again.item() < 1  # the step has brought the student nearer
 
 
 def test_the_picture_of_a_whole_distribution_ends_where_nothing_is_left(everything, whole):
@@ -548,3 +549,13 @@ def test_draws_of_a_peaked_teacher_verify(make_recipe, tmp_path, tiny_teacher_di
     assert distinct >= 1
     found = verify(tmp_path / "out", recompute=4, teacher_path=teacher, seed=0).problems
     assert [p for p in found if "hidden_states" not in p] == []
+
+
+def test_a_first_choice_that_rounding_makes_one_of_two_is_not_mistaken_for_another():
+    """At −7, float16's steps are 0.004: two tokens can become one, and which was the first is lost."""
+    logprobs_TV = torch.tensor([[-7.0015, -7.0011, -8.0]], dtype=torch.float64)
+    best_T1, found_T1 = _best({"logprobs": logprobs_TV.half().double()}, logprobs_TV)
+    assert torch.equal(best_T1, found_T1)
+    assert best_T1.item() == -7.0011
+    _, found_T1 = _best({"logprobs": torch.tensor([[-9.0, -9.0, -7.0]]).double()}, logprobs_TV)
+    assert found_T1.item() == -8
