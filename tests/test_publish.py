@@ -19,6 +19,7 @@ from hub import TOKEN, USER, Client, Cut, Refusal
 from builder.build import build
 from builder.manifest import read_manifest
 from builder.recipe import load_recipe
+from builder.schema import SCHEMA_VERSION
 from builder.versions import Version, choose, compare
 
 LICENSED = {
@@ -313,7 +314,8 @@ def test_a_former_version_of_another_schema_needs_a_major_step(hub, publish, out
     assert publish("org/set", out).returncode == 0
     repo = hub.repos["dataset", "org/set"]
     files = dict(repo.commits[repo.branches["main"]])
-    files["manifest.json"] = files["manifest.json"].replace(b'"1.0.0"', b'"0.9.0"', 1)
+    manifest = json.loads(files["manifest.json"]) | {"schema_version": "0.9.0"}
+    files["manifest.json"] = json.dumps(manifest).encode()
     hub.commit("dataset", "org/set", files)
     hub.tag("dataset", "org/set", "v1.1.0")
     result = publish("org/set", out)
@@ -325,7 +327,7 @@ def test_a_former_version_of_another_schema_needs_a_major_step(hub, publish, out
 PATIENT = """
 import sys, time
 from builder.cli import main
-time.sleep = lambda seconds: print(f"slept {seconds}", file=sys.stderr)
+time.sleep = lambda seconds: sys.stderr.write(f"slept {seconds}\\n")  # in one piece
 sys.argv = ["logit-dataset", "publish", "org/set", DIRECTORY, "--device", "cpu", "--recompute", "0"]
 main()
 """
@@ -648,7 +650,7 @@ def test_the_version_follows_from_the_manifests(small, large):
         ("recipe.output.top_k", 10, "recipe.output.top_k: 20 → 10"),
         ("teacher.tokenizer_sha256", "0", "teacher.tokenizer_sha256: "),
         ("teacher.dtype", "bfloat16", 'teacher.dtype: "float32" → "bfloat16"'),
-        ("schema_version", "2.0.0", 'schema_version: "1.0.0" → "2.0.0"'),
+        ("schema_version", "2.0.0", f'schema_version: "{SCHEMA_VERSION}" → "2.0.0"'),
         ("shards.0.sha256", "0", "data/train-000-00000.parquet has other content"),
     ):
         changed = json.loads(json.dumps(new))
