@@ -1,4 +1,6 @@
 # make build-dataset   set up everything, build the embedded dataset, verify it   (RECIPE=… OUT=… for another)
+# make publish         publish OUT as REPO=ORG/NAME, version TAG=v1.0.0 (the next one by default)
+# make bench           how fast, how large, how much memory (DEVICE=cuda on a GPU)
 # make test            set up everything, run the tests        make test-gpu   those that need a GPU
 # make experiment      what a student learns from distributions, in two hours (QUICK=1: in ten minutes, to see that it works)
 # make quality         formatting, lint, types                 make clean      remove what was set up
@@ -9,12 +11,19 @@ OUT    ?= out/$(notdir $(patsubst %/,%,$(dir $(RECIPE))))
 DEVICE ?= auto
 PIP    := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: build-dataset test test-gpu experiment quality format clean
+.PHONY: build-dataset publish bench test test-gpu experiment quality format clean
 .DELETE_ON_ERROR:
 
 build-dataset: .venv/.ready
 	.venv/bin/logit-dataset build $(RECIPE) --output $(OUT) --device $(DEVICE)
-	.venv/bin/logit-dataset verify $(OUT) --recompute 3 --device $(DEVICE)
+	.venv/bin/logit-dataset verify $(OUT) --recompute 3 --record --device $(DEVICE)
+
+publish: .venv/.ready
+	@test -n "$(REPO)" || { echo "Say where: make publish REPO=ORG/NAME TAG=v1.0.0"; exit 2; }
+	.venv/bin/logit-dataset publish $(REPO) $(OUT) $(if $(TAG),--tag $(TAG)) --device $(DEVICE)
+
+bench: .venv/.ready
+	.venv/bin/python -m benchmarks --device $(if $(filter auto,$(DEVICE)),cpu,$(DEVICE))
 
 test: .venv/.ready-dev
 	.venv/bin/python -m pytest

@@ -108,7 +108,7 @@ def stages(dtype: str, device: str, tokens: int, base: Path) -> dict[str, float]
         for owner, name, label in (
             (Corpus, "__iter__", "corpus"),
             (Encoder, "encode", "tokenize"),
-            (Teacher, "_hidden", "body"),
+            (Teacher, "hidden", "body"),
             (Teacher, "_apply_head", "head"),
             (distribution, "_capture_rows", "statistics"),
             (pipeline, "_in_order", "order"),

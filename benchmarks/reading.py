@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from builder.student import load_logits
 from datasets import Features, List, Value, load_dataset
 
 from benchmarks import sample
+from builder.student import load_logits
 
 
 def measure(dataset: Path, *, rounds: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from builder.card import render_card
+from builder.card import write_card
 from builder.corpus import Position
 from builder.distribution import Distribution
 from builder.manifest import (
@@ -32,10 +32,10 @@ from builder.manifest import (
     write_json,
 )
 from builder.pipeline import Notice, Pipeline, Progress
-from builder.recipe import Recipe, differences, fingerprint
-from builder.schema import SCHEMA_VERSION
+from builder.recipe import Recipe, deciding, differences, row_fingerprint, without_description
+from builder.schema import SCHEMA_VERSION, Layout
 from builder.sequences import Encoder
-from builder.shards import ShardWriter, atomic_file, file_sha256
+from builder.shards import MAX_ROW_VALUES, ShardWriter, atomic_file, file_sha256
 from builder.sources import (
     CorpusSource,
     KnownSources,
@@ -47,13 +47,16 @@ from builder.state import BuildState
 from builder.stream import SequenceStream, make_encoder
 from builder.teacher import Teacher, load_teacher
 
+SUM_VALUES = 2**22
+"""Log-probabilities that are summed at once: 32 MB in float64."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildResult:
     """How a call of `build` ended."""
 
     status: str
-    """`already complete`, `complete` or `stopped early`."""
+    """`complete`, `stopped early`, or `already complete` (and what was done nevertheless)."""
     shards_built: int
     manifest: dict[str, Any] | None
 
@@ -99,7 +102,7 @@ def build(
             "corpus": corpus_source.provenance,
             "teacher": teacher_source.provenance,
         }
-        state.settle("plan", plan)
+        state.settle("plan", deciding(plan))
         state.remember(known)
         work = _ShardBuilder(
             recipe,
@@ -131,7 +134,7 @@ def build(
                 if record.exhausted:
                     break
         manifest = make_manifest(plan, state.read("teacher"), records)
-        (output / "README.md").write_text(render_card(manifest), encoding="utf-8")
+        write_card(output, manifest)
         write_json(output / FILE_NAME, manifest)
         state.remove()
         return BuildResult(status="complete", shards_built=built, manifest=manifest)
@@ -139,7 +142,12 @@ def build(
 
 def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
     manifest = read_manifest(output)
-    changes = differences(manifest["recipe"], recipe.published())
+    published = recipe.published()
+    for section in ("corpus", "teacher"):  # the branch that was resolved then, or its commit
+        if published[section]["revision"] == manifest[section].get("commit"):
+            published[section]["revision"] = manifest["recipe"][section]["revision"]
+    old, new = (without_description(values) for values in (manifest["recipe"], published))
+    changes = differences(old, new)
     if not changes and recipe.corpus.files:
         with suppress(ValueError):  # files that are gone do not make the dataset less finished
             source = resolve_corpus(recipe.corpus, base, KnownSources())
@@ -148,8 +156,14 @@ def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
         raise ValueError(
             f"{output} holds a finished dataset of another recipe ({'; '.join(changes)}); choose another directory"
         )
+    status = "already complete"
+    if differences(manifest["recipe"], published):
+        status = "already complete, with a new description"
+        manifest["recipe"] = published
+        write_card(output, manifest)
+        write_json(output / FILE_NAME, manifest)
     shutil.rmtree(output / ".build", ignore_errors=True)
-    return BuildResult(status="already complete", shards_built=0, manifest=manifest)
+    return BuildResult(status=status, shards_built=0, manifest=manifest)
 
 
 class _ShardBuilder:
@@ -174,7 +188,7 @@ class _ShardBuilder:
         self._notice = notice
         self._metadata = {
             "logit_dataset.schema": SCHEMA_VERSION,
-            "logit_dataset.fingerprint": fingerprint(plan),
+            "logit_dataset.row_fingerprint": row_fingerprint(plan),
         }
         self._stream: SequenceStream | None = None
 
@@ -199,6 +213,11 @@ class _ShardBuilder:
         """The way from documents to sequences of the recipe and the teacher's tokenizer."""
         return make_encoder(self._recipe.sequences, self.teacher.tokenizer)
 
+    @cached_property
+    def layout(self) -> Layout:
+        """What the rows hold."""
+        return Layout.of(self._recipe.published()["output"], self.teacher.provenance())
+
     def teacher_provenance(self) -> dict[str, Any]:
         """What the loaded teacher is, and what is put around its sequences."""
         special = {"prefix_ids": self.encoder.prefix, "suffix_ids": self.encoder.suffix}
@@ -221,7 +240,8 @@ class _ShardBuilder:
         stream, rows, tokens, sums = self._stream, 0, 0, Sums()
         pipeline = Pipeline(
             self.teacher,
-            top_k=self._recipe.output.top_k,
+            layout=self.layout,
+            seed=self._recipe.output.seed,
             batch_tokens=self._recipe.sequences.batch_tokens,
             progress=self._progress,
             notice=self._notice,
@@ -230,7 +250,7 @@ class _ShardBuilder:
             atomic_file(output / name) as sink,
             ShardWriter(
                 sink,
-                with_text=self._recipe.output.text,
+                layout=self.layout,
                 profile=self._recipe.output.profile,
                 metadata=self._metadata,
             ) as writer,
@@ -238,7 +258,7 @@ class _ShardBuilder:
             for block in pipeline.blocks(stream.shard_sequences()):
                 writer.write(block)
                 rows += len(block.sequences)
-                tokens += len(block.distribution.logsumexp)
+                tokens += len(block.distribution["logsumexp"])
                 sums += _sums(block.distribution)
             if not rows:
                 skipped = stream.position["skipped"]
@@ -265,23 +285,38 @@ class _ShardBuilder:
 
 
 def _check_fit(recipe: Recipe, teacher: Teacher) -> None:
-    if recipe.output.top_k > teacher.vocab_size:
+    output, max_length = recipe.output, recipe.sequences.max_length
+    if output.top_k != "all" and output.top_k > teacher.vocab_size:
         raise ValueError(
-            f"output.top_k is {recipe.output.top_k}, but the teacher's vocabulary has {teacher.vocab_size} tokens; "
+            f"output.top_k is {output.top_k}, but the teacher's vocabulary has {teacher.vocab_size} tokens; "
             "choose a smaller top_k"
         )
-    if teacher.max_length and recipe.sequences.max_length > teacher.max_length:
+    if teacher.max_length and max_length > teacher.max_length:
         raise ValueError(
-            f"sequences.max_length is {recipe.sequences.max_length}, but the teacher was made for {teacher.max_length} "
+            f"sequences.max_length is {max_length}, but the teacher was made for {teacher.max_length} "
             "positions; choose a smaller max_length"
+        )
+    if output.hidden_states and not teacher.head_only:
+        raise ValueError(
+            f"output.hidden_states is true, but {type(teacher.model).__name__} does not come apart into a body and a head; "
+            "set it to false"
+        )
+    widest = Layout.of(recipe.published()["output"], teacher.provenance()).widest
+    if max_length * widest > MAX_ROW_VALUES:
+        raise ValueError(
+            f"a row of sequences.max_length = {max_length} tokens would hold {max_length * widest:,} values in one column, more "
+            f"than the {MAX_ROW_VALUES:,} that Arrow's lists can; choose a smaller max_length or top_k"
         )
 
 
 def _sums(distribution: Distribution) -> Sums:
-    nll = -distribution.target_logprob.double()
+    nll = -distribution["target_logprob"].double()
+    logprobs = distribution.get("topk_logprobs", distribution.get("logprobs"))
+    assert logprobs is not None
+    rows = max(1, SUM_VALUES // logprobs.shape[1])
     return Sums(
-        entropy=float(distribution.entropy.double().sum()),
-        topk_mass=float(distribution.topk_logprobs.double().exp().sum()),
+        entropy=float(distribution["entropy"].double().sum()),
+        topk_mass=sum(float(part.double().exp().sum()) for part in logprobs.split(rows)),
         target_nll=float(nll.nansum()),
         targets=int((~nll.isnan()).sum()),
     )

@@ -3,6 +3,7 @@
 Everything heavy is imported inside the commands, so that `--help` answers at once.
 """
 
+import errno
 import os
 import shlex
 import shutil
@@ -18,12 +19,14 @@ import typer
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Capture a teacher's next-token distributions as a Hugging Face dataset, verify and read them.",
     epilog="Example: logit-dataset build dataset_cards/smollm2-135m-python-docs/recipe.toml --output out/python-docs",
 )
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C: 128 and the number of the signal, as shells have it."""
 
 
 class Device(StrEnum):
@@ -53,6 +56,14 @@ TeacherOption = Annotated[
 ]
 
 
+DatasetArgument = Annotated[
+    str, typer.Argument(help="Directory of a finished dataset, or ORG/NAME on the Hub.")
+]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="Tag, branch or commit, of a dataset on the Hub.")
+]
+
+
 @app.command(epilog="Example: logit-dataset build recipe.toml --output out/mine --dry-run")
 def build(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as dataset_cards/*/recipe.toml.")],
@@ -68,7 +79,7 @@ def build(
     ] = False,
 ) -> None:
     """Build a dataset from a recipe, or go on with an unfinished one."""
-    from builder.recipe import load_recipe
+    from builder.recipe import expand_home, load_recipe
 
     loaded = load_recipe(recipe)
     base = recipe.parent
@@ -104,26 +115,33 @@ def build(
     )
     following = [_program(), "verify", str(output), "--recompute", "5"]
     if local_teacher := loaded.teacher.path or loaded.teacher.gguf:
-        following += ["--teacher", str(base / Path(local_teacher).expanduser())]
+        following += ["--teacher", str(base / expand_home(local_teacher))]
     print(f"next: {shlex.join(following)}")
 
 
-@app.command(epilog="Example: logit-dataset verify out/mine --recompute 20")
+@app.command(epilog="Example: logit-dataset verify ORG/NAME --revision v1.0.0 --recompute 20")
 def verify(
-    directory: Annotated[Path, typer.Argument(help="Directory of a finished dataset.")],
+    dataset: DatasetArgument,
+    revision: RevisionOption = None,
     recompute: Annotated[
         int, typer.Option(min=0, help="Random rows to run through the teacher again.")
     ] = 0,
     seed: Annotated[
         int | None, typer.Option(help="Chooses the random rows; a new one each time by default.")
     ] = None,
+    record: Annotated[
+        bool,
+        typer.Option("--record", help="Keep what --recompute finds, for the card of the dataset."),
+    ] = False,
     device: DeviceOption = Device.AUTO,
     teacher: TeacherOption = None,
 ) -> None:
     """Check hashes, schema and the invariants of every row; with --recompute also against the teacher."""
     from builder.manifest import read_manifest
+    from builder.verify import record_recomputation
     from builder.verify import verify as run
 
+    directory = _local(dataset, revision, "data/*.parquet")
     torch_device = "cpu"
     if recompute:
         _quiet_libraries()
@@ -147,17 +165,21 @@ def verify(
             f"NLL stored {recomputed['nll_stored']:.4f}, recomputed {recomputed['nll_recomputed']:.4f}"
         )
     if report.problems:
-        print(f"{directory}: {len(report.problems)} problems")
+        print(f"{dataset}: {len(report.problems)} problems")
         raise typer.Exit(1)
+    if record and recomputed:
+        record_recomputation(directory, report, torch_device)
     print(
-        f"{directory}: {report.files} files, {report.rows:,} rows, {report.tokens:,} tokens, no problems"
+        f"{dataset}: {report.files} files, {report.rows:,} rows, {report.tokens:,} tokens, no problems"
     )
-    print(f'next: load_dataset("{directory}", split="train").with_format("torch")')
+    at_revision = f', revision="{revision}"' if revision else ""
+    print(f'next: load_dataset("{dataset}"{at_revision}, split="train").with_format("torch")')
 
 
-@app.command(epilog="Example: logit-dataset info out/mine --row 0 --position 4")
+@app.command(epilog="Example: logit-dataset info ORG/NAME --revision v1.0.0")
 def info(
-    directory: Annotated[Path, typer.Argument(help="Directory of a finished dataset.")],
+    dataset: DatasetArgument,
+    revision: RevisionOption = None,
     format: Annotated[
         Format, typer.Option(help="For a person, or JSON for a program.")
     ] = Format.HUMAN,
@@ -174,10 +196,12 @@ def info(
     """Say what a dataset is, or show a row with the teacher's alternatives."""
     from builder import info as information
 
+    directory = _local(dataset, revision)
     if row is not None:
         if format is Format.JSON:
             raise ValueError("--format json prints the summary; rows are read with load_dataset")
         _quiet_libraries()
+        directory = _local(dataset, revision, information.file_of_row(directory, row)[0])
         if position is None:
             print(information.describe_row(directory, row, teacher_path=teacher))
         else:
@@ -193,21 +217,124 @@ def info(
         print(information.describe(directory))
 
 
+@app.command(epilog="Example: logit-dataset card out/mine")
+def card(
+    directory: Annotated[Path, typer.Argument(help="Directory of a finished dataset.")],
+) -> None:
+    """Write the card of a finished dataset and its pictures again."""
+    from builder.card import read_release, write_card
+    from builder.manifest import read_manifest
+
+    write_card(directory, read_manifest(directory), release=read_release(directory))
+    print(f"{directory}/README.md")
+
+
+@app.command(epilog="Example: logit-dataset publish ORG/NAME out/mine --tag v1.0.0 --dry-run")
+def publish(
+    name: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Dataset repository on the Hub.")],
+    directory: Annotated[Path, typer.Argument(help="Directory of a finished dataset.")],
+    tag: Annotated[
+        str | None, typer.Option(help="A version like v1.2.3; the next one by default.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private.")
+    ] = False,
+    message: Annotated[str | None, typer.Option(help="A line for the changelog.")] = None,
+    recompute: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Random rows to run through the teacher again, unless a result is recorded.",
+        ),
+    ] = 5,
+    device: DeviceOption = Device.AUTO,
+    teacher: TeacherOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List files, bytes and the card; change nothing.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Publish a finished dataset as a tagged version, or go on with that."""
+    from builder import hub, release
+
+    _quiet_libraries()
+    plan = release.prepare(
+        name, directory, tag=tag, private=private, message=message, notice=_notice
+    )
+    if dry_run:
+        hub.check(plan, recompute=0)
+        print(release.describe(plan, with_card=True))
+        return
+    if not yes and not plan.is_published and sys.stdin.isatty():
+        print(release.describe(plan), file=sys.stderr)
+        if not typer.confirm(f"Publish {name} {plan.version.tag}?", err=True):
+            raise typer.Exit(1)
+    torch_device = _torch_device(device) if recompute else "cpu"
+    with _progress("verify", plan.manifest["totals"]["tokens"]) as bar:
+        commit = hub.publish(
+            plan,
+            recompute=recompute,
+            device=torch_device,
+            teacher_path=teacher,
+            notice=_notice,
+            progress=bar.update,
+        )
+    status = "was published already" if plan.is_published else "is published"
+    print(f"{name} {plan.version.tag} {status}, commit {commit}")
+    print(f'next: load_dataset("{name}", revision="{plan.version.tag}", split="train")')
+
+
 def main() -> None:
-    """Run a command. Exit status 1 is a failure (one line on stderr), 2 a wrong command line, 130 Ctrl-C."""
+    """Run a command. A failure is one line on stderr, and exit status 1, 2 for a wrong command line, or 130 after Ctrl-C."""
     try:
-        app()
-    except SystemExit as stop:
-        if stop.code == 130:  # typer's own, after KeyboardInterrupt
-            print(
-                "interrupted: finished shards are safe; run the same command to go on",
-                file=sys.stderr,
-            )
-        raise
-    except (ValueError, OSError, MemoryError) as error:
+        # What this returns is the status of a typer.Exit, which typer also makes of Ctrl-C.
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        sys.stdout.flush()
+    except (typer.Abort, KeyboardInterrupt):
+        status = INTERRUPTED
+    except BrokenPipeError:  # who reads our output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except Exception as error:
         if os.environ.get("LOGIT_DATASET_TRACEBACK"):
             raise
-        sys.exit(f"error: {' '.join(str(error).split()) or type(error).__name__}")
+        print(f"error: {' '.join(_explain(error).split())}", file=sys.stderr)
+        status = getattr(error, "exit_code", 1)
+    if status == INTERRUPTED:
+        print(
+            "interrupted: finished shards are safe; run the same command to go on", file=sys.stderr
+        )
+    sys.exit(status)
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, typer.TyperException):
+        command = (
+            context.command_path if (context := getattr(error, "ctx", None)) else "logit-dataset"
+        )
+        return f"{error.format_message().rstrip('.')}; see {command} --help"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            f"cannot write ({os.strerror(error.errno)}); finished shards are safe: make room, and run the same command "
+            "to go on"
+        )
+    if isinstance(error, ValueError | OSError):
+        return str(error)
+    return f"{type(error).__name__}: {error} (not expected: LOGIT_DATASET_TRACEBACK=1 shows where it comes from)"
+
+
+def _local(dataset: str, revision: str | None, *files: str) -> Path:
+    """The directory of a dataset; of one on the Hub, what describes it is fetched, and these files."""
+    if Path(dataset).exists():
+        if revision is not None:
+            raise ValueError(f"--revision is for datasets on the Hub, but {dataset} is a directory")
+        return Path(dataset)
+    from builder.remote import REPO_ID, fetch
+
+    if not REPO_ID.fullmatch(dataset):
+        return Path(dataset)  # and let the command say that it is not there
+    _quiet_libraries()
+    return fetch(dataset, revision or "main", *files)
 
 
 def _notice(message: str) -> None:
@@ -263,8 +390,14 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
     import datasets
+    import huggingface_hub
     import transformers
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    # Retries are announced in two lines each, which name addresses that are signed.
+    huggingface_hub.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)

@@ -10,10 +10,14 @@ How:  `datasets` streams. A position is a file, a row group in it (the only one,
       that an id like "2024-01-01" becomes a date, and a column that is null or of another type elsewhere ends the build.
 """
 
+import codecs
 import hashlib
 import itertools
 import json
+import locale
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import IterableDataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
+from zstandard import ZstdError
 
 PARQUET_BATCH_ROWS = 1000
 """Documents of a local Parquet file in memory at once; by default it would be a row group, however large."""
@@ -48,15 +53,17 @@ def open_local(
     """Local files as a stream with one shard a file: JSON lines as lines of text, of Parquet files only `columns`.
 
     Raises:
-        ValueError: the first Parquet file cannot be read, or lacks a column.
+        ValueError: the first Parquet file cannot be read or lacks a column, or compressed files would be read in another
+            encoding than UTF-8.
     """
     options: dict[str, Any]
     if format == "parquet":
         _check_parquet(files[0], columns)
         options = {"columns": list(columns), "batch_size": PARQUET_BATCH_ROWS}
     else:
+        _check_encoding(files)
         whole_files = format == "text" and text_unit == "file"
-        options = {"sample_by": "document" if whole_files else "line", "encoding": "utf-8-sig"}
+        options = {"sample_by": "document" if whole_files else "line"}
     return load_dataset(
         "parquet" if format == "parquet" else "text",
         data_files={"train": [str(path) for path in files]},
@@ -78,6 +85,11 @@ def open_hub(repo: str, *, commit: str, config: str | None, split: str) -> Itera
         raise ValueError(
             f"corpus {repo}@{commit[:8]} does not exist on the Hub, or is private"
         ) from None
+    except ConnectionError:
+        raise ValueError(
+            f"corpus {repo}@{commit[:8]}: it is not in the cache, and the Hub cannot be reached to fetch it; "
+            "check the network, or use corpus.files"
+        ) from None
     except (ValueError, OSError) as error:
         raise ValueError(
             f"corpus {repo}@{commit[:8]}: {' '.join(str(error).split())[:300]}"
@@ -93,7 +105,7 @@ class Corpus:
         *,
         text_column: str,
         id_column: str | None,
-        json_lines: bool = False,
+        format: Literal["hub", "text", "json", "parquet"] = "hub",
         file_names: tuple[str, ...] = (),
         partition: int = 0,
         num_partitions: int = 1,
@@ -105,7 +117,7 @@ class Corpus:
             stream: from `open_local` or `open_hub`.
             text_column: column of the text.
             id_column: column of the document's id; where it is null or there is none, ids are hashes of the text.
-            json_lines: whether each row of the stream is a line of JSON that holds the columns.
+            format: what the stream's rows are; those of `json` are lines, each an object whose keys are the columns.
             file_names: names of the stream's files for messages.
             partition: which of `num_partitions` contiguous ranges of files to read.
             start: a position that an earlier Corpus of the same stream reported.
@@ -115,12 +127,13 @@ class Corpus:
         """
         if stream.num_shards < num_partitions:
             raise ValueError(
-                f"output.partitions is {num_partitions}, but the corpus has only {stream.num_shards} files to divide"
+                f"output.partitions is {num_partitions}, but the corpus has only {stream.num_shards} files to "
+                "divide; choose fewer"
             )
         self.stream = stream
         self._text_column = text_column
         self._id_column = id_column
-        self._json_lines = json_lines
+        self._format = format
         self._file_names = file_names
         first_file, self._end_file = (
             stream.num_shards * p // num_partitions for p in (partition, partition + 1)
@@ -158,7 +171,7 @@ class Corpus:
                 text = row.get(self._text_column)
                 if text is not None and not isinstance(text, str):
                     raise ValueError(
-                        f"{self._where()}: column {self._text_column!r} holds {type(text).__name__}, expected text; "
+                        f"{self._where_exactly()}: column {self._text_column!r} holds {type(text).__name__}, expected text; "
                         "set corpus.text_column to a column of strings"
                     )
                 if text is None or not text.strip():
@@ -172,72 +185,119 @@ class Corpus:
     def _rows_of_file(self) -> Iterator[dict[str, Any]]:
         """The rows of the current file from the current place on."""
         for row in self._stream_of_file():
-            if not self._json_lines:
+            if self._format in ("text", "json") and self._row == 1:
+                row["text"] = row["text"].removeprefix("\ufeff")  # a byte order mark is no text
+            if self._format != "json":
                 yield row
-            elif row["text"].strip():
-                yield self._parse(row["text"])
+            elif line := row["text"].strip():
+                yield self._parse(line)
 
     def _stream_of_file(self) -> Iterator[dict[str, Any]]:
-        try:
+        with _readable(self._where(), self._advice()):
             row_groups = self.stream.shard(self.stream.num_shards, self._file).reshard()
-            while self._row_group < row_groups.num_shards:
-                rows = row_groups.shard(row_groups.num_shards, self._row_group)
-                for row in itertools.islice(rows, self._row, None):
-                    self._row += 1
-                    yield row
-                self._row_group, self._row = self._row_group + 1, 0
-        except Exception as error:  # readers of foreign files raise all kinds
-            raise self._unreadable(error) from error
+        while self._row_group < row_groups.num_shards:
+            rows = iter(row_groups.shard(row_groups.num_shards, self._row_group))
+            with _readable(self._where(), self._advice()):
+                next(
+                    itertools.islice(rows, self._row, self._row), None
+                )  # what an earlier run has read
+            while True:
+                with _readable(self._where(), self._advice()):
+                    row: dict[str, Any] | None = next(rows, None)
+                if row is None:
+                    break
+                self._row += 1
+                yield row
+            self._row_group, self._row = self._row_group + 1, 0
 
     def _parse(self, line: str) -> dict[str, Any]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{self._where()} cannot be read: {error}; the line begins {line[:60]!r}"
-            ) from None
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{self._where()} cannot be read: expected a JSON object on every line, found one that begins {line[:60]!r}"
-            )
-        return row
+            reason = f"not valid JSON ({error})"
+        else:
+            if isinstance(row, dict):
+                return row
+            reason = f"a JSON {type(row).__name__}"
+        raise ValueError(
+            f"{self._where_exactly()} is {reason}; expected one JSON object a line, with the key {self._text_column!r}"
+        )
 
     def _identify(self, row: dict[str, Any], text: str) -> str:
+        """The document's id, once it is known that it and the text can be written as UTF-8."""
+        own = row.get(self._id_column) if self._id_column else None
+        if not isinstance(own, str | int | None) or isinstance(own, bool):
+            raise ValueError(
+                f"{self._where_exactly()}: column {self._id_column!r} holds {type(own).__name__}, expected text or a whole "
+                "number; set corpus.id_column to another column, or leave it out to have hashes of the text as ids"
+            )
         try:
             content = text.encode()
-        except UnicodeEncodeError:
+            str(own).encode()
+        except UnicodeEncodeError as error:
             raise ValueError(
-                f"{self._where()}: a text holds half of a surrogate pair, which is no character; it begins {text[:60]!r}"
+                f"{self._where_exactly()}: holds {error.object[error.start]!r}, half of a surrogate pair, which is no "
+                "character; replace it in the corpus (by \\ufffd, for instance)"
             ) from None
-        own = row.get(self._id_column) if self._id_column else None
-        if own is None or own == "":
-            return hashlib.sha256(content).hexdigest()[:16]
-        return str(own)
+        return hashlib.sha256(content).hexdigest()[:16] if own in (None, "") else str(own)
 
     def _check_columns(self, row: dict[str, Any]) -> None:
         for name in filter(None, (self._text_column, self._id_column)):
             if name not in row:
                 raise ValueError(f"{self._where()} {_no_column(name, row)}")
 
-    def _unreadable(self, error: Exception) -> ValueError:
-        if isinstance(error, UnicodeDecodeError):
-            return ValueError(
-                f"{self._where()} is not valid UTF-8 ({error.reason} at byte {error.start}); "
-                "convert it, or leave the file out"
-            )
-        return ValueError(f"{self._where()} cannot be read: {_first_line(error)}")
-
     def _where(self) -> str:
         if self._file < len(self._file_names):
             return f"corpus file {self._file_names[self._file]}"
         return f"corpus file number {self._file}"
 
+    def _where_exactly(self) -> str:
+        """With the line, or the row within its row group."""
+        if self._format == "json":
+            return f"{self._where()} line {self._row:,}"
+        group = f" of row group {self._row_group:,}" if self._row_group else ""
+        return f"{self._where()} row {self._row:,}{group}"
+
+    def _advice(self) -> str:
+        if self._format == "hub":
+            return "check the network, and run the command again"
+        return "mend it or leave it out"
+
+
+@contextmanager
+def _readable(where: str, advice: str = "mend it or leave it out") -> Iterator[None]:
+    """Turn whatever a reader raises into one line that names the file and says what to do.
+
+    Raises:
+        ValueError: the line.
+    """
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        before = error.object[max(0, error.start - 20) : error.start].decode(errors="replace")
+        raise ValueError(
+            f"{where} is not valid UTF-8 (byte 0x{error.object[error.start]:02x} after …{before!r}); "
+            "convert it, or leave it out"
+        ) from None
+    except (pa.ArrowException, ValueError, OSError, EOFError, zlib.error, ZstdError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{where} cannot be read ({reason}); {advice}") from None
+
+
+def _check_encoding(files: tuple[Path, ...]) -> None:
+    encoding = locale.getpreferredencoding(do_setlocale=False)
+    is_compressed = any(path.suffix in (".gz", ".zst") for path in files)
+    if is_compressed and codecs.lookup(encoding).name != "utf-8":
+        # `datasets` forgets the encoding of compressed files, so that of the system would silently apply.
+        raise ValueError(
+            f"compressed files would be read as {encoding}, the encoding of this system; run again with PYTHONUTF8=1 "
+            "in the environment"
+        )
+
 
 def _check_parquet(path: Path, columns: tuple[str, ...]) -> None:
-    try:
+    with _readable(f"corpus file {path.name}"):
         found = pq.read_schema(path).names
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"corpus file {path.name} cannot be read: {_first_line(error)}") from None
     for name in columns:
         if name not in found:
             raise ValueError(f"corpus file {path.name} {_no_column(name, found)}")
@@ -248,7 +308,3 @@ def _no_column(name: str, found: Iterable[str]) -> str:
         f"has no column {name!r}; its columns are {', '.join(found)}; "
         "set corpus.text_column or corpus.id_column"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

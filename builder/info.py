@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from builder.manifest import read_manifest, records_of
 from builder.recompute import dataset_tokenizer, read_row, what_follows
+from builder.schema import Layout, columns
 from builder.sequences import NO_TOKEN
 
 Floats = npt.NDArray[np.float64]
@@ -32,6 +33,7 @@ def summarize(directory: Path) -> dict[str, Any]:
             for key in ("schema_version", "fingerprint", "totals", "corpus", "teacher")
         },
         "top_k": manifest["recipe"]["output"]["top_k"],
+        "columns": [column.name for column in columns(_layout(manifest))],
         "max_length": manifest["recipe"]["sequences"]["max_length"],
         "shards": len(manifest["shards"]),
         "environments": manifest["environments"],
@@ -60,13 +62,34 @@ def describe(directory: Path) -> str:
         "corpus": f"{corpus_name} @ {corpus_pin}",
         "size": f"{totals['tokens']:,} tokens in {totals['rows']:,} rows of {totals['documents']:,} documents{skipped}",
         "disk": f"{totals['bytes'] / 1e6:,.1f} MB in {summary['shards']} files, {totals['bytes_per_token']} bytes a token",
-        f"top {summary['top_k']}": f"{totals['mean_topk_mass']:.1%} of the probability on average",
+        "stored": _stored(_layout(read_manifest(directory))),
+        **_share(summary),
         "entropy": f"{totals['mean_entropy']:.3f} nats on average",
-        "perplexity": f"{totals['teacher_perplexity']} of the teacher on this text",
+        "perplexity": f"{totals['teacher_perplexity'] or '?'} of the teacher on this text",
         "built in": f"{totals['seconds']:,.0f} s at {totals['tokens_per_second']:,.0f} tokens/s on "
         f"{', '.join(e['device'] for e in summary['environments'])}",
     }
     return "\n".join(f"{key:<11}{value}" for key, value in lines.items())
+
+
+def _stored(layout: Layout) -> str:
+    """What is kept of each distribution."""
+    parts = ["all log-probabilities" if layout.top_k == "all" else f"top {layout.top_k} and tail"]
+    if layout.tail_samples:
+        parts.append(f"{layout.tail_samples} draws from the tail")
+    if layout.temperatures:
+        listed = ", ".join(f"{temperature:g}" for temperature in layout.temperatures)
+        parts.append(f"log-partitions at temperature 1, {listed}")
+    if layout.hidden_states:
+        parts.append(f"hidden states of {layout.hidden_size}")
+    return "; ".join(parts)
+
+
+def _share(summary: dict[str, Any]) -> dict[str, str]:
+    if summary["top_k"] == "all":
+        return {}
+    share = summary["totals"]["mean_topk_mass"]
+    return {f"top {summary['top_k']}": f"{share:.1%} of the probability on average"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +99,13 @@ class Alternatives:
     context: str
     """The text up to and with this position's token."""
     tokens: list[str]
-    """The top K, most probable first, as `spell_token` writes them."""
+    """The top K, or the whole vocabulary, most probable first, as `spell_token` writes them."""
     probabilities: Floats
-    """Of the top K."""
+    """Of these tokens."""
     tail: float
     """Probability of all other tokens together."""
+    drawn: list[str]
+    """Tokens drawn from these."""
     following: str | None
     """The token that really follows: at the end of a row its next chunk's first or end-of-sequence. None where there is
     neither, or where the document may have been cut short."""
@@ -106,13 +131,15 @@ def alternatives(
     if not 0 <= position < len(ids):
         raise ValueError(f"row {row} has positions 0 to {len(ids) - 1}, not {position}")
     tokenizer = dataset_tokenizer(manifest, teacher_path)
-    topk_ids = values["topk_indices"][position].tolist()
+    topk_ids, topk_logprobs, tail_logprob = _ranked(values, position)
+    drawn = values["tail_indices"][position].tolist() if "tail_indices" in values else []
     following = targets[position]
     return Alternatives(
         context=_spell(tokenizer, ids[: position + 1]),
         tokens=[spell_token(tokenizer, token) for token in topk_ids],
-        probabilities=np.exp(values["topk_logprobs"][position].astype(np.float64)),
-        tail=float(np.exp(values["tail_logprob"][position].astype(np.float64))),
+        probabilities=np.exp(topk_logprobs),
+        tail=float(np.exp(tail_logprob)),
+        drawn=[spell_token(tokenizer, token) for token in drawn if token not in topk_ids],
         following=None if following == NO_TOKEN else spell_token(tokenizer, following),
         rank=topk_ids.index(following) if following in topk_ids else None,
         following_probability=float(np.exp(values["target_logprob"][position].astype(np.float64))),
@@ -137,7 +164,9 @@ def describe_position(found: Alternatives) -> str:
     if len(found.tokens) > 10:
         rest = found.probabilities[10:].sum()
         lines.append(f"{'':>4}  {rest:>11.4f}  ranks 11 to {len(found.tokens)} together")
-    lines.append(f"{'':>4}  {found.tail:>11.4f}  all other tokens together")
+    if found.tail:
+        drawn = f", such as {', '.join(map(repr, found.drawn))}" if found.drawn else ""
+        lines.append(f"{'':>4}  {found.tail:>11.4f}  all other tokens together{drawn}")
     if found.following is not None and found.rank is None:
         lines.append(
             f"{'':>4}  {found.following_probability:>11.4f}  {found.following!r}   ← really followed, "
@@ -170,8 +199,8 @@ def describe_row(directory: Path, row: int, *, teacher_path: Path | None = None)
         f"{'position':>8}  {'token':<16} {'really followed':<24} {'teacher expected':<24} entropy",
     ]
     for position, token in enumerate(ids[:MAX_POSITIONS]):
-        first = int(values["topk_indices"][position][0])
-        first_probability = np.exp(float(values["topk_logprobs"][position][0]))
+        topk_ids, topk_logprobs, _ = _ranked(values, position)
+        first, first_probability = topk_ids[0], np.exp(topk_logprobs[0])
         target = np.exp(float(values["target_logprob"][position]))
         lines.append(
             f"{position:>8}  {show(token):<16} {show(targets[position]):<15} {target:>8.4f} "
@@ -180,6 +209,24 @@ def describe_row(directory: Path, row: int, *, teacher_path: Path | None = None)
     if len(ids) > MAX_POSITIONS:
         lines.append(f"… and {len(ids) - MAX_POSITIONS} more; --position T shows any of them")
     return "\n".join(lines)
+
+
+def _ranked(values: dict[str, Any], position: int) -> tuple[list[int], Floats, float]:
+    """Ids and log-probabilities at a position, most probable first, and the log-probability of all others together."""
+    if "logprobs" in values:
+        logprobs = values["logprobs"][position].astype(np.float64)
+        order = np.argsort(-logprobs, kind="stable")
+        return order.tolist(), logprobs[order], -np.inf
+    logprobs = values["topk_logprobs"][position].astype(np.float64)
+    return (
+        values["topk_indices"][position].tolist(),
+        logprobs,
+        float(values["tail_logprob"][position]),
+    )
+
+
+def _layout(manifest: dict[str, Any]) -> Layout:
+    return Layout.of(manifest["recipe"]["output"], manifest["teacher"])
 
 
 def spell_token(tokenizer: Any, token: int) -> str:
@@ -206,16 +253,25 @@ def _spell(tokenizer: Any, tokens: list[int]) -> str:
     return re.sub("[\udc80-\udcff]", lambda match: f"<0x{ord(match[0]) - 0xDC00:02X}>", exact)
 
 
+def file_of_row(directory: Path, row: int) -> tuple[str, int]:
+    """The data file that holds a row, and the row's number in it.
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    first = 0
+    for record in records_of(read_manifest(directory)):
+        if first <= row < first + record.rows:
+            return record.file, row - first
+        first += record.rows
+    raise ValueError(f"{directory} has rows 0 to {first - 1}, not {row}")
+
+
 def _find_row(
     directory: Path, manifest: dict[str, Any], row: int
 ) -> tuple[dict[str, Any], list[int]]:
     """A row, and the token that follows each of its positions."""
-    first = 0
-    for record in records_of(manifest):
-        if first <= row < first + record.rows:
-            path = directory / record.file
-            values = read_row(path, row - first)
-            last, _ = what_follows(manifest, path, row - first, values)
-            return values, [*values["input_ids"][1:], last]
-        first += record.rows
-    raise ValueError(f"{directory} has rows 0 to {first - 1}, not {row}")
+    file, number = file_of_row(directory, row)
+    values = read_row(directory / file, number)
+    last, _ = what_follows(manifest, directory / file, number, values)
+    return values, [*values["input_ids"][1:], last]

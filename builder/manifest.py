@@ -5,23 +5,33 @@ Out:  one JSON file with provenance, totals and the hash of every data file. It 
       absolute paths, for it is published.
 """
 
+import hashlib
 import json
 import math
 import os
 import platform
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Self
 
-from builder.recipe import fingerprint
+from builder.recipe import fingerprint, row_fingerprint
 from builder.schema import SCHEMA_VERSION
 
 FILE_NAME = "manifest.json"
-MAX_CHARACTER_TOKENS = 64
-"""More tokens than any character takes: bytes make it 4, and no normaliser writes one as more than 18."""
+DATA_FILE = re.compile(r"data/[A-Za-z0-9_][A-Za-z0-9._-]*\.parquet")
+"""Names that a manifest, which may come from anywhere, may use for a data file."""
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
+
+READ_BACK = {
+    "recipe": ("name", "corpus", "teacher", "sequences", "output"),
+    "teacher": ("vocab_size", "eos_token_id", "prefix_ids", "parameters", "dtype"),
+    "totals": ("tokens", "rows", "documents", "documents_skipped", "bytes"),
+    "corpus": (),
+}
+"""What readers of a manifest rely on, besides its shards."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +88,7 @@ class ShardRecord:
             record = cls(**{**values, "sums": Sums(**values["sums"])})
         except (TypeError, KeyError) as error:
             raise ValueError(f"not a shard record: {error}") from None
-        name = PurePosixPath(record.file)
-        if len(name.parts) != 2 or name.parts[0] != "data" or name.suffix != ".parquet":
+        if not DATA_FILE.fullmatch(str(record.file)):
             raise ValueError(f"shard record names {record.file!r}, expected data/*.parquet")
         return record
 
@@ -121,6 +130,7 @@ def make_manifest(
     return {
         "schema_version": SCHEMA_VERSION,
         "fingerprint": fingerprint(plan),
+        "row_fingerprint": row_fingerprint(plan),
         "recipe": plan["recipe"],
         "corpus": plan["corpus"],
         "teacher": {**plan["teacher"], **teacher},
@@ -131,12 +141,28 @@ def make_manifest(
 
 
 def records_of(manifest: dict[str, Any]) -> list[ShardRecord]:
-    """The shard records of a manifest."""
+    """The shard records of a manifest.
+
+    Raises:
+        ValueError: they are damaged, or name files outside the dataset.
+    """
     environments = manifest["environments"]
-    return [
-        ShardRecord.from_json({**shard, "environment": environments[shard["environment"]]})
-        for shard in manifest["shards"]
-    ]
+    try:
+        shards = [
+            {**shard, "environment": environments[shard["environment"]]}
+            for shard in manifest["shards"]
+        ]
+    except (LookupError, TypeError) as error:
+        raise ValueError(
+            f"{FILE_NAME} has damaged shard records ({error}); fetch or build the dataset again"
+        ) from None
+    return [ShardRecord.from_json(shard) for shard in shards]
+
+
+def data_digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of names and hashes of all data files: it stands for the data, whatever is said about them."""
+    listing = [[shard["file"], shard["sha256"]] for shard in manifest["shards"]]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -147,61 +173,60 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / FILE_NAME
     if not path.exists():
+        if not directory.exists():
+            raise ValueError(f"{directory} does not exist; name the directory of a finished build")
         state = (
             "an unfinished build; run the same build command to go on"
             if (directory / ".build").exists()
-            else ("not a logit dataset")
+            else "not a logit dataset; name the directory of a finished build"
         )
         raise ValueError(f"{directory} has no {FILE_NAME}: it is {state}")
+    advice = "fetch or build the dataset again"
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found = manifest["schema_version"]
-        missing = {
-            "recipe",
-            "corpus",
-            "teacher",
-            "totals",
-            "environments",
-            "shards",
-            "fingerprint",
-        } - set(manifest)
+        major = str(manifest["schema_version"]).split(".")[0]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); fetch or build the dataset again") from None
-    if found.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+        raise ValueError(f"{path} is damaged ({_reason(error)}); {advice}") from None
+    if major != SCHEMA_VERSION.split(".")[0]:
         raise ValueError(
-            f"{path} has schema version {found}, this program reads {SCHEMA_VERSION}; install the matching version"
+            f"{path} has schema version {manifest['schema_version']}, this program reads {SCHEMA_VERSION}; install the matching version"
         )
-    if missing:
-        raise ValueError(
-            f"{path} is damaged (no {', '.join(sorted(missing))}); fetch or build the dataset again"
-        )
+    try:
+        if not records_of(manifest):
+            raise ValueError("no shards")
+        for section, keys in READ_BACK.items():
+            for key in keys:
+                manifest[section][key]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({_reason(error)}); {advice}") from None
     return manifest
 
 
-def truncated_length(manifest: dict[str, Any]) -> float:
-    """Rows of this many tokens or more may be the beginning of a longer document, the rest of which was left out."""
-    sequences = manifest["recipe"]["sequences"]
-    if sequences["long_documents"] != "truncate":
-        return math.inf
-    # A cut that would fall inside a character is made before it, and no suffix stands after a cut.
-    longest: int = sequences["max_length"] - len(manifest["teacher"]["suffix_ids"])
-    return longest - MAX_CHARACTER_TOKENS
+def _reason(error: Exception) -> str:
+    return f"no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
 
 
 def write_json(path: Path, values: Any) -> None:
     """Write a small JSON file so that after a crash either the old or the new one is there, whole."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            file.write(json_bytes(values))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def json_bytes(values: Any) -> bytes:
+    """JSON as this program writes it."""
+    return f"{json.dumps(values, indent=1, ensure_ascii=False)}\n".encode()
 
 
 def _totals(records: list[ShardRecord]) -> dict[str, Any]:
@@ -211,7 +236,7 @@ def _totals(records: list[ShardRecord]) -> dict[str, Any]:
     tokens = sum(record.tokens for record in records)
     data_bytes = sum(record.bytes for record in records)
     seconds = sum(record.seconds for record in records)
-    nll = sums.target_nll / max(sums.targets, 1)
+    nll = sums.target_nll / sums.targets if sums.targets else None
     last = {record.partition: record.position_after for record in records}
     return {
         "documents": sum(position["documents"] for position in last.values()),
@@ -222,9 +247,9 @@ def _totals(records: list[ShardRecord]) -> dict[str, Any]:
         "bytes_per_token": round(data_bytes / tokens, 2),
         "mean_entropy": round(sums.entropy / tokens, 4),
         "mean_topk_mass": round(sums.topk_mass / tokens, 4),
-        "mean_target_nll": round(nll, 4),
+        "mean_target_nll": None if nll is None else round(nll, 4),
         # Beyond float64 only if the teacher rules out (−inf) a good part of what really follows.
-        "teacher_perplexity": round(math.exp(nll), 3) if nll < 700 else None,
+        "teacher_perplexity": None if nll is None or nll > 700 else round(math.exp(nll), 3),
         "seconds": round(seconds, 1),
-        "tokens_per_second": round(tokens / seconds, 1),
+        "tokens_per_second": round(tokens / max(seconds, 1e-3), 1),
     }

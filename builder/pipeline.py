@@ -9,17 +9,19 @@ How:  sequences are taken a window at a time and sorted by length within it, so 
 
 Cost: two windows of statistics on the host, 6 bytes · T · K each.
 
-Shape suffixes: N positions.
+Shape suffixes: N positions, M draws from the tail, D hidden.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from builder.distribution import Distribution, capture, concatenate
+from builder.draws import uniforms
+from builder.schema import FLOAT16_MIN, Layout
 from builder.sequences import Sequence, length_sorted_batches
 from builder.shards import Block
 from builder.teacher import Teacher, to_device
@@ -27,7 +29,7 @@ from builder.teacher import Teacher, to_device
 WINDOW_BATCHES = 8
 """Sequences of this many batches are sorted by length together."""
 WINDOW_VALUES = 2**26
-"""Limit on T · K of a window, for large K: 400 MB of indices and log-probs."""
+"""Limit on T · K of a window, for large K: 400 MB of indices and log-probs. Batches are no larger than their window."""
 BATCHES_IN_FLIGHT = 1
 """Launched batches whose results have not been asked for, besides the one being launched."""
 
@@ -65,14 +67,25 @@ class Pipeline:
         self,
         teacher: Teacher,
         *,
-        top_k: int,
+        layout: Layout,
+        seed: int = 0,
         batch_tokens: int,
         progress: Progress = lambda _: None,
         notice: Notice = lambda _: None,
     ) -> None:
-        """Prepare to run; the arguments are those of the recipe."""
+        """Prepare to run.
+
+        Args:
+            teacher: the teacher.
+            layout: what is to be stored.
+            seed: of the draws from the tail.
+            batch_tokens: positions in a batch, padding included.
+            progress: told of captured tokens.
+            notice: told of batches that did not fit the device's memory.
+        """
         self._teacher = teacher
-        self._top_k = top_k
+        self._layout = layout
+        self._seed = seed
         self._batch_tokens = batch_tokens
         self._progress = progress
         self._notice = notice
@@ -96,8 +109,7 @@ class Pipeline:
             yield from self._land(in_flight.popleft())
 
     def _windows(self, sequences: Iterator[Sequence]) -> Iterator[_Window]:
-        wanted = min(WINDOW_BATCHES * self._batch_tokens, WINDOW_VALUES // self._top_k)
-        limit = max(self._batch_tokens, wanted)
+        limit = min(WINDOW_BATCHES * self._batch_tokens, WINDOW_VALUES // self._layout.widest)
         window: list[Sequence] = []
         tokens = 0
         for sequence in sequences:
@@ -123,14 +135,8 @@ class Pipeline:
 
     def _launch(self, sequences: list[Sequence]) -> Callable[[], Distribution] | None:
         """Start the work on a batch; None if it does not fit the device's memory."""
-        targets = torch.tensor([target for sequence in sequences for target in sequence.targets])
         try:
-            distribution = capture(
-                self._teacher.logits([sequence.token_ids for sequence in sequences]),
-                to_device(targets, self._teacher.device),
-                top_k=self._top_k,
-            )
-            return start_copy(distribution)
+            return start_copy(self._capture(sequences))
         except torch.OutOfMemoryError:
             pass  # what the failed attempt holds is let go with the exception, before the next attempt
         longest = max(len(sequence.token_ids) for sequence in sequences)
@@ -148,20 +154,49 @@ class Pipeline:
             torch.cuda.empty_cache()
         return None
 
+    def _capture(self, sequences: list[Sequence]) -> Distribution:
+        """The statistics of a batch, on the device."""
+        teacher, layout = self._teacher, self._layout
+        ids = [sequence.token_ids for sequence in sequences]
+        targets_N = torch.tensor([target for sequence in sequences for target in sequence.targets])
+        uniforms_NM = None
+        if layout.tail_samples:
+            uniforms_NM = torch.cat([self._uniforms(sequence) for sequence in sequences])
+        hidden_ND = teacher.hidden(ids) if layout.hidden_states else None
+        distribution = capture(
+            teacher.logits(ids) if hidden_ND is None else teacher.head(hidden_ND),
+            to_device(targets_N, teacher.device),
+            top_k=layout.top_k,
+            uniforms_NM=None if uniforms_NM is None else to_device(uniforms_NM, teacher.device),
+            temperatures=layout.temperatures,
+        )
+        if hidden_ND is not None:
+            distribution["hidden_states"] = hidden_ND.half()
+        return distribution
+
+    def _uniforms(self, sequence: Sequence) -> Tensor:
+        return uniforms(
+            self._seed,
+            sequence.document_id,
+            sequence.chunk_index,
+            num_positions=len(sequence.token_ids),
+            count=self._layout.tail_samples,
+        )
+
     def _land(self, batch: _Batch) -> Iterator[Block]:
         """Take a batch in; yields the block of its window when that is complete."""
         distribution = batch.arrive()
         sequences = [batch.window.sequences[i] for i in batch.indices]
         _check_finite(distribution, sequences)
         batch.window.landed.append((batch.indices, distribution))
-        self._progress(len(distribution.logsumexp))
+        self._progress(len(distribution["logsumexp"]))
         if batch.is_last:
             yield _in_order(batch.window)
 
 
 def start_copy(distribution: Distribution) -> Callable[[], Distribution]:
     """Begin to copy statistics to the host, in one piece; the result waits for them."""
-    if distribution.logsumexp.device.type == "cpu":
+    if distribution["logsumexp"].device.type == "cpu":
         return lambda: distribution
     packed = pack(distribution)
     host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
@@ -178,7 +213,7 @@ def start_copy(distribution: Distribution) -> Callable[[], Distribution]:
 
 def pack(distribution: Distribution) -> Tensor:
     """All bytes of a Distribution in one tensor, columns of four-byte values first, so that all are aligned."""
-    columns = [getattr(distribution, name) for name in _packing_order(distribution)]
+    columns = [distribution[name] for name in _packing_order(distribution)]
     return torch.cat([column.contiguous().view(torch.uint8).flatten() for column in columns])
 
 
@@ -186,16 +221,15 @@ def unpack(packed: Tensor, *, like: Distribution) -> Distribution:
     """The inverse of `pack`, as views of its result, in the shapes and types of `like`."""
     columns, start = {}, 0
     for name in _packing_order(like):
-        column = getattr(like, name)
+        column = like[name]
         end = start + column.numel() * column.itemsize
         columns[name] = packed[start:end].view(column.dtype).view(column.shape)
         start = end
-    return Distribution(**columns)
+    return columns
 
 
 def _packing_order(distribution: Distribution) -> list[str]:
-    names = [f.name for f in fields(Distribution)]
-    return sorted(names, key=lambda name: -getattr(distribution, name).itemsize)
+    return sorted(distribution, key=lambda name: -distribution[name].itemsize)
 
 
 def _in_order(window: _Window) -> Block:
@@ -210,19 +244,31 @@ def _in_order(window: _Window) -> Block:
         [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
     )
     whole = concatenate([distribution for _, distribution in window.landed])
-    ordered = {f.name: getattr(whole, f.name).index_select(0, order_N) for f in fields(whole)}
-    return Block(sequences=window.sequences, distribution=Distribution(**ordered))
+    ordered = {name: column.index_select(0, order_N) for name, column in whole.items()}
+    return Block(sequences=window.sequences, distribution=ordered)
 
 
 def _check_finite(distribution: Distribution, sequences: list[Sequence]) -> None:
-    bad = (~distribution.logsumexp.isfinite()).nonzero()
-    if not len(bad):
+    bad = (~distribution["logsumexp"].isfinite()).nonzero()
+    if len(bad):
+        where = _place(int(bad[0]), sequences)
+        raise ValueError(
+            f"the teacher yields NaN or infinity for {where}; try another teacher.dtype, or leave it out"
+        )
+    if "hidden_states" not in distribution:
         return
-    position = int(bad[0])
+    bad = (~distribution["hidden_states"].isfinite().all(-1)).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"a hidden state for {_place(int(bad[0]), sequences)} is beyond {-FLOAT16_MIN:.0f}, the largest float16; "
+            "this teacher's cannot be stored: set output.hidden_states to false"
+        )
+
+
+def _place(position: int, sequences: list[Sequence]) -> str:
+    """Document, chunk and position of a position of a batch."""
     for sequence in sequences:
         if position < len(sequence.token_ids):
-            raise ValueError(
-                f"the teacher yields NaN or infinity for document {sequence.document_id!r} (chunk "
-                f"{sequence.chunk_index}, position {position}); try another teacher.dtype, or leave it out"
-            )
+            break
         position -= len(sequence.token_ids)
+    return f"document {sequence.document_id!r} (chunk {sequence.chunk_index}, position {position})"

@@ -10,12 +10,48 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 
 from builder.schema import SCHEMA_VERSION
 
 Positive = Annotated[int, Field(gt=0)]
 SpecialToken = Literal["tokenizer", "always", "never"]
+License = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]{0,63}$")]
+"""An identifier as the Hub and SPDX use them, e.g. `apache-2.0`, `cc-by-sa-3.0`, `odc-by`."""
+Language = Annotated[str, Field(pattern=r"^([a-z]{2,3}|code|multilingual)$")]
+"""ISO 639 code, or one of the Hub's two special values."""
+Temperature = Annotated[float, Field(ge=0.1, le=100)]
+
+
+def _top_k(value: Any) -> Any:
+    if value == "all" or (type(value) is int and value > 0):
+        return value
+    raise ValueError('expected a whole number of at least 1, or "all"')
+
+
+TopK = Annotated[int | Literal["all"], PlainValidator(_top_k)]
+
+DESCRIPTIVE = {
+    "": ("name", "description"),
+    "corpus": ("license", "language"),
+    "teacher": ("license",),
+}
+"""Fields that the card shows and no byte of the data depends on."""
+LIMITS = ("max_documents", "max_tokens")
+"""Fields of the corpus that say how many rows there are, but change none."""
+
+PINNED = {
+    "corpus": ("files", "revision"),
+    "teacher": ("path", "gguf", "tokenizer", "revision"),
+}
+"""Fields for which a plan holds hashes or a commit, so that how they are spelled decides nothing."""
 
 
 class _Section(BaseModel):
@@ -46,10 +82,15 @@ class CorpusRecipe(_Section):
     max_documents: Positive | None = None
     max_tokens: Positive | None = None
     """Stop after the document that reaches this number of tokens."""
+    license: License | None = None
+    """Licence of the texts, which are in the dataset; publishing needs it. The embedded corpus brings its own."""
+    language: tuple[Language, ...] = ()
+    """Languages of the texts, for the card."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         _exactly_one(self, "repo", "files", "embedded")
+        _only_with(self, "repo", "revision", "config", "split")
         return self
 
 
@@ -73,12 +114,14 @@ class TeacherRecipe(_Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
     """Run model code from the repo. Needs `revision` to be a full commit."""
+    license: License | None = None
+    """Licence of the teacher, which may cover its outputs; publishing needs it. The embedded one brings its own."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         _exactly_one(self, "repo", "path", "gguf", "embedded")
-        if self.tokenizer and not self.gguf:
-            raise ValueError("tokenizer is only for a gguf teacher: other teachers bring their own")
+        _only_with(self, "repo", "revision", "trust_remote_code")
+        _only_with(self, "gguf", "tokenizer")
         if self.trust_remote_code and not is_commit(self.revision):
             raise ValueError(
                 "trust_remote_code runs code from the repo, so revision must be a full 40-digit commit, "
@@ -105,7 +148,16 @@ class SequencesRecipe(_Section):
 class OutputRecipe(_Section):
     """What is stored."""
 
-    top_k: Positive = 50
+    top_k: TopK = 50
+    """Most probable tokens that are kept; "all" keeps the log-probabilities of the whole vocabulary, in its order."""
+    tail_samples: Annotated[int, Field(ge=0, le=1024)] = 4
+    """Tokens drawn from what is outside the top K: with them, expectations over the whole distribution are unbiased."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the draws, together with the document's id: change it to draw others."""
+    temperatures: tuple[Temperature, ...] = ()
+    """Other temperatures at which the distribution is to be known."""
+    hidden_states: bool = False
+    """Keep the teacher's last hidden states, from which its open weights make the whole distribution again."""
     text: bool = True
     """Keep the `text` column."""
     profile: Literal["default", "compact"] = "default"
@@ -115,12 +167,31 @@ class OutputRecipe(_Section):
     partitions: Positive = 1
     """Independent streams over the corpus's files, which can be built at the same time."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.top_k == "all" and self.tail_samples and "tail_samples" in self.model_fields_set:
+            raise ValueError('top_k = "all" leaves no tail to draw from; leave out tail_samples')
+        if self.seed and not self.tail_samples:
+            raise ValueError("seed means something only with tail_samples; leave it out")
+        if len(set(self.temperatures)) < len(self.temperatures) or 1 in self.temperatures:
+            raise ValueError(
+                f"temperatures are {list(self.temperatures)}, expected different ones, and not 1, which is always stored"
+            )
+        for temperature in self.temperatures:
+            if float(f"{temperature:g}") != temperature:
+                raise ValueError(
+                    f"temperature {temperature} has too many digits for a column's name; give six at most"
+                )
+        return self
+
 
 class Recipe(_Section):
     """A dataset, fully described."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
-    """Short name, as in a Hub repository. The only field that does not change the data."""
+    """Short name, as in a Hub repository."""
+    description: Annotated[str, Field(max_length=2000)] | None = None
+    """A sentence or two for the top of the dataset card: plain text."""
     corpus: CorpusRecipe
     teacher: TeacherRecipe
     sequences: SequencesRecipe = SequencesRecipe()
@@ -136,8 +207,10 @@ class Recipe(_Section):
         return self
 
     def published(self) -> dict[str, Any]:
-        """The recipe as plain JSON values for manifest and card, absolute paths cut to their last part."""
+        """The recipe as plain JSON values for manifest and card, paths that lead elsewhere cut to their last part."""
         values = self.model_dump(mode="json")
+        if self.output.top_k == "all":
+            values["output"]["tail_samples"] = 0  # the default of a recipe that says nothing of it
         values["corpus"]["files"] = [_portable(path) for path in self.corpus.files]
         for field in ("path", "gguf", "tokenizer"):
             if values["teacher"][field]:
@@ -154,7 +227,7 @@ def load_recipe(path: Path) -> Recipe:
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise ValueError(
             f"no recipe at {path}; name a .toml file such as dataset_cards/*/recipe.toml"
         ) from None
@@ -169,10 +242,37 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def fingerprint(plan: dict[str, Any]) -> str:
-    """SHA-256 of a plan: the resolved recipe, without its name, and the exact corpus and teacher behind it."""
-    recipe = {key: value for key, value in plan["recipe"].items() if key != "name"}
-    deciding = {**plan, "recipe": recipe, "schema_version": SCHEMA_VERSION}
-    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of everything that decides the data: the recipe, and the exact corpus and teacher behind it."""
+    return _sha256({**deciding(plan), "schema_version": SCHEMA_VERSION})
+
+
+def row_fingerprint(plan: dict[str, Any]) -> str:
+    """SHA-256 of what decides each row: as `fingerprint`, but the same for any number of rows.
+
+    It stands in every Parquet file, so that a dataset that goes on where a smaller one stopped shares its files with it.
+    """
+    values = deciding(plan)
+    corpus = {key: value for key, value in values["recipe"]["corpus"].items() if key not in LIMITS}
+    values["recipe"] = {**values["recipe"], "corpus": corpus}
+    return _sha256({**values, "schema_version": SCHEMA_VERSION})
+
+
+def deciding(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan without what changes no byte: fields for the card, and how the recipe spells what the plan pins."""
+    recipe = without_description(plan["recipe"])
+    for section, pinned in PINNED.items():
+        values = recipe[section].items()
+        recipe[section] = {key: value for key, value in values if key not in pinned}
+    return {**plan, "recipe": recipe}
+
+
+def without_description(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's plain values without the fields that only the card shows."""
+    kept = {key: value for key, value in recipe.items() if key not in DESCRIPTIVE[""]}
+    for section in ("corpus", "teacher"):
+        values = recipe[section].items()
+        kept[section] = {key: value for key, value in values if key not in DESCRIPTIVE[section]}
+    return kept
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -185,9 +285,25 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {_short(old)} → {_short(new)}"]
 
 
+def expand_home(path: str) -> Path:
+    """A path whose ~ is replaced by the home directory.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path!r} begins with the home directory of nobody") from None
+
+
 def is_commit(revision: str) -> bool:
     """Whether a revision is a full commit hash, which needs no resolving."""
     return len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
+
+
+def _sha256(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _short(value: Any) -> str:
@@ -202,12 +318,21 @@ def _exactly_one(section: BaseModel, *fields: str) -> None:
         raise ValueError(f"give exactly one of {', '.join(fields)} (found {found})")
 
 
+def _only_with(section: BaseModel, source: str, *fields: str) -> None:
+    for field in fields:
+        default = type(section).model_fields[field].default
+        if not getattr(section, source) and getattr(section, field) != default:
+            raise ValueError(f"{field} means something only with {source}; leave it out")
+
+
 def _portable(path: str) -> str:
-    return Path(path).name if Path(path).expanduser().is_absolute() else path
+    """What of a path can be published: all of it only if it stays below the recipe's directory."""
+    parts = expand_home(path)
+    return parts.name if parts.is_absolute() or ".." in parts.parts else path
 
 
 def _explain(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
+    where = ".".join(str(part) for part in problem["loc"]) or "recipe"
     if problem["type"] == "extra_forbidden":
         section: Any = Recipe
         for part in problem["loc"][:-1]:

@@ -3,11 +3,12 @@
 The comparison shares only the teacher's forward pass with the capture: the reference here is a plain float64
 log-softmax over the whole vocabulary, one sequence at a time.
 
-Shape suffixes: T positions, V vocabulary, K top-k.
+Shape suffixes: T positions, V vocabulary, K top-k, M draws from the tail, D hidden.
 """
 
 import random
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor
 
 from builder.corpus import Document
-from builder.manifest import ShardRecord, truncated_length
+from builder.manifest import ShardRecord
 from builder.recipe import SequencesRecipe, TeacherRecipe, differences
-from builder.schema import FLOAT16_MIN, float16_rounding
+from builder.schema import FLOAT16_MIN, Layout, float16_rounding, shortest_cut, temperature_column
 from builder.sequences import NO_TOKEN, Encoder
 from builder.shards import nested_values
 from builder.sources import KnownSources, TeacherSource, resolve_teacher
@@ -34,6 +35,10 @@ MAX_MEAN_ERROR = 0.15
 MAX_BIAS = 0.01
 """|mean Δ| over all rows in nats, for a teacher in 16 bits: rounding has no direction, a renormalised tail has."""
 
+MAX_DIVERGENCE = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.05}
+"""Mean KL of a row in nats, from the teacher to the distribution that its head makes of the stored hidden states."""
+REBUILT = "the distribution of hidden_states"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Row:
@@ -45,10 +50,8 @@ class _Row:
     text: str | None
     input_ids: list[int]
     next_token: int
-    indices_TK: Tensor
-    logprobs_TK: Tensor
-    per_token: dict[str, Tensor]
-    """tail_logprob, target_logprob, logsumexp and entropy, [T] float64 each."""
+    columns: dict[str, Tensor]
+    """Every other column of one or several values a token, in its stored type."""
 
 
 def recompute_rows(
@@ -78,7 +81,7 @@ def recompute_rows(
         trust_remote_code=recipe.trust_remote_code,
     )
     found = teacher.provenance()
-    recorded = {key: manifest["teacher"][key] for key in found}
+    recorded = {key: manifest["teacher"].get(key) for key in found}
     if changes := differences(recorded, found, "teacher"):
         raise ValueError(f"the teacher at hand is not the dataset's: {'; '.join(changes)}")
 
@@ -90,6 +93,7 @@ def recompute_rows(
         bos=sequences.bos,
         eos=sequences.eos,
     )
+    layout = Layout.of(manifest["recipe"]["output"], manifest["teacher"])
     problems: list[str] = []
     errors: list[Tensor] = []
     totals: dict[str, float] = defaultdict(float)
@@ -101,7 +105,7 @@ def recompute_rows(
                 problems.append(
                     f"{where}: input_ids are not what the teacher's tokenizer makes of the text"
                 )
-        errors.append(_compare(row, teacher, where, recipe.dtype, problems, totals))
+        errors.append(_compare(row, teacher, layout, where, recipe.dtype, problems, totals))
     all_errors = torch.cat(errors)
     if recipe.dtype != "float32" and abs(bias := float(all_errors.mean())) > MAX_BIAS:
         problems.append(
@@ -170,7 +174,7 @@ def what_follows(
         following = {"id": None}
     if (following["id"], following.get("chunk_index")) == (row["id"], row["chunk_index"] + 1):
         return int(following["input_ids"][len(manifest["teacher"]["prefix_ids"])]), False
-    if len(row["input_ids"]) >= truncated_length(manifest):
+    if len(row["input_ids"]) >= shortest_cut(manifest):
         return NO_TOKEN, False
     eos = manifest["teacher"]["eos_token_id"]
     return NO_TOKEN if eos is None else int(eos), True
@@ -201,11 +205,10 @@ def _choose_rows(
                     text=values.get("text"),
                     input_ids=values["input_ids"],
                     next_token=next_token,
-                    indices_TK=torch.from_numpy(values["topk_indices"].astype(np.int64)),
-                    logprobs_TK=torch.from_numpy(values["topk_logprobs"].astype(np.float64)),
-                    per_token={
-                        name: torch.from_numpy(values[name].astype(np.float64))
-                        for name in ("tail_logprob", "target_logprob", "logsumexp", "entropy")
+                    columns={
+                        name: torch.from_numpy(column.copy())
+                        for name, column in values.items()
+                        if isinstance(column, np.ndarray)
                     },
                 )
             )
@@ -240,66 +243,123 @@ def _row_values(table: pa.Table) -> dict[str, Any]:
 def _compare(
     row: _Row,
     teacher: Teacher,
+    layout: Layout,
     where: str,
     dtype: str,
     problems: list[str],
     totals: dict[str, float],
 ) -> Tensor:
-    """Δ of all stored log-probabilities of a row, flat; adds to `problems` and `totals`."""
+    """Δ of all stored log-probabilities of the head of a row, flat; adds to `problems` and `totals`."""
     targets_T = torch.tensor([*row.input_ids[1:], row.next_token])
     errors: dict[str, list[Tensor]] = defaultdict(list)
+    raw: list[Tensor] = []
     start = 0
     for logits_TV in teacher.logits([row.input_ids]):
         here = slice(start, start + len(logits_TV))
         start += len(logits_TV)
         logits_TV = logits_TV.cpu().double()
         logprobs_TV = logits_TV.log_softmax(-1)
-        indices_TK = row.indices_TK[here]
-        expected_TK = logprobs_TV.gather(1, indices_TK)
-        best_TK = logprobs_TV.topk(indices_TK.shape[1]).values
-        rest_TV = logprobs_TV.scatter(1, indices_TK, -torch.inf)
         target_T = logprobs_TV.gather(1, targets_T[here].clamp(min=0)[:, None])[:, 0]
-        probs_TV = logprobs_TV.exp()
-        entropy_T = -(probs_TV * logprobs_TV.clamp(min=FLOAT16_MIN)).sum(-1)
-        stored = {name: values[here] for name, values in row.per_token.items()}
-
+        entropy_T = -(logprobs_TV.exp() * logprobs_TV.clamp(min=FLOAT16_MIN)).sum(-1)
+        stored = {
+            name: values[here].double() if values.is_floating_point() else values[here].long()
+            for name, values in row.columns.items()
+        }
         known = targets_T[here] != NO_TOKEN
-        errors["topk_logprobs"].append(_beyond_rounding(row.logprobs_TK[here], expected_TK))
-        errors["tail_logprob"].append(
-            _beyond_rounding(stored["tail_logprob"], rest_TV.logsumexp(-1))
-        )
-        errors["target_logprob"].append(
-            _beyond_rounding(stored["target_logprob"][known], target_T[known])
-        )
-        errors["entropy"].append(_beyond_rounding(stored["entropy"], entropy_T))
+        compared = {
+            "target_logprob": (stored["target_logprob"][known], target_T[known]),
+            "entropy": (stored["entropy"], entropy_T),
+            **_head(stored, logprobs_TV, layout),
+        }
+        for name, (found, expected) in compared.items():
+            errors[name].append(_beyond_rounding(found, expected))
         errors["logsumexp"].append(stored["logsumexp"] - logits_TV.logsumexp(-1))
-        errors["missing from the top K"].append(
-            best_TK - expected_TK.sort(-1, descending=True).values
-        )
-        errors["raw"].append(row.logprobs_TK[here] - expected_TK.clamp(min=FLOAT16_MIN))
+        hidden_TD = row.columns["hidden_states"][here] if layout.hidden_states else None
+        for name, error in _added(stored, hidden_TD, logits_TV, teacher, layout):
+            errors[name].append(error)
+        best_TK, expected_TK = _best(stored, logprobs_TV)
+        errors["missing from the top K"].append(best_TK - expected_TK)
+        name = "logprobs" if layout.top_k == "all" else "topk_logprobs"
+        found, expected = compared[name]
+        raw.append((found - expected.clamp(min=FLOAT16_MIN)).flatten())
         totals["tokens"] += len(logits_TV)
         totals["targets"] += int(known.sum())
         totals["top1"] += int((best_TK[:, 0] - expected_TK[:, 0] < 1e-9).sum())
         totals["nll_stored"] -= float(stored["target_logprob"][known].sum())
         totals["nll_recomputed"] -= float(target_T[known].sum())
     for name, parts in errors.items():
-        if name == "raw":
-            continue
-        error = torch.cat(parts).abs()
-        worst, limit = (
-            (
-                (float(error.max()), MAX_FLOAT32_ERROR)
-                if dtype == "float32"
-                else (float(error.mean()), MAX_MEAN_ERROR)
-            )
-            if error.numel()
-            else (0.0, 0.0)
-        )
-        if not worst <= limit:
-            problems.append(
-                f"{where}: {name} is {worst:.3g} nats from the teacher's, more than {limit:g}"
-            )
-    return torch.cat(errors["raw"]).flatten()
+        if problem := _too_far(name, torch.cat(parts).abs(), dtype):
+            problems.append(f"{where}: {problem}")
+    return torch.cat(raw)
+
+
+def _head(
+    stored: dict[str, Tensor], logprobs_TV: Tensor, layout: Layout
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The columns of the top K, or of the whole vocabulary: (stored, expected) of each."""
+    if layout.top_k == "all":
+        return {"logprobs": (stored["logprobs"], logprobs_TV)}
+    indices_TK = stored["topk_indices"]
+    rest_TV = logprobs_TV.scatter(1, indices_TK, -torch.inf)
+    return {
+        "topk_logprobs": (stored["topk_logprobs"], logprobs_TV.gather(1, indices_TK)),
+        "tail_logprob": (stored["tail_logprob"], rest_TV.logsumexp(-1)),
+    }
+
+
+def _added(
+    stored: dict[str, Tensor],
+    hidden_TD: Tensor | None,
+    logits_TV: Tensor,
+    teacher: Teacher,
+    layout: Layout,
+) -> Iterator[tuple[str, Tensor]]:
+    """Errors of the columns that a recipe may add."""
+    logprobs_TV = logits_TV.log_softmax(-1)
+    if layout.tail_samples:
+        gone_T1 = (stored["tail_logprob"] <= FLOAT16_MIN)[:, None]
+        drawn_TM = logprobs_TV.gather(1, stored["tail_indices"]).masked_fill(gone_T1, -torch.inf)
+        yield "tail_logprobs", _beyond_rounding(stored["tail_logprobs"], drawn_TM)
+    for temperature in layout.temperatures:
+        name = temperature_column(temperature).name
+        yield name, stored[name] - (logits_TV / temperature).logsumexp(-1)
+    if hidden_TD is not None:
+        pieces = teacher.head(hidden_TD.to(teacher.device, teacher.dtype))
+        rebuilt_TV = torch.cat(list(pieces)).cpu().double().log_softmax(-1)
+        yield REBUILT, _divergence(logprobs_TV, rebuilt_TV)
+
+
+def _best(stored: dict[str, Tensor], logprobs_TV: Tensor) -> tuple[Tensor, Tensor]:
+    """The teacher's log-probabilities of its own top K and of the stored one, by rank; where all are stored, of the first."""
+    if "logprobs" in stored:
+        stored_TV = stored["logprobs"]
+        # Several may be the first once they are rounded.
+        first_TV = logprobs_TV.masked_fill(stored_TV < stored_TV.amax(-1, keepdim=True), -torch.inf)
+        return logprobs_TV.amax(-1, keepdim=True), first_TV.amax(-1, keepdim=True)
+    indices_TK = stored["topk_indices"]
+    best_TK = logprobs_TV.topk(indices_TK.shape[1]).values
+    return best_TK, logprobs_TV.gather(1, indices_TK).sort(-1, descending=True).values
+
+
+def _divergence(logprobs_TV: Tensor, rebuilt_TV: Tensor) -> Tensor:
+    """KL(teacher ‖ rebuilt) at each position, [T]."""
+    difference_TV = (logprobs_TV - rebuilt_TV).masked_fill(logprobs_TV == -torch.inf, 0)
+    return (logprobs_TV.exp() * difference_TV).sum(-1)
+
+
+def _too_far(name: str, errors: Tensor, dtype: str) -> str | None:
+    """What to say of a column whose errors are too large."""
+    if not errors.numel():
+        return None
+    if name == REBUILT:
+        worst, limit = float(errors.mean()), MAX_DIVERGENCE[dtype]
+    elif dtype == "float32":
+        worst, limit = float(errors.max()), MAX_FLOAT32_ERROR
+    else:
+        worst, limit = float(errors.mean()), MAX_MEAN_ERROR
+    if worst <= limit:
+        return None
+    return f"{name} is {worst:.3g} nats from the teacher's, more than {limit:g}"
 
 
 def _beyond_rounding(stored: Tensor, expected: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The row of a logit dataset: its columns, their types, and what position t means.
 
 One row is one sequence: a whole document, or one chunk of a long one. Rows carry no padding, and no
-document shares a row with another. T is the number of tokens in the row and K the recipe's top_k.
+document shares a row with another. T is the number of tokens in the row and K the recipe's top_k; of what a recipe may
+add, M are its tail_samples, V is the vocabulary of the teacher's logits and D the size of its hidden states.
 
 ALIGNMENT. Position t holds the teacher's distribution for the token that follows input_ids[t].
 Nothing is shifted on disk. So for the text "The capital of France is Paris":
@@ -14,19 +15,27 @@ Nothing is shifted on disk. So for the text "The capital of France is Paris":
 At the last position, the target is the document's next token where the sequence is cut from a longer
 document, else the tokenizer's end-of-sequence token. If the tokenizer has none, nothing follows, and
 target_logprob is NaN there (the only NaN that is ever stored).
+
+EXPECTATIONS. The head is exact and the tail is sampled, so that for any f over the vocabulary this is unbiased:
+
+    E[f] = Σ_k exp(topk_logprobs[k]) f(topk_indices[k]) + exp(tail_logprob) / M · Σ_m f(tail_indices[m])
+
+Where nothing is outside the top K (K = V, or all others ruled out), there is nothing to draw: tail_indices repeat the K-th id, and
+tail_logprob and tail_logprobs are −65504, so that such draws count for nothing.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-SCHEMA_VERSION = "1.0.0"
+SCHEMA_VERSION = "1.1.0"
 
-Shape = Literal["", "T", "T,K"]
-"""Shape of one row's value: a scalar, one value a token, or K values a token."""
+Shape = Literal["", "T", "T,K", "T,M", "T,V", "T,D"]
+"""Shape of one row's value: a scalar, one value a token, or several values a token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +49,7 @@ class Column:
     """One line for the dataset card and the README."""
 
 
-COLUMNS = (
+COLUMNS: tuple[Column, ...] = (
     Column(
         name="id",
         dtype="string",
@@ -87,20 +96,128 @@ COLUMNS = (
         meaning="entropy of the full distribution, in nats",
     ),
 )
+"""Of a dataset with `top_k = K` and nothing else."""
+
+LOGPROBS = Column(
+    name="logprobs",
+    dtype="float16",
+    shape="T,V",
+    meaning="log-probabilities of the whole vocabulary, in the order of its ids",
+)
+TAIL_DRAWS = (
+    Column(
+        name="tail_indices",
+        dtype="int32",
+        shape="T,M",
+        meaning="M tokens drawn, with replacement, from the distribution outside the top K",
+    ),
+    Column(
+        name="tail_logprobs",
+        dtype="float16",
+        shape="T,M",
+        meaning="the true log-probabilities of the drawn tokens",
+    ),
+)
+HIDDEN_STATES = Column(
+    name="hidden_states",
+    dtype="float16",
+    shape="T,D",
+    meaning="the teacher's last hidden state, which its head turns into logits",
+)
+
+
+def temperature_column(temperature: float) -> Column:
+    """The column that makes the distribution at another temperature known: softmax(logits / T)."""
+    t = f"{temperature:g}"
+    return Column(
+        name=f"logsumexp_t{t}",
+        dtype="float32",
+        shape="T",
+        meaning=f"log-partition of logits/{t}, so log p there = (log-probability + logsumexp)/{t} − logsumexp_t{t}",
+    )
+
+
+MAX_CHARACTER_TOKENS = 64
+"""More tokens than any character takes: bytes make it 4, and no normaliser writes one as more than 18."""
+
+
+def shortest_cut(manifest: Mapping[str, Any]) -> float:
+    """The length from which on a row may be the beginning of a longer document, the rest of which was left out."""
+    sequences = manifest["recipe"]["sequences"]
+    if sequences["long_documents"] != "truncate":
+        return float("inf")
+    # A cut that would fall inside a character is made before it, and no suffix stands after a cut.
+    longest: int = sequences["max_length"] - len(manifest["teacher"]["suffix_ids"])
+    return longest - MAX_CHARACTER_TOKENS
+
 
 FLOAT16_MIN = -65504.0
 """Log-probabilities below this (−inf among them) are stored as this value, float16's lowest."""
 
 
-def columns(*, with_text: bool) -> tuple[Column, ...]:
-    """The columns of a dataset whose recipe keeps the text, or drops it."""
-    return tuple(column for column in COLUMNS if with_text or column.name != "text")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """What the rows of a dataset hold."""
+
+    text: bool = True
+    top_k: int | Literal["all"] = 50
+    tail_samples: int = 0
+    temperatures: tuple[float, ...] = ()
+    hidden_states: bool = False
+    vocab_size: int = 0
+    """V; needed with `top_k = "all"`."""
+    hidden_size: int = 0
+    """D; needed with hidden states."""
+
+    @classmethod
+    def of(cls, output: Mapping[str, Any], teacher: Mapping[str, Any]) -> Self:
+        """The layout that the `output` section of a recipe asks for.
+
+        Args:
+            output: the section as plain values; what it does not name is off.
+            teacher: what the loaded teacher is (`Teacher.provenance`).
+        """
+        return cls(
+            text=output["text"],
+            top_k=output["top_k"],
+            tail_samples=output.get("tail_samples", 0),
+            temperatures=tuple(map(float, output.get("temperatures", ()))),
+            hidden_states=output.get("hidden_states", False),
+            vocab_size=teacher["vocab_size"],
+            hidden_size=teacher.get("hidden_size") or 0,
+        )
+
+    def width(self, column: Column) -> int:
+        """How many values a token has in a column."""
+        top_k = self.vocab_size if self.top_k == "all" else self.top_k
+        sizes = {"K": top_k, "M": self.tail_samples, "V": self.vocab_size, "D": self.hidden_size}
+        return sizes.get(column.shape.removeprefix("T,"), 1)
+
+    @property
+    def widest(self) -> int:
+        """The most values that a token has in a column: what memory and Arrow's offsets depend on."""
+        return max(self.width(column) for column in columns(self))
 
 
-def arrow_schema(*, with_text: bool) -> pa.Schema:
+def columns(layout: Layout) -> tuple[Column, ...]:
+    """The columns of a dataset, in their order."""
+    found = [column for column in COLUMNS if layout.text or column.name != "text"]
+    if layout.top_k == "all":
+        first = found.index(next(column for column in found if column.shape == "T,K"))
+        found = [c for c in found if c.shape != "T,K" and c.name != "tail_logprob"]
+        found.insert(first, LOGPROBS)
+    if layout.tail_samples:
+        found += TAIL_DRAWS
+    found += map(temperature_column, layout.temperatures)
+    if layout.hidden_states:
+        found.append(HIDDEN_STATES)
+    return tuple(found)
+
+
+def arrow_schema(layout: Layout) -> pa.Schema:
     """The Arrow schema of every Parquet file: plain nested lists that any reader understands."""
     fields = []
-    for column in columns(with_text=with_text):
+    for column in columns(layout):
         arrow_type = pa.type_for_alias({"float16": "halffloat"}.get(column.dtype, column.dtype))
         for _ in filter(None, column.shape.split(",")):
             arrow_type = pa.list_(arrow_type)
@@ -108,26 +225,21 @@ def arrow_schema(*, with_text: bool) -> pa.Schema:
     return pa.schema(fields)
 
 
-def card_features(*, with_text: bool, top_k: int) -> list[dict[str, object]]:
+def card_features(layout: Layout) -> list[dict[str, object]]:
     """The card's YAML `dataset_info.features`.
 
-    [T, K] columns are declared as Array2D((None, K)): stock `load_dataset` then yields (T, K) tensors, many
-    times faster than from nested lists, while the Parquet files stay plain.
+    Columns of several values a token are declared as Array2D((None, K)): stock `load_dataset` then yields (T, K) tensors,
+    many times faster than from nested lists, while the Parquet files stay plain.
     """
     features: list[dict[str, object]] = []
-    for column in columns(with_text=with_text):
+    for column in columns(layout):
         if column.shape == "":
             features.append({"name": column.name, "dtype": column.dtype})
         elif column.shape == "T":
             features.append({"name": column.name, "list": column.dtype})
         else:
-            shape = [None, top_k]
-            features.append(
-                {
-                    "name": column.name,
-                    "dtype": {"array2_d": {"shape": shape, "dtype": column.dtype}},
-                }
-            )
+            array = {"shape": [None, layout.width(column)], "dtype": column.dtype}
+            features.append({"name": column.name, "dtype": {"array2_d": array}})
     return features
 
 

@@ -3,8 +3,8 @@
 In:   Blocks: the sequences of some consecutive rows, with the distribution of all their positions.
 Out:  one Parquet file a shard, written under a temporary name, fsynced, then renamed.
 
-Sizes: see README. `topk_indices` is split into byte streams before zstd (their high bytes are nearly constant); the profile
-       `compact` also splits `topk_logprobs`, which DuckDB cannot read.
+Sizes: see README. Columns of indices are split into byte streams before zstd (their high bytes are nearly constant); the profile
+       `compact` also splits those of several float16 values a token, which DuckDB cannot read.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from builder.schema import arrow_schema
+from builder.schema import Layout, arrow_schema
 
 if TYPE_CHECKING:  # readers of shards need neither torch nor a tokenizer
     from builder.distribution import Distribution
@@ -30,6 +30,8 @@ ROW_GROUP_TOKENS = 32_768
 """Rows are grouped up to this many tokens: about 5 MB, so the first streamed row is cheap."""
 MAX_LIST_VALUES = 2**25
 """Values of a [T, K] column in a row group, far below Arrow's 2^31 for 32-bit list offsets."""
+MAX_ROW_VALUES = 2**31 - 1
+"""Values that a row can have in a column: those very offsets."""
 ZSTD_LEVEL = 3
 
 
@@ -44,9 +46,12 @@ class Block:
 
 def parquet_writer(sink: pa.NativeFile | Path, schema: pa.Schema, profile: str) -> pq.ParquetWriter:
     """A writer with the codec and encodings of a profile, `default` or `compact`."""
-    encodings = {"topk_indices.list.element.list.element": "BYTE_STREAM_SPLIT"}
-    if profile == "compact":
-        encodings["topk_logprobs.list.element.list.element"] = "BYTE_STREAM_SPLIT"
+    split = [pa.int32(), pa.float16()] if profile == "compact" else [pa.int32()]
+    encodings = {
+        f"{field.name}.list.element.list.element": "BYTE_STREAM_SPLIT"
+        for field in schema
+        if field.type in [pa.list_(pa.list_(kind)) for kind in split]
+    }
     return pq.ParquetWriter(
         sink,
         schema,
@@ -63,10 +68,11 @@ class ShardWriter:
     """Writes the blocks of one shard to an open file, on a thread of its own."""
 
     def __init__(
-        self, sink: pa.NativeFile, *, with_text: bool, profile: str, metadata: dict[str, str]
+        self, sink: pa.NativeFile, *, layout: Layout, profile: str, metadata: dict[str, str]
     ) -> None:
         """Start a Parquet file whose key–value metadata is `metadata`."""
-        self._schema = arrow_schema(with_text=with_text).with_metadata(metadata)
+        self._schema = arrow_schema(layout).with_metadata(metadata)
+        self._row_group_tokens = min(ROW_GROUP_TOKENS, MAX_LIST_VALUES // layout.widest)
         self._writer = parquet_writer(sink, self._schema, profile)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer")
         self._writing: Future[None] | None = None
@@ -85,12 +91,10 @@ class ShardWriter:
 
     def _write_block(self, block: Block) -> None:
         """Append rows, in row groups of at most ROW_GROUP_TOKENS tokens (or one row)."""
-        top_k = block.distribution.topk_indices.shape[1]
-        limit = min(ROW_GROUP_TOKENS, MAX_LIST_VALUES // top_k)
         first_row, first_token, num_tokens = 0, 0, 0
         for row, sequence in enumerate(block.sequences):
             length = len(sequence.token_ids)
-            if row > first_row and num_tokens + length > limit:
+            if row > first_row and num_tokens + length > self._row_group_tokens:
                 self._write_rows(
                     block, slice(first_row, row), slice(first_token, first_token + num_tokens)
                 )
@@ -132,7 +136,7 @@ class ShardWriter:
             elif field.name == "input_ids":
                 arrays.append(_lists(row_offsets, pa.array(input_ids)))
             else:
-                values = getattr(block.distribution, field.name)[tokens].numpy()
+                values = block.distribution[field.name][tokens].numpy()
                 arrays.append(_lists(row_offsets, _per_token(values)))
         table = pa.Table.from_arrays(arrays, schema=self._schema)
         self._writer.write_table(table, row_group_size=len(sequences))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from builder import demo
-from builder.recipe import CorpusRecipe, TeacherRecipe, is_commit
+from builder.recipe import CorpusRecipe, TeacherRecipe, expand_home, is_commit
 
 CorpusFormat = Literal["hub", "text", "json", "parquet"]
 
@@ -90,6 +90,7 @@ def resolve_corpus(recipe: CorpusRecipe, base: Path, known: KnownSources) -> Cor
         ValueError: no such files, an unknown or mixed format, or the Hub does not know the dataset.
     """
     if recipe.repo:
+        _check_not_here(recipe.repo, "corpus.files")
         commit = known.commit(recipe.repo, recipe.revision, "dataset")
         provenance = {"kind": "hub", "repo": recipe.repo, "commit": commit}
         return CorpusSource(format="hub", commit=commit, provenance=provenance)
@@ -121,6 +122,7 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
         ValueError: no such directory or file, or the Hub does not know the model.
     """
     if recipe.repo:
+        _check_not_here(recipe.repo, "teacher.path")
         commit = known.commit(recipe.repo, recipe.revision, "model")
         return TeacherSource(
             location=recipe.repo,
@@ -131,7 +133,7 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
         directory, provenance = demo.embedded_teacher()
         return TeacherSource(location=str(directory), provenance={"kind": "package", **provenance})
     if recipe.path:
-        directory = _existing(base, recipe.path, "teacher.path")
+        directory = _existing(base, recipe.path, "teacher.path", "directory")
         provenance = {
             "kind": "directory",
             "name": directory.name,
@@ -139,10 +141,22 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
         }
         return TeacherSource(location=str(directory), provenance=provenance)
     assert recipe.gguf
-    file = _existing(base, recipe.gguf, "teacher.gguf")
-    tokenizer = recipe.tokenizer and str(_existing(base, recipe.tokenizer, "teacher.tokenizer"))
+    file = _existing(base, recipe.gguf, "teacher.gguf", "file")
     provenance = {"kind": "gguf", "name": file.name, "sha256": known.sha256(file)}
-    return TeacherSource(location=str(file), tokenizer=tokenizer, provenance=provenance)
+    if not recipe.tokenizer:
+        return TeacherSource(location=str(file), provenance=provenance)
+    tokenizer = _existing(base, recipe.tokenizer, "teacher.tokenizer", "directory")
+    provenance["tokenizer_files_sha256"] = _tree_sha256(tokenizer, known)
+    return TeacherSource(location=str(file), tokenizer=str(tokenizer), provenance=provenance)
+
+
+def _check_not_here(repo: str, key: str) -> None:
+    """The libraries read a directory of the working directory rather than a Hub repository of the same name."""
+    if Path(repo).exists():
+        raise ValueError(
+            f"{repo!r} is to come from the Hub, but there is a directory of this name here, which would be read instead; "
+            f"run from another directory, or name it as {key}"
+        )
 
 
 def _commit_on_hub(repo: str, revision: str, repo_type: Literal["dataset", "model"]) -> str:
@@ -166,7 +180,12 @@ def _commit_on_hub(repo: str, revision: str, repo_type: Literal["dataset", "mode
         ) from None
     except RevisionNotFoundError:
         raise ValueError(f"{repo_type} {repo!r} has no revision {revision!r} on the Hub") from None
-    except (HfHubHTTPError, OfflineModeIsEnabled, httpx2.HTTPError, OSError) as error:
+    except OfflineModeIsEnabled:
+        raise ValueError(
+            f"cannot reach the Hub to resolve {repo_type} {repo}@{revision}, since HF_HUB_OFFLINE is set; unset it, "
+            "give the full commit of what is in the cache, or use local files"
+        ) from None
+    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         raise ValueError(
             f"cannot reach the Hub to resolve {repo_type} {repo}@{revision} ({_first_line(error)}); "
             "check the network, or use local files"
@@ -178,7 +197,7 @@ def _commit_on_hub(repo: str, revision: str, repo_type: Literal["dataset", "mode
 def _expand(patterns: tuple[str, ...], base: Path) -> tuple[Path, ...]:
     files: list[Path] = []
     for pattern in patterns:
-        found = sorted(glob.glob(str(base / Path(pattern).expanduser()), recursive=True))
+        found = sorted(glob.glob(str(base / expand_home(pattern)), recursive=True))
         matches = [path for path in map(Path, found) if path.is_file()]
         if not matches:
             raise ValueError(f"corpus.files: nothing matches {pattern!r} (looked in {base or '.'})")
@@ -198,10 +217,12 @@ def _format(path: Path) -> CorpusFormat:
     return _FORMATS[name]
 
 
-def _existing(base: Path, path: str, key: str) -> Path:
-    full = base / Path(path).expanduser()
+def _existing(base: Path, path: str, key: str, kind: Literal["file", "directory"]) -> Path:
+    full = base / expand_home(path)
     if not full.exists():
         raise ValueError(f"{key}: {path!r} does not exist (looked in {base or '.'})")
+    if full.is_dir() is not (kind == "directory"):
+        raise ValueError(f"{key}: {path!r} is not a {kind}")
     return full.resolve()
 
 

@@ -34,12 +34,21 @@ class BuildState:
         Raises:
             ValueError: another process is building here, or the directory holds something else.
         """
-        if not self._directory.exists() and self._output.exists() and any(self._output.iterdir()):
+        try:
+            if (
+                not self._directory.exists()
+                and self._output.exists()
+                and any(self._output.iterdir())
+            ):
+                raise ValueError(
+                    f"{self._output} is not empty and holds no build; choose a new or empty directory"
+                )
+            (self._directory / "records").mkdir(parents=True, exist_ok=True)
+            (self._output / "data").mkdir(exist_ok=True)
+        except (NotADirectoryError, FileExistsError, FileNotFoundError, PermissionError) as error:
             raise ValueError(
-                f"{self._output} is not empty and holds no build; choose a new or empty directory"
-            )
-        (self._directory / "records").mkdir(parents=True, exist_ok=True)
-        (self._output / "data").mkdir(exist_ok=True)
+                f"{self._output} cannot be written ({error.strerror}: {error.filename}); choose another directory"
+            ) from None
         lock = filelock.FileLock(self._directory / "lock")
         try:
             lock.acquire(timeout=0)
@@ -63,12 +72,13 @@ class BuildState:
         write_json(self._path("known"), asdict(known))
 
     def settle(self, name: str, values: dict[str, Any]) -> None:
-        """Write down something that may not change during a build.
+        """Write down something that may not change once there are shards.
 
         Raises:
-            ValueError: an earlier run wrote down something else.
+            ValueError: an earlier run wrote down something else, and built with it.
         """
-        if not self._path(name).exists():
+        has_shards = any((self._directory / "records").glob("*.json"))
+        if not has_shards or not self._path(name).exists():
             write_json(self._path(name), values)
         elif changes := differences(self.read(name), values):
             raise ValueError(
@@ -78,8 +88,7 @@ class BuildState:
 
     def read(self, name: str) -> dict[str, Any]:
         """What `settle` wrote down."""
-        values: dict[str, Any] = json.loads(self._path(name).read_text(encoding="utf-8"))
-        return values
+        return _read(self._path(name), "build anew in another directory")
 
     def intact_record(
         self, partition: int, index: int, notice: Callable[[str], None]
@@ -88,7 +97,7 @@ class BuildState:
         path = self._record_path(partition, index)
         if not path.exists():
             return None
-        record = ShardRecord.from_json(json.loads(path.read_text(encoding="utf-8")))
+        record = ShardRecord.from_json(_read(path, "delete it, and its shard is built again"))
         file = self._output / record.file
         if not file.exists():
             problem = "is missing"
@@ -109,7 +118,7 @@ class BuildState:
         """
         path = self._record_path(record.partition, record.index)
         if path.exists():
-            old = json.loads(path.read_text(encoding="utf-8"))
+            old = _read(path, "delete it")
             if changes := differences(old["position_after"], record.position_after):
                 raise ValueError(
                     f"{record.file} was built again but ends elsewhere in the corpus ({'; '.join(changes)}); "
@@ -126,3 +135,11 @@ class BuildState:
 
     def _record_path(self, partition: int, index: int) -> Path:
         return self._directory / "records" / f"{partition:03d}-{index:05d}.json"
+
+
+def _read(path: Path, advice: str) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {advice}") from None
+    return values

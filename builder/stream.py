@@ -95,7 +95,7 @@ def open_corpus(
         rows,
         text_column=recipe.text_column,
         id_column=id_column,
-        json_lines=source.format == "json",
+        format=source.format,
         file_names=tuple(path.name for path in source.files),
         partition=partition,
         num_partitions=num_partitions,

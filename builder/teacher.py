@@ -58,6 +58,8 @@ class Teacher:
         _check_tokenizer(model, tokenizer)
         self._head = _head_of(self.model)
         self.vocab_size, self.head_only = self._probe()
+        self.hidden_size = self.hidden([[0]]).shape[1] if self.head_only else None
+        """Of what the head takes, which need not be what the body's layers work on; None where it cannot run alone."""
 
     @property
     def max_length(self) -> int | None:
@@ -74,6 +76,7 @@ class Teacher:
             "dtype": str(self.dtype).removeprefix("torch."),
             "attention": self.model.config._attn_implementation,
             "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
             "tokenizer_vocab_size": len(self.tokenizer),
             "tokenizer_sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest(),
             "eos_token_id": self.tokenizer.eos_token_id,
@@ -88,7 +91,11 @@ class Teacher:
                 logits_TV = self._whole(ids_1T)[0]
                 yield from logits_TV.split(self._rows_per_piece)
             return
-        hidden_ND = self._hidden(sequences)
+        yield from self.head(self.hidden(sequences))
+
+    @torch.inference_mode()
+    def head(self, hidden_ND: Tensor) -> Iterator[Tensor]:
+        """Raw logits of given last hidden states, in pieces of [n, V]; only where `head_only`."""
         for piece_ND in hidden_ND.split(self._rows_per_piece):
             yield self._apply_head(piece_ND)
 
@@ -97,8 +104,9 @@ class Teacher:
         limit = CUDA_LOGITS_BYTES if self.device.type == "cuda" else CPU_LOGITS_BYTES
         return max(8, limit // (self.vocab_size * self.dtype.itemsize) // 8 * 8)
 
-    def _hidden(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """[N, D] last hidden states of all real positions of a right-padded batch."""
+    @torch.inference_mode()
+    def hidden(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """[N, D] last hidden states of all real positions of all sequences, in order; only where `head_only`."""
         length = max(map(len, sequences))
         ids_BT = torch.zeros(len(sequences), length, dtype=torch.long)
         for row_T, ids in zip(ids_BT, sequences, strict=True):
@@ -284,9 +292,14 @@ def _gguf_tokenizer(path: Path, tokenizer: Path | None) -> Any:
         raise ValueError(
             "a GGUF teacher needs two more packages; run: pip install gguf accelerate"
         ) from None
+    try:
+        rule = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    except (ValueError, LookupError) as error:
+        raise ValueError(
+            f"teacher {path.name}: it is no whole GGUF file ({error}); download it again"
+        ) from None
     if tokenizer:
         return AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=False)
-    rule = GGUFReader(path).get_field("tokenizer.ggml.pre")
     rule_name = str(rule.contents()) if rule else "none"
     if rule_name not in FAITHFUL_GGUF_PRETOKENIZERS:
         raise ValueError(
@@ -337,6 +350,17 @@ def _explain_load(error: Exception) -> str:
         return "it needs code from its repo; set teacher.trust_remote_code and a full commit, if you trust it"
     if "Unrecognized configuration class" in message:
         return "it is not a causal language model that transformers knows (an encoder or an encoder–decoder?)"
+    if "model.safetensors" in message:
+        return (
+            "it has no model.safetensors, and other weights are not read, for a pickle file can run code; "
+            "save it again with save_pretrained"
+        )
+    if "Unrecognized model" in message:
+        return "it has no config.json with a model_type that transformers knows; name a directory of save_pretrained"
+    if "FlashAttention" in message:
+        return f'{message.split(". ")[0][:200].rstrip(".")}; use teacher.attention = "sdpa"'
+    if "couldn't connect" in message or "HF_HUB_OFFLINE" in message:
+        return "it is not in the cache, and the Hub cannot be reached to fetch it; check the network, or use teacher.path"
     if "ignore_mismatched_sizes" in message:
         return "its weights have other shapes than its config.json says; download it again"
     if isinstance(error, SafetensorError):

@@ -10,6 +10,7 @@ Cost: about 1 M tokens/s for hashes and invariants; recomputing costs what captu
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,24 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from builder.manifest import ShardRecord, Sums, read_manifest, records_of, truncated_length
-from builder.schema import COLUMNS, FLOAT16_MIN, arrow_schema, float16_rounding
+from builder.card import VERIFICATION, read_release, write_card
+from builder.invariants import Array, broken, sampled_entropy
+from builder.manifest import (
+    ShardRecord,
+    Sums,
+    data_digest,
+    environment,
+    read_manifest,
+    records_of,
+    write_json,
+)
+from builder.schema import Layout, arrow_schema, columns, shortest_cut
 from builder.shards import file_sha256, nested_values
 
-Floats = npt.NDArray[np.float64]
-
-MASS_TOLERANCE = 1e-3
-"""Of Σ exp(top K) + exp(tail) = 1, or what rounding to float16 can do at worst, if that is more."""
-ENTROPY_TOLERANCE = 0.02
-"""Nats: float16 rounding of the entropy itself and of the stored part."""
+VALUES_AT_ONCE = 2**22
+"""Values of a column whose invariants are checked together: 32 MB in float64."""
+DRAWS_SIGMAS, DRAWS_TOLERANCE = 6.0, 2e-3
+"""How far the entropy by draws may be off in a file: standard errors, and nats a token for the rounding to float16."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,6 +97,19 @@ def verify(
     return report
 
 
+def record_recomputation(directory: Path, report: Report, device: str) -> None:
+    """Keep what recomputing found, with date, hardware and libraries, in `verification.json`, and show it in the card."""
+    manifest = read_manifest(directory)
+    values = {
+        "data": data_digest(manifest),
+        "date": datetime.now(UTC).date().isoformat(),
+        "environment": environment(device),
+        **(report.recomputed or {}),
+    }
+    write_json(directory / VERIFICATION, values)
+    write_card(directory, manifest, release=read_release(directory))
+
+
 def _check_files(directory: Path, records: list[ShardRecord], report: Report) -> None:
     listed = {record.file for record in records}
     for path in sorted((directory / "data").glob("*.parquet")):
@@ -133,13 +155,13 @@ def _check_shard(
     report: Report,
     progress: Callable[[int], None],
 ) -> None:
-    with_text = manifest["recipe"]["output"]["text"]
+    layout = Layout.of(manifest["recipe"]["output"], manifest["teacher"])
     try:
         file = pq.ParquetFile(directory / record.file)
-        if not file.schema_arrow.equals(arrow_schema(with_text=with_text)):
+        if not file.schema_arrow.equals(arrow_schema(layout)):
             report.problems.append(f"{record.file}: its columns are not those of the schema")
             return
-        checker = _RowChecker(record.file, manifest)
+        checker = _RowChecker(record.file, manifest, layout)
         for index in range(file.num_row_groups):
             table = file.read_row_group(index)
             checker.check(table)
@@ -156,37 +178,53 @@ def _check_shard(
 class _RowChecker:
     """Checks the rows of one file, row group by row group."""
 
-    def __init__(self, file: str, manifest: dict[str, Any]) -> None:
+    def __init__(self, file: str, manifest: dict[str, Any], layout: Layout) -> None:
         self.problems: list[str] = []
         self.tokens = 0
         self._file = file
         self._first_row = 0
         self._sums = Sums()
-        self._top_k: int = manifest["recipe"]["output"]["top_k"]
-        self._vocab_size: int = manifest["teacher"]["vocab_size"]
+        self._layout = layout
+        self._surplus = self._surplus_squares = 0.0
         self._eos: int | None = manifest["teacher"]["eos_token_id"]
         self._prefix: list[int] = manifest["teacher"]["prefix_ids"]
-        self._truncated_length = truncated_length(manifest)
+        self._shortest_cut = shortest_cut(manifest)
         self._previous: tuple[str, int] | None = None
+        self._seen: set[tuple[int, str]] = set()
 
     def check(self, table: pa.Table) -> None:
-        rows = _Rows.of(table, self._top_k)
+        rows = _Rows.of(table, self._layout)
         if isinstance(rows, str):
             self._add(0, rows)
             return
-        self._check_order(table["id"].to_pylist(), table["chunk_index"].to_pylist())
-        self._check_ids(rows)
-        self._check_values(rows)
-        self._check_targets(rows, table)
-        valid = ~np.isnan(rows.target)
-        self._sums += Sums(
-            entropy=float(rows.entropy.sum()),
-            topk_mass=float(np.exp(rows.logprobs).sum()),
-            target_nll=float(-rows.target[valid].sum()),
-            targets=int(valid.sum()),
-        )
-        self.tokens += len(rows.input_ids)
+        ids, chunks = table["id"].to_pylist(), table["chunk_index"].to_pylist()
+        self._check_order(ids, chunks)
+        targets = self._targets(rows, ids, chunks)
+        size = max(1, VALUES_AT_ONCE // self._layout.widest)
+        for start in range(0, len(targets), size):
+            part = slice(start, start + size)
+            stored = {name: values[part] for name, values in rows.columns.items()}
+            with np.errstate(invalid="ignore", over="ignore"):  # of forged values
+                for wrong, message in broken(stored, targets[part], self._layout):
+                    self._add_where(rows, np.flatnonzero(wrong) + start, message)
+                self._sum(stored)
+        self._seen.clear()
+        self.tokens += len(targets)
         self._first_row += table.num_rows
+
+    def _sum(self, stored: dict[str, Array]) -> None:
+        logprobs = stored["logprobs" if self._layout.top_k == "all" else "topk_logprobs"]
+        entropy, target = (stored[n].astype(np.float64) for n in ("entropy", "target_logprob"))
+        self._sums += Sums(
+            entropy=float(entropy.sum()),
+            topk_mass=float(np.exp(logprobs.astype(np.float64)).sum()),
+            target_nll=float(-np.nansum(target)),
+            targets=int((~np.isnan(target)).sum()),
+        )
+        if self._layout.tail_samples:
+            surplus = sampled_entropy(stored) - entropy
+            self._surplus += float(surplus.sum())
+            self._surplus_squares += float((surplus**2).sum())
 
     def finish(self, record: ShardRecord) -> None:
         for name, found, expected in (
@@ -197,6 +235,12 @@ class _RowChecker:
                 self.problems.append(
                     f"{self._file}: has {found:,} {name}, the manifest says {expected:,}"
                 )
+        limit = DRAWS_SIGMAS * self._surplus_squares**0.5 + DRAWS_TOLERANCE * self.tokens
+        if not abs(self._surplus) <= limit:
+            self.problems.append(
+                f"{self._file}: the draws are not from the tail: with them the entropy is {self._surplus / self.tokens:+.3f} nats "
+                f"off on average, where chance explains {limit / self.tokens:.3f}"
+            )
         for name in ("entropy", "topk_mass", "target_nll"):
             found_sum, expected_sum = getattr(self._sums, name), getattr(record.sums, name)
             if not np.isclose(found_sum, expected_sum, rtol=1e-6, atol=1e-3):
@@ -207,11 +251,12 @@ class _RowChecker:
     def _add(self, row: int, message: str) -> None:
         self.problems.append(f"{self._file} row {self._first_row + row}: {message}")
 
-    def _add_where(self, rows: "_Rows", wrong: Any, message: str) -> None:
+    def _add_where(self, rows: "_Rows", positions: Any, message: str) -> None:
         """One line for each row that has wrong positions."""
-        positions = np.flatnonzero(wrong)
         for row, position in {int(rows.row_of[i]): int(i) for i in positions[::-1]}.items():
-            self._add(row, f"{message} (position {position - int(rows.starts[row])})")
+            if (row, message) not in self._seen:
+                self._seen.add((row, message))
+                self._add(row, f"{message} (position {position - int(rows.starts[row])})")
 
     def _check_order(self, ids: list[str], chunks: list[int]) -> None:
         for row, current in enumerate(zip(ids, chunks, strict=True)):
@@ -222,58 +267,6 @@ class _RowChecker:
                 )
             self._previous = current
 
-    def _check_ids(self, rows: "_Rows") -> None:
-        for name, ids in (("input_ids", rows.input_ids[:, None]), ("topk_indices", rows.indices)):
-            outside = ((ids < 0) | (ids >= self._vocab_size)).any(-1)
-            self._add_where(rows, outside, f"{name} outside 0 … {self._vocab_size - 1}")
-        ordered = np.sort(rows.indices, axis=-1)
-        repeated = (ordered[:, 1:] == ordered[:, :-1]).any(-1)
-        self._add_where(rows, repeated, "an id stands twice in topk_indices")
-
-    def _check_values(self, rows: "_Rows") -> None:
-        for name, values in (
-            ("topk_logprobs", rows.logprobs),
-            ("tail_logprob", rows.tail[:, None]),
-            ("entropy", rows.entropy[:, None]),
-            ("logsumexp", rows.logsumexp[:, None]),
-        ):
-            self._add_where(rows, ~np.isfinite(values).all(-1), f"{name} is not finite")
-        self._add_where(rows, (rows.logprobs > 0).any(-1), "a log-probability is above 0")
-        self._add_where(
-            rows, (np.diff(rows.logprobs, axis=-1) > 0).any(-1), "topk_logprobs rise with rank"
-        )
-        stored = np.concatenate([rows.logprobs, rows.tail[:, None]], axis=-1)
-        mass = np.exp(stored)
-        rounding = (mass * float16_rounding(stored)).sum(-1)
-        wrong_mass = ~(np.abs(mass.sum(-1) - 1) <= np.maximum(MASS_TOLERANCE, rounding + 1e-4))
-        self._add_where(rows, wrong_mass, "top K and tail do not sum to 1")
-        # What is stored, with the tail as one bucket, has less entropy than the truth, but not by more than an even tail.
-        bucketed = -(mass * np.maximum(stored, FLOAT16_MIN)).sum(-1)
-        spread = mass[:, -1] * np.log(max(self._vocab_size - self._top_k, 1))
-        wrong_entropy = ~(
-            (rows.entropy >= bucketed - ENTROPY_TOLERANCE)
-            & (rows.entropy <= bucketed + spread + ENTROPY_TOLERANCE)
-        )
-        self._add_where(rows, wrong_entropy, "entropy does not fit the stored distribution")
-
-    def _check_targets(self, rows: "_Rows", table: pa.Table) -> None:
-        targets = self._targets(rows, table["id"].to_pylist(), table["chunk_index"].to_pylist())
-        known = targets >= 0
-        self._add_where(rows, known & np.isnan(rows.target), "target_logprob is NaN")
-        self._add_where(rows, rows.target > 0, "target_logprob is above 0")
-        listed = rows.indices == targets[:, None]
-        inside = listed.any(-1) & known
-        at_rank = np.take_along_axis(rows.logprobs, listed.argmax(-1)[:, None], axis=-1)[:, 0]
-        self._add_where(
-            rows,
-            inside & (at_rank != rows.target),
-            "target_logprob differs from the target's own entry in the top K",
-        )
-        above = known & ~inside & (rows.target > rows.logprobs[:, -1])
-        self._add_where(
-            rows, above, "target_logprob of a token outside the top K is above the K-th"
-        )
-
     def _targets(self, rows: "_Rows", ids: list[str], chunks: list[int]) -> npt.NDArray[np.int64]:
         """The token that follows each position, −1 where the file does not tell."""
         targets = np.append(rows.input_ids[1:], -1).astype(np.int64)
@@ -283,7 +276,7 @@ class _RowChecker:
                 targets[last] = -1  # its next chunk, if there is one, is in the next row group
             elif ids[next_row] == ids[row] and chunks[next_row] == chunks[row] + 1:
                 targets[last] = rows.input_ids[rows.starts[next_row] + len(self._prefix)]
-            elif self._eos is None or rows.ends[row] - rows.starts[row] >= self._truncated_length:
+            elif self._eos is None or rows.ends[row] - rows.starts[row] >= self._shortest_cut:
                 targets[last] = -1
             else:
                 targets[last] = self._eos
@@ -292,52 +285,40 @@ class _RowChecker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rows:
-    """The columns of some rows as flat arrays over all their positions."""
+    """Some rows as flat arrays over all their positions."""
 
     starts: npt.NDArray[np.int64]
     ends: npt.NDArray[np.int64]
     row_of: npt.NDArray[np.int64]
     input_ids: npt.NDArray[np.int64]
-    indices: npt.NDArray[np.int64]
-    logprobs: Floats
-    tail: Floats
-    target: Floats
-    logsumexp: Floats
-    entropy: Floats
+    columns: dict[str, Array]
+    """Every column of one or several values a token, in its stored type."""
 
     @classmethod
-    def of(cls, table: pa.Table, top_k: int) -> "_Rows | str":
+    def of(cls, table: pa.Table, layout: Layout) -> "_Rows | str":
         """The arrays, or what is wrong with the table's shapes."""
         if any(column.null_count for column in table.columns):
             return "a value is null"
         lengths = table["input_ids"].combine_chunks().value_lengths().to_numpy()
         if not lengths.all():
             return "a row has no tokens"
-        ends = lengths.cumsum()
-        for column in COLUMNS:
-            if not column.shape:
-                continue
+        per_token = [column for column in columns(layout) if column.shape]
+        for column in per_token:
             lists = table[column.name].combine_chunks()
             if not np.array_equal(lists.value_lengths().to_numpy(), lengths):
                 return f"{column.name} and input_ids have different lengths"
-            inner = lists.flatten()
+            inner, width = lists.flatten(), layout.width(column)
             if inner.null_count or (
-                column.shape == "T,K" and not (inner.value_lengths().to_numpy() == top_k).all()
+                pa.types.is_list(inner.type)
+                and not (inner.value_lengths().to_numpy() == width).all()
             ):
-                return f"{column.name} does not have {top_k} values a token"
-        floats = {
-            name: nested_values(table[name]).astype(np.float64)
-            for name in ("topk_logprobs", "tail_logprob", "target_logprob", "logsumexp", "entropy")
-        }
+                return f"{column.name} does not have {width} values a token"
+        ends = lengths.cumsum()
+        values = {column.name: nested_values(table[column.name]) for column in per_token}
         return cls(
             starts=ends - lengths,
             ends=ends,
             row_of=np.repeat(np.arange(len(lengths)), lengths),
-            input_ids=nested_values(table["input_ids"]).astype(np.int64),
-            indices=nested_values(table["topk_indices"]).astype(np.int64),
-            logprobs=floats["topk_logprobs"],
-            tail=floats["tail_logprob"],
-            target=floats["target_logprob"],
-            logsumexp=floats["logsumexp"],
-            entropy=floats["entropy"],
+            input_ids=values["input_ids"].astype(np.int64),
+            columns=values,
         )

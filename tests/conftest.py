@@ -2,14 +2,20 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ["PYTHONPATH"] = str(
+    Path(__file__).parents[1]
+)  # child processes run this checkout's builder, too
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach beyond this machine
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-")  # nor write to, or find, what the user keeps
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this tiny, a second thread only waits
 
 import pytest
@@ -180,7 +186,9 @@ def built(tiny_teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _quiet() -> None:
+def _quiet() -> Iterator[None]:
     from builder.cli import _quiet_libraries
 
     _quiet_libraries()
+    yield
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 # Imported late by transformers and datasets; here so that no fork has to.
-import datasets.packaged_modules.json.json  # noqa: F401
+import datasets.packaged_modules.text.text  # noqa: F401
 import transformers.integrations.sdpa_attention  # noqa: F401
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 

@@ -13,7 +13,7 @@ from conftest import sample_documents, write_jsonl
 from builder.build import build
 from builder.manifest import read_manifest
 from builder.recipe import load_recipe
-from builder.schema import arrow_schema
+from builder.schema import Layout, arrow_schema
 
 
 def run(recipe: Path, output: Path, **options: object):
@@ -91,7 +91,7 @@ def test_files_have_the_declared_schema_and_the_manifest_their_totals(built):
     assert len(files) == len(manifest["shards"]) > 3
     rows = read_rows(built)
     for path in files:
-        assert pq.read_schema(path).equals(arrow_schema(with_text=True))
+        assert pq.read_schema(path).equals(arrow_schema(Layout(tail_samples=4)))
     totals = manifest["totals"]
     assert totals["rows"] == len(rows)
     assert totals["tokens"] == sum(len(row["input_ids"]) for row in rows)
@@ -261,7 +261,7 @@ def test_values_do_not_depend_on_the_other_documents(make_recipe, tmp_path, corp
 def test_text_can_be_left_out(make_recipe, tmp_path):
     run(make_recipe(output="text = false"), tmp_path / "out")
     path = tmp_path / "out" / "data" / "train-000-00000.parquet"
-    assert pq.read_schema(path).equals(arrow_schema(with_text=False))
+    assert pq.read_schema(path).equals(arrow_schema(Layout(tail_samples=4, text=False)))
     assert "name: text\n" not in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -86,18 +86,17 @@ def test_help_loads_nothing_heavy():
         (["info", "x", "--format", "xml"], "'xml' is not one of 'human', 'json'"),
     ],
 )
-def test_a_wrong_command_line_is_status_2_with_usage_and_no_traceback(cli, arguments, message):
+def test_a_wrong_command_line_is_status_2_and_one_line_that_names_the_help(cli, arguments, message):
     status, out, err = cli(*arguments)
     assert (status, out) == (2, "")
-    assert err.startswith("Usage: ")
-    assert re.search(message, err)
-    assert "Traceback" not in err
+    assert re.fullmatch(rf"error: .*{message}.*; see .* --help\n", err)
 
 
 def test_no_arguments_print_the_help(cli):
     status, out, err = cli()
-    assert status == 2
-    assert "Commands:" in out + err
+    assert status == 0
+    assert "Commands:" in out
+    assert err == ""
 
 
 @pytest.mark.parametrize(
@@ -140,7 +139,7 @@ def test_ctrl_c_is_status_130_and_says_how_to_go_on(cli, monkeypatch):
     assert err == "interrupted: finished shards are safe; run the same command to go on\n"
 
 
-@pytest.mark.parametrize("error", [ValueError("what\n  happened"), OSError(28, "No space")])
+@pytest.mark.parametrize("error", [ValueError("what\n  happened"), OSError("no\nway")])
 def test_a_traceback_only_on_request(cli, monkeypatch, error):
     def fail(_: Path) -> str:
         raise error

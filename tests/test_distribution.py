@@ -1,7 +1,6 @@
 """`capture` against a float64 reference that sorts in plain Python, and the invariants of what is stored."""
 
 import math
-from dataclasses import fields
 
 import pytest
 import torch
@@ -11,9 +10,17 @@ from torch import Tensor
 
 from builder import distribution
 from builder.distribution import Distribution, capture, concatenate
+from builder.draws import uniforms
 from builder.schema import FLOAT16_MIN
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Everything that can be asked for, of three positions.
+TOP_20 = {
+    "top_k": 20,
+    "temperatures": (0.5, 2.0),
+    "uniforms_NM": uniforms(0, "doc", 0, num_positions=3, count=4),
+}
+ALL = {"top_k": "all", "temperatures": (0.5, 2.0)}
 FLOAT16_NAMES = ("topk_logprobs", "tail_logprob", "target_logprob", "entropy")
 
 
@@ -66,19 +73,19 @@ def assert_equals_reference(logits_NV: Tensor, targets: list[int], top_k: int) -
         for row, target in zip(logits_NV.double().tolist(), targets, strict=True)
     ]
     expected = {name: torch.tensor([row[name] for row in rows]).double() for name in rows[0]}
-    assert torch.equal(found.topk_indices.double(), expected["topk_indices"])
+    assert torch.equal(found["topk_indices"].double(), expected["topk_indices"])
     rounding_N = float32_rounding(logits_NV)
     for name in FLOAT16_NAMES:
-        stored, wanted = getattr(found, name).double(), expected[name].clamp(min=FLOAT16_MIN)
-        assert getattr(found, name).dtype == torch.float16, name
+        stored, wanted = found[name].double(), expected[name].clamp(min=FLOAT16_MIN)
+        assert found[name].dtype == torch.float16, name
         assert torch.equal(stored.isnan(), wanted.isnan()), name
         rounding = rounding_N[:, None] if wanted.ndim == 2 else rounding_N
         error = ((stored - wanted).abs() - half_spacing(wanted) - rounding).nan_to_num()
         assert error.max() <= 0, f"{name} is {error.max():.3g} beyond the rounding of its type"
-    assert found.topk_indices.dtype == torch.int32
-    assert found.logsumexp.dtype == torch.float32
+    assert found["topk_indices"].dtype == torch.int32
+    assert found["logsumexp"].dtype == torch.float32
     torch.testing.assert_close(
-        found.logsumexp.double(), expected["logsumexp"], rtol=1e-5, atol=1e-5
+        found["logsumexp"].double(), expected["logsumexp"], rtol=1e-5, atol=1e-5
     )
     return found
 
@@ -120,8 +127,8 @@ def test_random_logits(vocab_size, top_k, dtype):
 @pytest.mark.parametrize("value", [0.0, -7.25, 80.0])
 def test_all_equal_logits_give_the_lowest_ids(value, top_k):
     found = assert_equals_reference(torch.full((2, 1003), value), [0, 1002], top_k)
-    assert found.topk_indices[0].tolist() == list(range(top_k))
-    assert found.entropy[0].item() == pytest.approx(math.log(1003), abs=4e-3)
+    assert found["topk_indices"][0].tolist() == list(range(top_k))
+    assert found["entropy"][0].item() == pytest.approx(math.log(1003), abs=4e-3)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -136,7 +143,7 @@ def test_minus_zero_ties_with_zero():
     logits_NV = torch.where(torch.arange(700) % 3 == 0, 0.0, -0.0)[None]
     logits_NV[0, 600:] = -1.0
     found = assert_equals_reference(logits_NV, [1], 50)
-    assert found.topk_indices[0].tolist() == list(range(50))
+    assert found["topk_indices"][0].tolist() == list(range(50))
 
 
 def test_ties_across_the_edge_of_the_top_k_are_cut_by_id():
@@ -145,7 +152,7 @@ def test_ties_across_the_edge_of_the_top_k_are_cut_by_id():
     logits_NV[0, best] = 5.0
     logits_NV[0, [9, 3000]] = 6.0
     found = assert_equals_reference(logits_NV, [0], 4)
-    assert found.topk_indices[0].tolist() == [9, 3000, 17, 2048]
+    assert found["topk_indices"][0].tolist() == [9, 3000, 17, 2048]
 
 
 @pytest.mark.parametrize("top_k", [1, 20, 50, 2003])
@@ -165,11 +172,11 @@ def test_fewer_finite_logits_than_top_k(finite, dtype):
     logits_NV = torch.full((1, vocab_size), -torch.inf)
     logits_NV[0, torch.arange(finite) * 47 + 60] = torch.arange(finite) * 0.5
     found = assert_equals_reference(logits_NV.to(dtype), [0], top_k)
-    assert found.topk_logprobs[0].isfinite().all()
-    assert found.topk_indices[0, finite:].tolist() == list(range(top_k - finite))
-    assert found.topk_logprobs[0, finite:].tolist() == [FLOAT16_MIN] * (top_k - finite)
-    assert found.tail_logprob.item() == FLOAT16_MIN
-    assert found.target_logprob.item() == FLOAT16_MIN
+    assert found["topk_logprobs"][0].isfinite().all()
+    assert found["topk_indices"][0, finite:].tolist() == list(range(top_k - finite))
+    assert found["topk_logprobs"][0, finite:].tolist() == [FLOAT16_MIN] * (top_k - finite)
+    assert found["tail_logprob"].item() == FLOAT16_MIN
+    assert found["target_logprob"].item() == FLOAT16_MIN
 
 
 @pytest.mark.parametrize("top_k", [1, 50, 1003])
@@ -191,8 +198,8 @@ def test_a_peak_does_not_make_the_tail_underflow(peak, top_k):
     for row, position in enumerate((0, 777, 1999)):
         logits_NV[row, position] = peak
     found = assert_equals_reference(logits_NV, [0, 0, 0], top_k)
-    assert (found.tail_logprob.float() + peak).abs().max() < 10 + peak * 2**-11
-    assert (found.entropy >= 0).all()
+    assert (found["tail_logprob"].float() + peak).abs().max() < 10 + peak * 2**-11
+    assert (found["entropy"] >= 0).all()
 
 
 def test_a_tiny_tail_is_exact_where_one_minus_the_sum_would_cancel():
@@ -200,21 +207,21 @@ def test_a_tiny_tail_is_exact_where_one_minus_the_sum_would_cancel():
     logits_NV[0, :50] = torch.linspace(0, 3, 50)
     found = assert_equals_reference(logits_NV, [999], 50)
     log_mass = math.log(950) - 25 - torch.linspace(0, 3, 50).double().logsumexp(0).item()
-    assert found.tail_logprob.item() == pytest.approx(log_mass, abs=0.01)
+    assert found["tail_logprob"].item() == pytest.approx(log_mass, abs=0.01)
 
 
 def test_values_below_the_range_of_float16_are_clamped():
     logits_NV = torch.zeros(1, 300)
     logits_NV[0, 7] = 1e6
     found = assert_equals_reference(logits_NV, [3], 10)
-    assert found.topk_logprobs[0].tolist() == [0.0, *[FLOAT16_MIN] * 9]
-    assert found.tail_logprob.item() == FLOAT16_MIN
-    assert found.target_logprob.item() == FLOAT16_MIN
+    assert found["topk_logprobs"][0].tolist() == [0.0, *[FLOAT16_MIN] * 9]
+    assert found["tail_logprob"].item() == FLOAT16_MIN
+    assert found["target_logprob"].item() == FLOAT16_MIN
 
 
 def test_no_target_is_nan_and_only_there():
     found = capture([random_logits(4, 600)], torch.tensor([-1, 5, -1, 599]), top_k=10)
-    assert found.target_logprob.isnan().tolist() == [True, False, True, False]
+    assert found["target_logprob"].isnan().tolist() == [True, False, True, False]
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -224,23 +231,26 @@ def test_a_target_in_the_top_k_has_the_same_bits_in_both_columns(dtype):
         by_rank_NV = logits_NV.float().sort(dim=-1, descending=True, stable=True).indices
         targets_N = by_rank_NV[:, rank]
         found = capture([logits_NV], targets_N, top_k=50)
-        matches_NK = found.topk_indices == targets_N[:, None]
+        matches_NK = found["topk_indices"] == targets_N[:, None]
         assert (matches_NK.sum(-1) == 1).all()
-        listed_N = found.topk_logprobs[matches_NK]
-        assert torch.equal(listed_N.view(torch.int16), found.target_logprob.view(torch.int16))
+        listed_N = found["topk_logprobs"][matches_NK]
+        assert torch.equal(listed_N.view(torch.int16), found["target_logprob"].view(torch.int16))
 
 
 @pytest.mark.parametrize("poison", [math.nan, -math.nan, math.inf])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("position", [0, 500, 1002])
-def test_nan_and_infinity_show_in_the_logsumexp_of_their_row_alone(poison, dtype, position):
+@pytest.mark.parametrize("options", [TOP_20, ALL], ids=["top 20", "all"])
+def test_nan_and_infinity_show_in_the_logsumexp_of_their_row_alone(
+    poison, dtype, position, options
+):
     logits_NV = random_logits(3, 1003).to(dtype)
-    clean = capture([logits_NV], torch.tensor([1, 2, 3]), top_k=20)
+    clean = capture([logits_NV], torch.tensor([1, 2, 3]), **options)
     logits_NV[1, position] = poison
-    found = capture([logits_NV], torch.tensor([1, 2, 3]), top_k=20)
-    assert found.logsumexp.isfinite().tolist() == [True, False, True]
-    for name in (field.name for field in fields(Distribution)):
-        assert torch.equal(getattr(found, name)[[0, 2]], getattr(clean, name)[[0, 2]]), name
+    found = capture([logits_NV], torch.tensor([1, 2, 3]), **options)
+    assert found["logsumexp"].isfinite().tolist() == [True, False, True]
+    for name in found:
+        assert torch.equal(found[name][[0, 2]], clean[name][[0, 2]]), name
 
 
 @pytest.mark.parametrize("top_k", [1, 20, 333])
@@ -248,20 +258,25 @@ def test_a_row_of_nothing_but_minus_infinity_is_not_finite(top_k):
     logits_NV = random_logits(2, 333)
     logits_NV[0] = -torch.inf
     found = capture([logits_NV], torch.tensor([0, 0]), top_k=top_k)
-    assert found.logsumexp.isfinite().tolist() == [False, True]
+    assert found["logsumexp"].isfinite().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("workspace_bytes", [1, 3 * 4 * 1024, 2**26])
-def test_the_size_of_the_workspace_changes_nothing(monkeypatch, workspace_bytes, dtype):
+@pytest.mark.parametrize("options", [TOP_20, ALL], ids=["top 20", "all"])
+def test_the_size_of_the_workspace_changes_nothing(monkeypatch, workspace_bytes, dtype, options):
     logits_NV = random_logits(17, 1003, seed=6).to(dtype)
     targets_N = torch.tensor(spread_targets(17, 1003))
-    expected = capture([logits_NV], targets_N, top_k=50)
+    if "uniforms_NM" in options:
+        uniforms_NM = uniforms(0, "doc", 0, num_positions=17, count=4)
+        options = options | {"uniforms_NM": uniforms_NM}
+    expected = capture([logits_NV], targets_N, **options)
     monkeypatch.setattr(distribution, "CPU_WORKSPACE_BYTES", workspace_bytes)
     for pieces in ([logits_NV], logits_NV.split([1, 5, 11])):
-        found = capture(pieces, targets_N, top_k=50)
-        for name in (field.name for field in fields(Distribution)):
-            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        found = capture(pieces, targets_N, **options)
+        assert set(found) == set(expected)
+        for name in found:
+            assert torch.equal(found[name], expected[name]), name
 
 
 def test_concatenate_keeps_the_order_of_the_parts():
@@ -272,10 +287,11 @@ def test_concatenate_keeps_the_order_of_the_parts():
         for start, stop in ((0, 4), (4, 5), (5, 9))
     ]
     joined = concatenate(parts)
-    for field in fields(Distribution):
-        assert torch.equal(getattr(joined, field.name), getattr(whole, field.name)), field.name
+    assert list(joined) == list(whole)
+    for name in whole:
+        assert torch.equal(joined[name], whole[name]), name
     alone = concatenate(parts[1:2])
-    assert torch.equal(alone.topk_indices, whole.topk_indices[4:5])
+    assert torch.equal(alone["topk_indices"], whole["topk_indices"][4:5])
 
 
 def test_the_input_is_left_as_it_was():
@@ -283,6 +299,79 @@ def test_the_input_is_left_as_it_was():
     before = logits_NV.clone()
     capture([logits_NV], torch.tensor([1, 2, 3]), top_k=50)
     assert torch.equal(logits_NV, before)
+
+
+# The whole distribution, and other temperatures
+
+
+def assert_whole_equals_reference(logits_NV: Tensor, targets: list[int]) -> None:
+    found = capture([logits_NV], torch.tensor(targets), top_k="all")
+    assert set(found) == {"logprobs", "target_logprob", "logsumexp", "entropy"}
+    logprobs_NV = logits_NV.double().log_softmax(-1)
+    entropy_N = -(logprobs_NV.exp() * logprobs_NV.clamp(min=-1e30)).sum(-1)
+    rounding_N = float32_rounding(logits_NV)
+    wanted = {"logprobs": logprobs_NV.clamp(min=FLOAT16_MIN), "entropy": entropy_N}
+    for name, expected in wanted.items():
+        assert found[name].dtype == torch.float16
+        assert found[name].shape == expected.shape
+        rounding = rounding_N[:, None] if expected.ndim == 2 else rounding_N
+        error = (found[name].double() - expected).abs() - half_spacing(expected) - rounding
+        assert error.max() <= 0, f"{name} is {error.max():.3g} beyond the rounding of its type"
+    logsumexp_N = logits_NV.double().logsumexp(-1)
+    torch.testing.assert_close(found["logsumexp"].double(), logsumexp_N, rtol=1e-5, atol=1e-5)
+    rows_N = torch.arange(len(targets))
+    assert torch.equal(found["target_logprob"], found["logprobs"][rows_N, torch.tensor(targets)])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("vocab_size", [1, 5, 64, 777, 5003])
+def test_the_whole_distribution(vocab_size, dtype):
+    logits_NV = random_logits(6, vocab_size).to(dtype)
+    assert_whole_equals_reference(logits_NV, spread_targets(6, vocab_size))
+
+
+@pytest.mark.parametrize("peak", [80.0, 300.0, 3e4])
+def test_the_whole_of_a_peaked_or_masked_distribution(peak):
+    logits_NV = random_logits(3, 1003, seed=7)
+    logits_NV[0, 500] = peak
+    logits_NV[1, 200:900] = -torch.inf
+    logits_NV[2] -= 2 * peak
+    assert_whole_equals_reference(logits_NV, [500, 3, 1002])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 2.0, 5.0, 100.0])
+@pytest.mark.parametrize("top_k", [20, "all"])
+def test_other_temperatures(temperature, dtype, top_k):
+    logits_NV = random_logits(5, 2003, seed=8).to(dtype)
+    logits_NV[1, 77] = 300.0
+    logits_NV[2, 100:1900] = -torch.inf
+    logits_NV[3] += 1000.0
+    logits_NV[4] = 0.0
+    found = capture([logits_NV], torch.zeros(5).long(), top_k=top_k, temperatures=(temperature,))
+    stored_N = found[f"logsumexp_t{temperature:g}"]
+    assert stored_N.dtype == torch.float32
+    expected_N = (logits_NV.double() / temperature).logsumexp(-1)
+    rounding_N = 1e-5 + 2e-7 * expected_N.abs()
+    assert ((stored_N.double() - expected_N).abs() <= rounding_N).all()
+    # What it is for: the true log-probabilities at that temperature, within float16's rounding of those at 1.
+    listed = found.get("topk_indices", torch.arange(2003).expand(5, -1)).long()
+    logprobs_NK = found["logprobs" if top_k == "all" else "topk_logprobs"].double()
+    rebuilt_NK = (logprobs_NK + found["logsumexp"].double()[:, None]) / temperature
+    rebuilt_NK -= stored_N.double()[:, None]
+    exact_NK = (logits_NV.double() / temperature).log_softmax(-1).gather(1, listed)
+    slack_NK = (half_spacing(logprobs_NK) + 2e-6 * logits_NV[3, 0].double()) / temperature
+    kept_NK = logprobs_NK > FLOAT16_MIN
+    assert ((rebuilt_NK - exact_NK).abs() <= slack_NK + 1e-4)[kept_NK].all()
+
+
+def test_other_temperatures_change_no_other_column():
+    logits_NV = random_logits(3, 1003)
+    targets_N = torch.tensor([1, 2, 3])
+    plain = capture([logits_NV], targets_N, top_k=20)
+    found = capture([logits_NV], targets_N, **TOP_20)
+    for name, column in plain.items():
+        assert torch.equal(found[name], column), name
 
 
 @st.composite
@@ -325,17 +414,17 @@ def test_any_floats_equal_the_reference(values, data):
 
 def assert_invariants(found: Distribution, logits_NV: Tensor) -> None:
     vocab_size = logits_NV.shape[1]
-    logprobs = torch.cat([found.topk_logprobs[0], found.tail_logprob]).double()
+    logprobs = torch.cat([found["topk_logprobs"][0], found["tail_logprob"]]).double()
     probs, rounding = logprobs.exp(), half_spacing(logprobs) + float32_rounding(logits_NV)
     sum_rounding = (probs * rounding.expm1()).sum().item()
     assert probs.sum().item() == pytest.approx(1, abs=max(1e-3, sum_rounding))
-    assert (found.topk_logprobs[0].diff() <= 0).all()
-    ids = found.topk_indices[0].tolist()
+    assert (found["topk_logprobs"][0].diff() <= 0).all()
+    ids = found["topk_indices"][0].tolist()
     assert len(set(ids)) == len(ids)
     assert min(ids) >= 0
     assert max(ids) < vocab_size
     tolerance = (probs * (logprobs.abs() + 1) * rounding.expm1()).sum() + 1e-4
-    tolerance += half_spacing(found.entropy[0]) + float32_rounding(logits_NV)[0]
+    tolerance += half_spacing(found["entropy"][0]) + float32_rounding(logits_NV)[0]
     # The tail as one bucket: a coarser distribution has less entropy.
-    assert found.entropy[0].double() >= -(probs * logprobs).sum() - tolerance
-    assert found.entropy[0].double() <= math.log(vocab_size) + tolerance
+    assert found["entropy"][0].double() >= -(probs * logprobs).sum() - tolerance
+    assert found["entropy"][0].double() <= math.log(vocab_size) + tolerance

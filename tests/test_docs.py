@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from builder.schema import columns
+from builder.schema import LOGPROBS, Layout, columns
 
 BUILDER, STUDENT = REPOSITORY / "builder", REPOSITORY / "builder" / "student"
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 # A module may import those before it; `demo` prepares a teacher, so it stands after `teacher`.
 ORDER = [
-    *["schema", "recipe", "corpus", "sequences", "teacher", "distribution", "demo", "sources"],
-    *["shards", "pipeline", "manifest", "card", "state", "stream", "build", "recompute", "verify"],
-    *["info", "estimate", "cli"],
+    *["schema", "recipe", "corpus", "sequences", "teacher", "draws", "distribution", "demo"],
+    *["sources", "shards", "pipeline", "manifest", "charts", "markdown", "licences", "card"],
+    *["state", "stream", "build", "recompute", "invariants", "verify", "versions", "remote"],
+    *["release", "hub", "info", "estimate", "cli"],
 ]
 # The package for trainers knows of the others the schema only; its modules have an order of their own.
 STUDENT_ORDER = [
@@ -75,12 +76,13 @@ def test_importing_the_student_loads_neither_transformers_nor_the_builder():
 
 
 def test_stages_know_nothing_of_recipes():
-    for stage in ("schema", "corpus", "sequences", "teacher", "distribution", "shards"):
+    for stage in ("schema", "corpus", "sequences", "teacher", "draws", "distribution", "shards"):
         assert not imported(BUILDER / f"{stage}.py") & {"recipe", "manifest", "build", "cli"}
 
 
 def test_the_row_table_of_the_readme_is_the_schema():
-    for column in columns(with_text=True):
+    layout = Layout(tail_samples=4, temperatures=(2.0,), hidden_states=True)
+    for column in (*columns(layout), LOGPROBS):
         kind = f"{column.dtype} [{column.shape}]" if column.shape else column.dtype
         assert f"| `{column.name}` | {kind} | {column.meaning} |" in README
 

@@ -130,7 +130,7 @@ def test_draws_are_those_of_the_teacher_and_the_tail_is_outside_the_list(place):
     for row in table.slice(0, 5).to_pylist():
         for listed, drawn in zip(row["topk_indices"], row["tail_indices"], strict=True):
             assert not set(listed) & set(drawn)
-            assert len(drawn) == truth.TAIL_DRAWS
+            assert len(drawn) == 4
 
 
 def test_draws_are_unbiased_and_never_of_mass_zero():
@@ -221,7 +221,7 @@ def test_drawn_targets_are_unbiased_estimates_of_the_oracle(place, kind):
             drawn["samples"] = batch["samples"].clone()
             drawn["samples"][mask] = ids.int()
         else:
-            ids = torch.multinomial(rest_NV, truth.TAIL_DRAWS, replacement=True, generator=rng)
+            ids = torch.multinomial(rest_NV, 4, replacement=True, generator=rng)
             drawn["tail_indices"] = batch["tail_indices"].clone()
             drawn["tail_indices"][mask] = torch.cat(
                 [ids, torch.full_like(ids[:, :1], data.frequent.other)], dim=1
@@ -399,7 +399,7 @@ def test_resuming_skips_what_is_done_and_does_what_is_not(place, finished, monke
     (results / "tail_draws-quarter-0-rate0.002.json").unlink(missing_ok=True)
     (results / "tail_draws-quarter-0-rate0.01.json").unlink(missing_ok=True)
     done = []
-    monkeypatch.setattr(program, "_run", lambda s, r: done.append(s.name) or s.name)
+    monkeypatch.setattr(program, "_run", lambda s, *_: done.append(s.name) or s.name)
     program.experiment(small_plan(), place, results, workers=1)
     assert [name[:18] for name in done] == ["tail_draws-quarter"]
 
@@ -423,8 +423,18 @@ def test_a_run_that_another_process_is_at_is_left_to_it(place, tmp_path, capsys)
 
 
 def test_results_of_other_settings_are_not_mixed_in(place, finished):
-    with pytest.raises(ValueError, match="is of other settings"):
+    with pytest.raises(ValueError, match="is of other settings or other data"):
         program.experiment(small_plan(steps=7), place, finished[0], workers=1)
+
+
+def test_results_of_other_data_are_not_mixed_in(place, finished, tmp_path):
+    results = shutil.copytree(finished[0], tmp_path / "results")
+    settings = small_plan().to_choose_rate()[0]
+    result = json.loads((results / settings.name).read_text())
+    result["made_of"]["dataset"] = "another"
+    (results / settings.name).write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="other data"):
+        program.run_all([settings], place, results, workers=1)
 
 
 def test_the_report_renders_what_is_there(finished):

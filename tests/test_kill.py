@@ -108,5 +108,27 @@ def test_kills_at_the_steps_between_which_something_could_be_half_done(
     assert shards == [
         (r.file, r.sha256, r.rows) for r in records_of(read_manifest(tmp_path / "whole"))
     ]
-    assert sorted(path.name for path in output.iterdir()) == ["README.md", "data", "manifest.json"]
+    left = sorted(path.name for path in output.iterdir())
+    assert left == ["README.md", "assets", "data", "manifest.json"]
     assert not list((output / "data").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "tail_samples = 6\ntemperatures = [2.0]\nhidden_states = true",
+        'top_k = "all"\ntemperatures = [2.0]\nhidden_states = true',
+    ],
+    ids=["everything", "all"],
+)
+def test_a_kill_with_every_option_on(options, make_recipe, corpus_file, tmp_path, killer):
+    write_jsonl(corpus_file, sample_documents(40))
+    recipe = make_recipe(output=f"shard_tokens = 200\n{options}")
+    killer.build(recipe, tmp_path / "whole")
+    output = tmp_path / "out"
+    assert killer.build(recipe, output, at_step="os.replace#9:before")["killed"]
+    before = finished_shards(output)
+    assert len(before) > 1
+    assert killer.build(recipe, output)["status"] == 0
+    check_kept(before, output)
+    assert data_bytes(output) == data_bytes(tmp_path / "whole")

@@ -10,7 +10,7 @@ import torch
 from conftest import REPOSITORY
 
 from builder.distribution import capture
-from builder.schema import SCHEMA_VERSION
+from builder.schema import SCHEMA_VERSION, Layout
 from builder.sequences import Sequence
 from builder.shards import Block, ShardWriter, atomic_file
 
@@ -69,30 +69,31 @@ def write_synthetic(directory, *, num_tokens, vocab_size, top_k, row_length=256,
     logits_NV[:, common] += spread
     lengths = [row_length] * (num_tokens // row_length)
     ids_N = common[torch.randint(400, (sum(lengths),), generator=generator)]
-    captured = capture(logits_NV, torch.zeros(64, dtype=torch.long), top_k=top_k)
+    captured = capture([logits_NV], torch.zeros(64, dtype=torch.long), top_k=top_k)
     picked_N = ids_N % 64  # the distribution depends on the last token: something to learn
-    distribution = type(captured)(
-        **{name: getattr(captured, name)[picked_N] for name in captured.__slots__}
-    )
+    distribution = {name: column[picked_N] for name, column in captured.items()}
     sequences = [
         Sequence(document_id=f"d{i}", chunk_index=0, text="", token_ids=ids.tolist(), next_token=2)
         for i, ids in enumerate(ids_N.split(row_length))
     ]
     (directory / "data").mkdir(parents=True)
     file, fingerprint = "data/train-000-00000.parquet", "synthetic"
-    metadata = {"logit_dataset.fingerprint": fingerprint}
+    metadata = {"logit_dataset.row_fingerprint": fingerprint}
     with (
         atomic_file(directory / file) as sink,
-        ShardWriter(sink, with_text=True, profile="default", metadata=metadata) as writer,
+        ShardWriter(
+            sink, layout=Layout(top_k=top_k), profile="default", metadata=metadata
+        ) as writer,
     ):
         writer.write(Block(sequences=sequences, distribution=distribution))
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "fingerprint": fingerprint,
+        "row_fingerprint": fingerprint,
         "recipe": {"sequences": {"max_length": row_length, "long_documents": "chunk"}},
         "teacher": {
             **{"name": "synthetic", "sha256": "0", "vocab_size": vocab_size},
-            **{"tokenizer_sha256": "0", "eos_token_id": 2, "prefix_ids": []},
+            **{"tokenizer_sha256": "0", "eos_token_id": 2, "prefix_ids": [], "suffix_ids": []},
         },
         "shards": [{"file": file}],
     }

@@ -1,6 +1,7 @@
 """Batches hold what the files hold, once an epoch, in any shape; they resume exactly; the wrong dataset is refused."""
 
 import json
+import math
 import random
 import shutil
 from dataclasses import replace
@@ -16,6 +17,7 @@ from conftest import TINY_VOCAB_SIZE, TRAINING_TEXT, recipe_text, write_jsonl
 
 from builder.build import build
 from builder.recipe import load_recipe
+from builder.schema import SCHEMA_VERSION
 from builder.student import load_logits
 from builder.student.rows import NO_TARGET, Ends, _target_ids, _values
 
@@ -163,13 +165,13 @@ def test_targets_of_chunks_with_a_prefix_and_of_truncated_documents():
     )
     ids = np.array([1, 10, 11, 1, 12, 1, 13, 1, 14, 1, 15], np.int32)
     lengths = np.array([3, 2, 2, 2, 2])
-    ends = Ends(eos_token_id=9, num_prefix_ids=1, truncated_length=None)
+    ends = Ends(eos_token_id=9, num_prefix_ids=1, shortest_cut=math.inf)
     found = _target_ids(table, ids, lengths, ends)
     assert found.tolist() == [10, 11, 12, 12, 9, 13, 9, 14, 9, 15, NO_TARGET]
-    cut = Ends(eos_token_id=9, num_prefix_ids=1, truncated_length=3)
+    cut = Ends(eos_token_id=9, num_prefix_ids=1, shortest_cut=3)
     whole = table.set_column(1, "chunk_index", pa.array([0] * 5, pa.int32()))
     assert _target_ids(whole, ids, lengths, cut)[[2, 4]].tolist() == [NO_TARGET, 9]
-    no_eos = Ends(eos_token_id=None, num_prefix_ids=1, truncated_length=None)
+    no_eos = Ends(eos_token_id=None, num_prefix_ids=1, shortest_cut=math.inf)
     assert _target_ids(table, ids, lengths, no_eos)[[2, 4]].tolist() == [12, NO_TARGET]
 
 
@@ -190,7 +192,7 @@ def test_columns_that_the_schema_does_not_know_are_in_the_batch_if_they_are_numb
         lengths = table["input_ids"].combine_chunks().value_lengths().to_pylist()
         extra = {
             "completion_mask": [[t % 2 == 0 for t in range(n)] for n in lengths],
-            "tail_indices": [[[t, t + 1] for t in range(n)] for n in lengths],
+            "neighbours": [[[t, t + 1] for t in range(n)] for n in lengths],
             "messages": [["user", "hello"] for _ in lengths],
         }
         for name, values in extra.items():
@@ -201,7 +203,7 @@ def test_columns_that_the_schema_does_not_know_are_in_the_batch_if_they_are_numb
     mask, position = batch["mask"], batch["position_ids"]
     assert batch["completion_mask"].dtype == torch.bool
     assert torch.equal(batch["completion_mask"], (position % 2 == 0) & mask)
-    assert torch.equal(batch["tail_indices"][mask][:, 1], position[mask] + 1)
+    assert torch.equal(batch["neighbours"][mask][:, 1], position[mask] + 1)
 
 
 def test_a_packed_batch_leaks_nothing_through_transformers(data, tiny_model):
@@ -390,12 +392,12 @@ def test_a_damaged_dataset_is_refused_at_once(copy, built):
     )
     pq.write_table(table.drop_columns("tail_logprob"), first)
     refused("column tail_logprob is nothing, expected list")
-    pq.write_table(table.replace_schema_metadata({"logit_dataset.fingerprint": "abc"}), second)
+    pq.write_table(table.replace_schema_metadata({"logit_dataset.row_fingerprint": "abc"}), second)
     refused(f"{second.name} belongs to the build abc, the manifest is of")
     change_manifest(copy, lambda m: m["shards"][0].update(file="data/../../secret.parquet"))
     refused("names the file 'data/../../secret.parquet', expected data")
     change_manifest(copy, lambda m: m.update(schema_version="2.0.0"))
-    refused("schema version 2.0.0, this program reads 1.0.0")
+    refused(f"schema version 2.0.0, this program reads {SCHEMA_VERSION}")
     change_manifest(copy, lambda m: m.pop("teacher"))
     refused(r"manifest.json is damaged \(no teacher\)")
     (copy / "manifest.json").write_text("{")

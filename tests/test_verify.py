@@ -42,6 +42,10 @@ def rows_of(directory: Path, file: str) -> list[Row]:
     return rows
 
 
+def head(row: Row) -> np.ndarray:
+    return row["topk_logprobs"] if "topk_logprobs" in row else row["logprobs"]
+
+
 def forge(directory: Path, change: Callable[[list[Row]], None], *, all_files: bool = True) -> None:
     """Change rows, and sign the result: hashes, sizes and sums in the manifest are made to fit."""
     manifest = read_manifest(directory)
@@ -53,7 +57,7 @@ def forge(directory: Path, change: Callable[[list[Row]], None], *, all_files: bo
         arrays = []
         for field in schema:
             values = [row[field.name] for row in rows]
-            if field.name.startswith("topk"):
+            if pa.types.is_list(field.type) and pa.types.is_list(field.type.value_type):
                 values = [list(value) for value in values]
             arrays.append(pa.array(values, type=field.type))
         pq.write_table(pa.Table.from_arrays(arrays, schema=schema), path)
@@ -65,9 +69,7 @@ def forge(directory: Path, change: Callable[[list[Row]], None], *, all_files: bo
             tokens=sum(len(row["input_ids"]) for row in rows),
             sums={
                 "entropy": sum(float(row["entropy"].astype(float).sum()) for row in rows),
-                "topk_mass": sum(
-                    float(np.exp(row["topk_logprobs"].astype(float)).sum()) for row in rows
-                ),
+                "topk_mass": sum(float(np.exp(head(row).astype(float)).sum()) for row in rows),
                 "target_nll": -float(np.nansum(valid)),
                 "targets": int((~np.isnan(valid)).sum()),
             },
@@ -278,38 +280,30 @@ def renormalised(rows: list[Row]) -> None:
         logprobs = row["topk_logprobs"].astype(float)
         logprobs -= np.log(np.exp(logprobs).sum(-1, keepdims=True))
         row["topk_logprobs"] = logprobs.astype(np.float16)
-        row["tail_logprob"][:] = -65504
+        row["tail_logprob"][:] = row["tail_logprobs"][:] = -65504
+        row["tail_indices"][:] = row["topk_indices"][:, -1:]
         row["entropy"] = -(np.exp(logprobs) * logprobs).sum(-1).astype(np.float16)
         set_targets(row)
 
 
+DISTRIBUTION = (
+    *("topk_indices", "topk_logprobs", "tail_logprob", "target_logprob", "logsumexp", "entropy"),
+    *("tail_indices", "tail_logprobs"),
+)
+
+
 def shifted(rows: list[Row]) -> None:
     for row in rows:
-        for name in (
-            "topk_indices",
-            "topk_logprobs",
-            "tail_logprob",
-            "logsumexp",
-            "entropy",
-            "target_logprob",
-        ):
+        for name in DISTRIBUTION:
             row[name] = np.roll(row[name], 1, axis=0)
         set_targets(row)
 
 
 def swapped_documents(rows: list[Row]) -> None:
-    names = (
-        "topk_indices",
-        "topk_logprobs",
-        "tail_logprob",
-        "logsumexp",
-        "entropy",
-        "target_logprob",
-    )
     length = min(len(row["input_ids"]) for row in rows)
-    first = {name: rows[0][name][:length].copy() for name in names}
+    first = {name: rows[0][name][:length].copy() for name in DISTRIBUTION}
     for row, following in zip(rows, [*rows[1:], None], strict=True):
-        for name in names:
+        for name in DISTRIBUTION:
             row[name][:length] = (following or first)[name][:length]
         set_targets(row)
 
@@ -321,7 +315,9 @@ def hotter(rows: list[Row]) -> None:
             np.concatenate([row["topk_logprobs"], row["tail_logprob"][:, None]], axis=-1) / 1.25
         )
         stored = stored.astype(float)
-        stored -= np.log(np.exp(stored).sum(-1, keepdims=True))
+        total = np.log(np.exp(stored).sum(-1, keepdims=True))
+        stored -= total
+        row["tail_logprobs"] = (row["tail_logprobs"] / 1.25 - total).astype(np.float16)
         row["topk_logprobs"] = stored[:, :-1].astype(np.float16)
         row["tail_logprob"] = stored[:, -1].astype(np.float16)
         row["entropy"] = entropy_of_stored(row)
@@ -331,7 +327,8 @@ def hotter(rows: list[Row]) -> None:
 def other_tokens(rows: list[Row]) -> None:
     """The right log-probs on ids that are all one too high."""
     for row in rows:
-        row["topk_indices"] = (row["topk_indices"] + 1) % 448
+        for name in ("topk_indices", "tail_indices"):
+            row[name] = (row[name] + 1) % 448
         set_targets(row)
 
 

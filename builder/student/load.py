@@ -204,6 +204,11 @@ def _check_requirements(
                 f"{where} has a tokenizer with SHA-256 {found['tokenizer_sha256']}, but {wanted} is required; "
                 "use the teacher's tokenizer, or project the dataset onto yours"
             )
+    if manifest["recipe"].get("output", {}).get("top_k") == "all":
+        raise ValueError(
+            f'{where} has whole distributions (top_k = "all"), which no batch is made of here; read its logprobs with '
+            "load_dataset"
+        )
     if vocab_size is not None and vocab_size != found["vocab_size"]:
         raise ValueError(
             f"{where} has a vocabulary of {found['vocab_size']:,} logits, but {vocab_size:,} is required"
@@ -225,7 +230,7 @@ def _read_manifest(source: Callable[[str], Any], where: str) -> dict[str, Any]:
         content = Path(file).read_bytes() if isinstance(file, str) else file.read()
         manifest: dict[str, Any] = json.loads(content)
         version = str(manifest["schema_version"])
-        missing = {"fingerprint", "recipe", "teacher", "shards"} - set(manifest)
+        missing = {"fingerprint", "row_fingerprint", "recipe", "teacher", "shards"} - set(manifest)
     except FileNotFoundError:
         raise ValueError(f"{where} has no {MANIFEST}: it is not a finished logit dataset") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -258,11 +263,11 @@ def _footer(source: Callable[[str], Any], name: str, manifest: dict[str, Any]) -
         token_columns(footer.schema.to_arrow_schema())
     except ValueError as error:
         raise ValueError(f"{name}: {error}; it is not of schema {SCHEMA_VERSION}") from None
-    found = (footer.metadata or {}).get(b"logit_dataset.fingerprint", b"").decode()
-    if found != manifest["fingerprint"]:
+    found = (footer.metadata or {}).get(b"logit_dataset.row_fingerprint", b"").decode()
+    if found != manifest["row_fingerprint"]:
         raise ValueError(
             f"{name} belongs to the build {found[:12] or 'of an unknown recipe'}, the manifest is of "
-            f"{manifest['fingerprint'][:12]}; fetch the dataset again"
+            f"{manifest['row_fingerprint'][:12]}; fetch the dataset again"
         )
     return footer
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from builder.schema import FLOAT16_MIN
+from builder.schema import FLOAT16_MIN, temperature_column
 from builder.student.divergences import KINDS, AtStudent, AtTeacher, Kind
 from builder.student.gather import gather_logprobs
 
@@ -218,7 +218,7 @@ def _at_temperature(
     There a bound holds that does not: with r the smallest raw logit of the head, no tail logit x is above r, so that Σ_tail exp(x / T)
     is at least (T > 1; at most, T < 1) exp(r / T − r) Σ_tail exp(x), and that last sum is exp(S) p_tail.
     """
-    name = f"logsumexp_t{temperature:g}"
+    name = temperature_column(temperature).name
     if name not in batch or "logsumexp" not in batch:
         stored = [column for column in batch if column.startswith("logsumexp_t")]
         raise ValueError(

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from builder.schema import COLUMNS
+from builder.schema import COLUMNS, shortest_cut
 
 NO_TARGET = -100
 """In `target_ids`, where it is not known which token follows; what torch's cross-entropy ignores."""
@@ -69,19 +69,16 @@ class Ends:
     eos_token_id: int | None
     num_prefix_ids: int
     """Special tokens at the start of every row."""
-    truncated_length: int | None
-    """A row of this length may have been cut from a longer document, of which the rest is not there."""
+    shortest_cut: float
+    """A row of this length or more may have been cut from a longer document, of which the rest is not there."""
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> "Ends":
         """Read from a manifest."""
-        sequences = manifest["recipe"]["sequences"]
         return cls(
             eos_token_id=manifest["teacher"]["eos_token_id"],
             num_prefix_ids=len(manifest["teacher"]["prefix_ids"]),
-            truncated_length=(
-                sequences["max_length"] if sequences["long_documents"] == "truncate" else None
-            ),
+            shortest_cut=shortest_cut(manifest),
         )
 
 
@@ -134,7 +131,7 @@ def _target_ids(
     last = np.full(len(lengths_R), NO_TARGET, dtype=targets_N.dtype)
     if ends.eos_token_id is not None:
         last[:-1] = ends.eos_token_id
-        last[lengths_R == ends.truncated_length] = NO_TARGET
+        last[lengths_R >= ends.shortest_cut] = NO_TARGET
     last[:-1][goes_on] = input_ids_N[stops_R[:-1][goes_on] + ends.num_prefix_ids]
     targets_N[stops_R - 1] = last
     return targets_N

@@ -3,7 +3,8 @@
     python -m examples.experiment            some 45 runs, under two hours on two idle cores
     python -m examples.experiment --quick    the same machinery in minutes; its numbers mean nothing
 
-Kill it at any moment and start it again: runs that are done are not repeated. Results are files in --results, one a run.
+Kill it at any moment and start it again: runs that are done are not repeated. Results are files in --results, one a run, and a page
+beside them. With --results examples/experiment/results it is the README there.
 """
 
 import argparse
@@ -17,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a run is one thread, and there 
 
 from builder.cli import _quiet_libraries
 from examples.experiment.prepare import Place
-from examples.experiment.report import write_report
+from examples.experiment.report import BEGIN, END, write_report
 from examples.experiment.runs import FULL, QUICK, experiment
 
 HERE = Path(__file__).parent
@@ -32,16 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="small, to see that all works")
     parser.add_argument("--work", type=Path, help="directory of datasets (about 1 GB)")
-    parser.add_argument("--results", type=Path, help="directory of results")
+    parser.add_argument("--results", type=Path, help="directory of results (WORK/results)")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--report", action="store_true", help="only render what is there")
     options = parser.parse_args(arguments)
     work = options.work or Path("out/experiment-quick" if options.quick else "out/experiment")
-    results = options.results or (work / "results" if options.quick else HERE / "results")
-    page = work / "README.md" if options.quick else HERE / "README.md"
-    if options.quick and not page.exists():
+    results = options.results or work / "results"
+    page = HERE / "README.md" if results.resolve() == HERE / "results" else work / "README.md"
+    if not page.exists():
         work.mkdir(parents=True, exist_ok=True)
-        page.write_text("<!-- results -->\n<!-- end of results -->\n", encoding="utf-8")
+        page.write_text(f"# Experiment\n\n{BEGIN}\n{END}\n", encoding="utf-8")
     if not options.report:
         _quiet_libraries()
         plan = QUICK if options.quick else FULL

@@ -3,7 +3,6 @@
 A number is a mean over seeds ± the standard deviation among them; without ± it is of one seed.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from examples.experiment.arms import ARMS
 from examples.experiment.claims import CLAIMS, Results, share_of_gap
 from examples.experiment.plots import COLOURS, curves, dots
+from examples.experiment.train import read_json
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 DATA = {"train": "all data", "quarter": "a quarter of the data"}
@@ -29,11 +29,11 @@ def write_report(results: Path, page: Path) -> None:
         raise ValueError(f"{page} has no lines {BEGIN} and {END}; add them where the results go")
     if not (results / "plan.json").exists():
         raise ValueError(f"{results} has no results yet; run: make experiment")
-    plan, dataset = (_read(results / f"{name}.json") for name in ("plan", "dataset"))
+    plan, dataset = (read_json(results / f"{name}.json") for name in ("plan", "dataset"))
     runs = [
         run
         for path in sorted(results.glob("*-rate*.json"))
-        if (run := _read(path))["settings"]["steps"] == plan["steps"]
+        if (run := read_json(path))["settings"]["steps"] == plan["steps"]
     ]
     found: dict[tuple[str, str], dict[int, Any]] = defaultdict(dict)
     for run in runs:
@@ -240,8 +240,3 @@ def _plots(found: Results, results: Path) -> None:
         x="test cross-entropy at the best point, nats",
     )
     (results / "arms.svg").write_text(plot, encoding="utf-8")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return loaded

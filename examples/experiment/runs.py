@@ -3,7 +3,6 @@
 Each worker is a process with one thread: for a model this small a second thread would mostly wait.
 """
 
-import json
 import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from builder.cli import _quiet_libraries
 from builder.manifest import write_json
 from examples.experiment.arms import ARMS
 from examples.experiment.prepare import Place, prepare
-from examples.experiment.train import Data, Settings, train
+from examples.experiment.train import Data, Settings, read_json, train
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,14 +120,16 @@ def choose_rate(candidates: Sequence[Settings], results: Path) -> float:
 
 def run_all(runs: Sequence[Settings], place: Place, results: Path, workers: int) -> None:
     """Those whose files are not there, `workers` at once (one: in this process), each file written when its run is done."""
-    missing = [settings for settings in dict.fromkeys(runs) if not _is_done(settings, results)]
+    missing = [
+        settings for settings in dict.fromkeys(runs) if not _is_done(settings, place, results)
+    ]
     if not missing:
         return
     _say(f"{len(missing)} runs to do")
     if workers == 1:
         _start_worker(place)
         for settings in missing:
-            _say(_run(settings, results))
+            _say(_run(settings, place, results))
         return
     with ProcessPoolExecutor(
         workers,
@@ -136,7 +137,7 @@ def run_all(runs: Sequence[Settings], place: Place, results: Path, workers: int)
         initializer=_start_worker,
         initargs=(place,),
     ) as pool:
-        futures = [pool.submit(_run, settings, results) for settings in missing]
+        futures = [pool.submit(_run, settings, place, results) for settings in missing]
         try:
             for number, future in enumerate(as_completed(futures), 1):
                 _say(f"{number}/{len(missing)} {future.result()}")
@@ -155,11 +156,11 @@ def _start_worker(place: Place) -> None:
     _worker_data[:] = [place.data()]
 
 
-def _run(settings: Settings, results: Path) -> str:
+def _run(settings: Settings, place: Place, results: Path) -> str:
     """Train, unless it was done in the meantime or another process is at it: several programs may work on one plan."""
     try:
         with FileLock(results / f".{settings.name}.lock", timeout=0):
-            if _is_done(settings, results):
+            if _is_done(settings, place, results):
                 return f"{settings.name}: done by another process"
             result = train(settings, _worker_data[0], progress=_say)
             write_json(results / settings.name, result)
@@ -169,20 +170,20 @@ def _run(settings: Settings, results: Path) -> str:
     return f"{settings.name}: test ce {best['ce']:.4f} at step {result['best_step']}, {result['seconds']:.0f} s"
 
 
-def _is_done(settings: Settings, results: Path) -> bool:
+def _is_done(settings: Settings, place: Place, results: Path) -> bool:
     if not (results / settings.name).exists():
         return False
-    found = _result(settings, results)["settings"]
-    if found != asdict(settings):
+    found, made_of = _result(settings, results), read_json(place.parts / "made_of.json")
+    if (found["settings"], found["made_of"]) != (asdict(settings), made_of):
         raise ValueError(
-            f"{results / settings.name} is of other settings ({found}); move the results away, or give other --results"
+            f"{results / settings.name} is of other settings or other data (another version of Python has another "
+            "corpus); move the results away, or give other --results"
         )
     return True
 
 
 def _result(settings: Settings, results: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((results / settings.name).read_text(encoding="utf-8"))
-    return loaded
+    return read_json(results / settings.name)
 
 
 def _say(message: str) -> None:

@@ -8,6 +8,7 @@ and at the end, and decide nothing.
 """
 
 import copy
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -61,6 +62,8 @@ class Data:
     ) -> None:
         """Open them; batches are read when they are asked for."""
         self._parts, self._teacher = parts, teacher
+        self.made_of = read_json(parts / "made_of.json")
+        """What the data are: only runs of the same can be compared."""
         self.frequent = student_vocabulary(dataset, num_kept)
         self.whole = np.load(parts / "whole.npy", mmap_mode="r")
         self.manifest = load_logits(parts / "train").manifest
@@ -144,6 +147,7 @@ def train(
     averaged.module.load_state_dict(best)
     return {
         "settings": asdict(settings),
+        "made_of": data.made_of,
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
         "curve": curve,
         "best_step": min(curve, key=lambda point: point["ce"])["step"],
@@ -157,6 +161,12 @@ def train(
 def teacher_itself(data: Data, length: int) -> dict[str, float]:
     """The same numbers of the teacher: what no student of it can be expected to beat by much."""
     return measure(lambda batch: batch["whole"].float(), data.held_out("test", length))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of results, or of what data are made of."""
+    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return loaded
 
 
 def _real_logits(student: Any, batch: Batch) -> Tensor:

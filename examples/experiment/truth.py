@@ -2,10 +2,9 @@
 
 In:   a finished dataset, its teacher, and the student's vocabulary.
 Out:  in a directory of its own: `whole.npy` [N, n + 1] float16, log-probabilities of all positions over the student's vocabulary; and a
-      dataset each for train, quarter, validation and test, with the columns of the built one and three more:
+      dataset each for train, quarter, validation and test, with the columns of the built one and two more:
 
       samples        [T, 50] ids drawn from the teacher, with replacement: what fifty calls of an API give
-      tail_indices   [T, 4] ids drawn from the teacher's tail (outside the stored top K), with replacement
       position       [T] the row of `whole.npy`
 
 How:  the teacher runs once more over the rows, in the batches of the build, so that a 16-bit one rounds alike. Every
@@ -39,7 +38,7 @@ from builder.student import FrequentTokens
 from builder.teacher import Teacher, load_teacher
 from examples.experiment.corpus import PARTS, in_quarter, part_of
 
-SAMPLES, TAIL_DRAWS = 50, 4
+SAMPLES = 50
 SEED = 20261125
 ROW_GROUP_ROWS = 128
 PIECE_ROWS = 128
@@ -85,7 +84,7 @@ def write_truth(
     made_of = {
         "dataset": manifest["fingerprint"],
         "vocabulary": projection.fingerprint,
-        "samples": [SAMPLES, TAIL_DRAWS, SEED],
+        "samples": [SAMPLES, SEED],
     }
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "made_of.json").exists():
@@ -105,10 +104,8 @@ def write_truth(
         cache = work / f"{Path(shard['file']).stem}.npz"
         if not cache.exists():
             teacher = teacher or _teacher(manifest, teacher_path)
-            uniform = np.random.default_rng((SEED, number)).random(
-                (shard["tokens"], SAMPLES + TAIL_DRAWS)
-            )
-            drawn = _ask(
+            uniform = np.random.default_rng((SEED, number)).random((shard["tokens"], SAMPLES))
+            samples = _ask(
                 teacher,
                 table,
                 whole[start:stop],
@@ -118,7 +115,7 @@ def write_truth(
                 where=shard["file"],
             )
             whole.flush()
-            _save(cache, samples=drawn[:, :SAMPLES], tail_indices=drawn[:, SAMPLES:])
+            _save(cache, samples=samples)
             progress(shard["tokens"])
         with np.load(cache) as columns:
             position = np.arange(start, stop, dtype=np.int32)
@@ -138,7 +135,7 @@ def _ask(
     batch_tokens: int,
     where: str,
 ) -> Array:
-    """What the teacher says at the positions of a shard: fills `whole_NS`, returns samples and draws from the tail [N, 54]."""
+    """What the teacher says at the positions of a shard: fills `whole_NS`, returns samples [N, S]."""
     stored = {
         name: np.array(nested_values(table[name]))
         for name in table.column_names
@@ -154,8 +151,10 @@ def _ask(
         top_PK = torch.from_numpy(stored["topk_indices"][here]).long()
         tail_PV = logp_PV.scatter(1, top_PK, -torch.inf)
         next_P1 = ids_N[np.minimum(here + 1, len(ids_N) - 1)][:, None]
+        drawn_PM = torch.from_numpy(stored["tail_indices"][here]).long()
         expected = {
             "topk_logprobs": logp_PV.gather(1, top_PK),
+            "tail_logprobs": tail_PV.gather(1, drawn_PM),
             "tail_logprob": tail_PV.logsumexp(-1),
             "logsumexp": logits_PV.logsumexp(-1),
             "target_logprob": logp_PV.gather(1, next_P1)[:, 0],
@@ -163,8 +162,7 @@ def _ask(
         for name, values in expected.items():
             _compare(stored[name][here], values, f"{where}: {name}")
         whole_NS[here] = project(logp_PV, kept).clamp(min=FLOAT16_MIN).half().numpy()
-        drawn_NS[here, :SAMPLES] = draw(logp_PV, uniform_NS[here, :SAMPLES])
-        drawn_NS[here, SAMPLES:] = draw(tail_PV, uniform_NS[here, SAMPLES:])
+        drawn_NS[here] = draw(logp_PV, uniform_NS[here])
     return drawn_NS
 
 

@@ -1,0 +1,383 @@
+"""A recipe says everything that decides the bytes, and a wrong one says what is wrong with it."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY
+
+from builder import recipe as recipe_module
+from builder.recipe import (
+    DESCRIPTIVE,
+    PINNED,
+    CorpusRecipe,
+    OutputRecipe,
+    Recipe,
+    SequencesRecipe,
+    TeacherRecipe,
+    differences,
+    fingerprint,
+    is_commit,
+    load_recipe,
+    row_fingerprint,
+)
+from builder.sources import KnownSources, resolve_corpus, resolve_teacher
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SMALLEST = 'name = "x"\n[corpus]\nfiles = ["a.txt"]\n[teacher]\npath = "t"\n'
+SECTIONS = {
+    "corpus": CorpusRecipe,
+    "teacher": TeacherRecipe,
+    "sequences": SequencesRecipe,
+    "output": OutputRecipe,
+}
+
+
+def load(tmp_path: Path, text: str) -> Recipe:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text, encoding="utf-8")
+    return load_recipe(path)
+
+
+def test_defaults(tmp_path):
+    assert load(tmp_path, SMALLEST).model_dump() == {
+        "name": "x",
+        "description": None,
+        "corpus": {
+            "repo": None,
+            "revision": "main",
+            "config": None,
+            "split": "train",
+            "files": ("a.txt",),
+            "embedded": None,
+            "text_column": "text",
+            "id_column": None,
+            "text_unit": "file",
+            "max_documents": None,
+            "max_tokens": None,
+            "license": None,
+            "language": (),
+        },
+        "teacher": {
+            "repo": None,
+            "revision": "main",
+            "path": "t",
+            "gguf": None,
+            "embedded": None,
+            "tokenizer": None,
+            "dtype": "bfloat16",
+            "attention": "sdpa",
+            "trust_remote_code": False,
+            "license": None,
+        },
+        "sequences": {
+            "max_length": 1024,
+            "long_documents": "chunk",
+            "bos": "tokenizer",
+            "eos": "tokenizer",
+            "batch_tokens": 16_384,
+        },
+        "output": {
+            "top_k": 50,
+            "tail_samples": 4,
+            "seed": 0,
+            "temperatures": (),
+            "hidden_states": False,
+            "text": True,
+            "profile": "default",
+            "shard_tokens": 1_000_000,
+            "partitions": 1,
+        },
+    }
+
+
+def test_the_readme_names_every_key():
+    table = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("| section | keys |")[1]
+    for name, section in SECTIONS.items():
+        (row,) = re.findall(rf"^\| `\[{name}\]` \| (.*) \|$", table, flags=re.MULTILINE)
+        assert set(section.model_fields) <= set(re.findall(r"`(\w+)`", row)), name
+
+
+@pytest.mark.parametrize(
+    "path", sorted(REPOSITORY.glob("*/*/recipe.toml")), ids=lambda path: path.parent.name
+)
+def test_shipped_recipes_are_published_as_they_are_written(path):
+    """That they are valid at all, test_hub checks."""
+    recipe = load_recipe(path)
+    assert Recipe.model_validate_json(json.dumps(recipe.published())) == recipe
+
+
+# --- what is wrong ---------------------------------------------------------------------------------------------------------
+
+FILES = '[corpus]\nfiles = ["a"]\n'
+PATH = '[teacher]\npath = "t"\n'
+WRONG = {
+    "x = ": r"is not valid TOML: Invalid value",
+    "": r"'name' is missing; 'corpus' is missing; 'teacher' is missing",
+    f'name = "x y"\n{FILES}{PATH}': r"name: String should match pattern .* \(found 'x y'\)",
+    f'name = "../x"\n{FILES}{PATH}': r"name: String should match pattern .* \(found '\.\./x'\)",
+    f'name = "x"\ncorpus = 3\n{PATH}': r"corpus: Input should be an object \(found 3\)",
+    f'name = "x"\n[corpus]\n{PATH}': r"corpus: give exactly one of repo, files, embedded \(found none\)",
+    f'name = "x"\n[corpus]\nfiles = []\n{PATH}': r"corpus: give exactly one of .* \(found none\)",
+    f'name = "x"\n{FILES}repo = "a/b"\n{PATH}': r"corpus: give exactly one of .* \(found repo and files\)",
+    f'name = "x"\n{FILES}split = "test"\n{PATH}': r"corpus: split means something only with repo; leave it out",
+    f'name = "x"\n{FILES}config = "en"\n{PATH}': r"corpus: config means something only with repo; leave it out",
+    f'name = "x"\n{FILES}revision = "v1"\n{PATH}': r"corpus: revision means something only with repo; leave",
+    f'name = "x"\n[corpus]\nfiles = "a"\n{PATH}': r"corpus\.files: Input should be a valid array \(found 'a'\)",
+    f'name = "x"\n{FILES}max_documents = 0\n{PATH}': r"max_documents: Input should be greater than 0 \(found 0\)",
+    f'name = "x"\n{FILES}max_tokens = -5\n{PATH}': r"corpus\.max_tokens: Input should be greater than 0",
+    f'name = "x"\n{FILES}text_unit = "page"\n{PATH}': r"text_unit: Input should be 'file' or 'line' \(found 'page'\)",
+    f'name = "x"\n{FILES}[teacher]\n': r"teacher: give exactly one of repo, path, gguf, embedded \(found none\)",
+    f"{SMALLEST}gguf = 'm.gguf'": r"teacher: give exactly one of .* \(found path and gguf\)",
+    f"{SMALLEST}tokenizer = 't'": r"teacher: tokenizer means something only with gguf; leave it out",
+    f"{SMALLEST}revision = 'v1'": r"teacher: revision means something only with repo; leave it out",
+    f"{SMALLEST}trust_remote_code = true": r"teacher: trust_remote_code means something only with repo",
+    f"{SMALLEST}dtype = 'int8'": r"teacher\.dtype: Input should be 'float32', .* \(found 'int8'\)",
+    f'name = "x"\n{FILES}[teacher]\nrepo = "a/b"\ntrust_remote_code = true\n': r"full 40-digit commit, not 'main'",
+    f'name = "x"\n{FILES}[teacher]\nrepo = "a/b"\nrevision = "{COMMIT[:8]}"\ntrust_remote_code = true\n':
+        rf"full 40-digit commit, not '{COMMIT[:8]}'",
+    f"{SMALLEST}[sequences]\nmax_length = 7": r"max_length: Input should be greater than or equal to 8 \(found 7\)",
+    f"{SMALLEST}[sequences]\nbos = true": r"bos: Input should be 'tokenizer', 'always' or 'never' \(found True\)",
+    f"{SMALLEST}[output]\ntop_k = 0": r"output\.top_k: expected .* at least 1, or \"all\" \(found 0\)",
+    f"{SMALLEST}[output]\ntop_k = 5.0": r"output\.top_k: expected a whole number .* \(found 5\.0\)",
+    f"{SMALLEST}[output]\ntop_k = '5'": r"output\.top_k: expected a whole number .* \(found '5'\)",
+    f"{SMALLEST}[output]\ntext = 1": r"output\.text: Input should be a valid boolean \(found 1\)",
+    f"{SMALLEST}[output]\nprofile = 'big'": r"profile: Input should be 'default' or 'compact' \(found 'big'\)",
+    f'name = "x"\n{FILES}max_documents = 2\n{PATH}[output]\npartitions = 3':
+        r"recipe: output\.partitions is 3, which is more than the corpus's limit can be divided into",
+    # Everything that is wrong is said at once.
+    f"{SMALLEST}[sequences]\nmax_lenght = 9\n[output]\ntop_k = -1":
+        r"unknown key 'sequences\.max_lenght'; did you mean 'max_length'\?; output\.top_k: expected a whole",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG.items())
+def test_a_wrong_recipe_says_what_is_wrong(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        load(tmp_path, text)
+    assert str(raised.value).startswith(f"{tmp_path / 'recipe.toml'}")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("section", ["", *SECTIONS])
+def test_every_misspelt_key_suggests_the_right_one(tmp_path, section):
+    fields = list((SECTIONS[section] if section else Recipe).model_fields)
+    for field in fields:
+        misspelt = f"{field[:-1]}_{field[-1]}"
+        values = {"name": "x", "corpus": {"files": ["a"]}, "teacher": {"path": "t"}}
+        (values.setdefault(section, {}) if section else values)[misspelt] = 1
+        with pytest.raises(ValueError, match="unknown key") as raised:
+            load(tmp_path, to_toml(values))
+        where = f"{section}.{misspelt}" if section else misspelt
+        assert f"unknown key '{where}'; did you mean '{field}'?" in str(raised.value)
+    values["output"] = {"zzz": 1}
+    with pytest.raises(ValueError, match=r"'output\.zzz'; known keys: top_k, tail_samples, seed, "):
+        load(tmp_path, to_toml(values))
+
+
+def to_toml(values: dict[str, Any]) -> str:
+    """Scalars before sections."""
+    lines = [f"{k} = {json.dumps(v)}" for k, v in values.items() if not isinstance(v, dict)]
+    for name, section in values.items():
+        if isinstance(section, dict):
+            lines += [f"[{name}]", *(f"{k} = {json.dumps(v)}" for k, v in section.items())]
+    return "\n".join(lines)
+
+
+def test_a_file_that_is_not_there_or_not_text(tmp_path):
+    with pytest.raises(ValueError, match=r"no recipe at .*none\.toml; name a \.toml file such as"):
+        load_recipe(tmp_path / "none.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"binary\.toml is not valid TOML: .*utf-8"):
+        load_recipe(tmp_path / "binary.toml")
+
+
+@pytest.mark.parametrize(
+    ("revision", "expected"),
+    [(COMMIT, True), (COMMIT[:39], False), (COMMIT.upper(), False), ("g" * 40, False), ("", False)],
+)
+def test_what_a_commit_is(revision, expected):
+    assert is_commit(revision) == expected
+
+
+# --- fingerprint -----------------------------------------------------------------------------------------------------------
+
+OTHER: dict[str, Any] = {
+    "corpus.repo": "other/corpus",
+    "corpus.config": "de",
+    "corpus.split": "test",
+    "corpus.embedded": None,
+    "corpus.text_column": "body",
+    "corpus.id_column": "id",
+    "corpus.text_unit": "line",
+    "corpus.max_documents": 9,
+    "corpus.max_tokens": 9,
+    "teacher.repo": "other/teacher",
+    "teacher.embedded": None,
+    "teacher.dtype": "float32",
+    "teacher.attention": "eager",
+    "teacher.trust_remote_code": True,
+    "sequences.max_length": 1023,
+    "sequences.long_documents": "truncate",
+    "sequences.bos": "never",
+    "sequences.eos": "always",
+    "sequences.batch_tokens": 16_383,
+    "output.top_k": 49,
+    "output.tail_samples": 0,
+    "output.seed": 1,
+    "output.temperatures": (2.0,),
+    "output.hidden_states": True,
+    "output.text": False,
+    "output.profile": "compact",
+    "output.shard_tokens": 999_999,
+    "output.partitions": 2,
+}
+"""Another value for every field that changes bytes, or could. One that is added to the recipe has to be added here."""
+
+BASE = Recipe(
+    name="x",
+    corpus=CorpusRecipe(embedded="python-docs"),
+    teacher=TeacherRecipe(embedded="smollm2-135m-instruct"),
+)
+
+
+def plan(recipe: Recipe, **sources: str) -> dict[str, Any]:
+    kept = {"corpus": {"sha256": "a" * 64}, "teacher": {"sha256": "b" * 64}}
+    return {"recipe": recipe.published(), **kept, **{k: {"sha256": v} for k, v in sources.items()}}
+
+
+def changed(field: str, value: Any) -> Recipe:
+    section, name = field.split(".")
+    values = getattr(BASE, section).model_copy(update={name: value})
+    return BASE.model_copy(update={section: values})
+
+
+def test_every_field_changes_the_fingerprint_but_what_is_pinned_or_descriptive():
+    fields = {f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields}
+    pinned = {f"{name}.{key}" for name, keys in PINNED.items() for key in keys}
+    descriptive = {f"{name}.{key}" for name, keys in DESCRIPTIVE.items() if name for key in keys}
+    assert pinned | descriptive < fields
+    assert set(OTHER) == fields - pinned - descriptive
+    assert set(Recipe.model_fields) == {*DESCRIPTIVE[""], *SECTIONS}
+
+    found = {field: fingerprint(plan(changed(field, value))) for field, value in OTHER.items()}
+    found["nothing"] = fingerprint(plan(BASE))
+    found["corpus content"] = fingerprint(plan(BASE, corpus="c" * 64))
+    found["teacher content"] = fingerprint(plan(BASE, teacher="c" * 64))
+    assert len(set(found.values())) == len(found)
+    assert all(re.fullmatch(r"[0-9a-f]{64}", value) for value in found.values())
+
+    for field in pinned | descriptive:
+        value = ("x",) if field in ("corpus.files", "corpus.language") else "x"
+        assert fingerprint(plan(changed(field, value))) == found["nothing"], field
+    renamed = BASE.model_copy(update={"name": "y", "description": "z"})
+    assert fingerprint(plan(renamed)) == found["nothing"]
+
+
+def test_only_what_decides_each_row_changes_the_fingerprint_of_rows():
+    rows = {field: row_fingerprint(plan(changed(field, value))) for field, value in OTHER.items()}
+    base = row_fingerprint(plan(BASE))
+    assert {field for field, value in rows.items() if value == base} == {
+        *("corpus.max_documents", "corpus.max_tokens")
+    }
+
+
+def test_the_schema_version_changes_the_fingerprint(monkeypatch):
+    before = fingerprint(plan(BASE))
+    monkeypatch.setattr(recipe_module, "SCHEMA_VERSION", "9.0.0")
+    assert fingerprint(plan(BASE)) != before
+
+
+def test_a_fingerprint_does_not_depend_on_how_paths_are_spelled(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("c/a.txt", "c/b.txt", "t/config.json", "tok/tokenizer.json", "m.gguf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+
+    def found(files: tuple[str, ...], **teacher: str) -> str:
+        recipe = BASE.model_copy(
+            update={"corpus": CorpusRecipe(files=files), "teacher": TeacherRecipe(**teacher)}
+        )
+        base, known = tmp_path / "c" / "..", KnownSources()
+        sources = {
+            "corpus": resolve_corpus(recipe.corpus, base, known).provenance,
+            "teacher": resolve_teacher(recipe.teacher, base, known).provenance,
+        }
+        return fingerprint({"recipe": recipe.published(), **sources})
+
+    files = [("c/a.txt", "c/b.txt"), ("c/*.txt",), ("./c/../c/*.txt",), (f"{tmp_path}/c/*.txt",), ("~/c/*.txt",)]  # fmt: skip
+    paths = ["t", "./t", f"{tmp_path}/t", "~/t"]
+    assert len({found(f, path=p) for f, p in itertools.product(files, paths)}) == 1
+    ggufs = [{"gguf": "m.gguf"}, {"gguf": f"{tmp_path}/m.gguf"}]
+    assert len({found(files[0], **gguf) for gguf in ggufs}) == 1
+    toks = [{**gguf, "tokenizer": p} for gguf in ggufs for p in ("tok", f"{tmp_path}/tok")]
+    with_tokenizer = {found(files[0], **teacher) for teacher in toks}
+    assert len(with_tokenizer) == 1
+
+    assert found(("c/b.txt", "c/a.txt"), path="t") != found(files[0], path="t")  # the order counts
+    before = found(files[0], path="t")
+    (tmp_path / "tok" / "tokenizer.json").write_text("another")
+    assert found(files[0], **toks[0]) not in with_tokenizer
+    (tmp_path / "t" / "config.json").write_text("another")
+    after = found(files[0], path="t")
+    (tmp_path / "c" / "a.txt").write_text("another")
+    assert len({before, after, found(files[0], path="t")}) == 3
+
+
+# --- what is published -----------------------------------------------------------------------------------------------------
+
+
+def test_no_absolute_path_is_published(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for prefix in (f"{tmp_path}/secret/", "~/secret/"):
+        for teacher in ({"path": "x"}, {"gguf": "x", "tokenizer": "y"}):
+            recipe = Recipe(
+                name="x",
+                corpus=CorpusRecipe(files=(f"{prefix}a-*.txt", "b/c.txt", "../secret/d.txt")),
+                teacher=TeacherRecipe(**{key: prefix + value for key, value in teacher.items()}),
+            )
+            published = recipe.published()
+            assert published["corpus"]["files"] == ["a-*.txt", "b/c.txt", "d.txt"]
+            assert {k: v for k, v in published["teacher"].items() if k in teacher} == teacher
+            text = json.dumps(published)
+            assert "secret" not in text
+            assert str(tmp_path) not in text
+            assert Recipe.model_validate_json(text).published() == published
+
+
+def test_a_home_of_nobody_is_refused(tmp_path):
+    corpus = CorpusRecipe(files=("~nobody-of-this-name/a.txt",))
+    with pytest.raises(ValueError, match=r"'~nobody-of-this-name/a\.txt' begins with the home dir"):
+        resolve_corpus(corpus, tmp_path, KnownSources())
+
+
+@pytest.mark.parametrize(
+    ("resolve", "section"),
+    [(resolve_corpus, CorpusRecipe(repo="org/x")), (resolve_teacher, TeacherRecipe(repo="org/x"))],
+)
+def test_a_directory_of_the_name_of_a_hub_repository_is_refused(
+    tmp_path, monkeypatch, resolve, section
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "x").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"'org/x' is to come from the Hub, but there is a direct"):
+        resolve(section, tmp_path, KnownSources())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "lines"),
+    [
+        ({"a": {"b": 1, "c": [1]}}, {"a": {"b": 1, "c": [1]}}, []),
+        ({"a": {"b": 1, "c": 2}}, {"a": {"b": 2, "c": 2}}, ["a.b: 1 → 2"]),
+        ({"b": 1, "a": None}, {"b": 2, "a": "x"}, ['a: null → "x"', "b: 1 → 2"]),
+        ({}, {"new": True}, ["new: null → true"]),
+        ({"gone": {"x": 1}}, {}, ['gone: {"x": 1} → null']),
+        ({"a": [1, 2]}, {"a": [2, 1]}, ["a: [1, 2] → [2, 1]"]),
+        ({"a": "ü" * 99}, {"a": 1}, [f'a: "{"ü" * 75} … → 1']),
+    ],
+)
+def test_differences(old, new, lines):
+    assert differences(old, new) == lines
