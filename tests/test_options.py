@@ -506,7 +506,9 @@ def test_the_python_of_a_card_runs_as_pasted(choice, request, monkeypatch):
         teacher = names["row"]["logprobs"].double()
         assert names["loss"].item() > 1
         again = (teacher.exp() * (teacher - student)).sum(-1).mean()
-        assert 0 < names["loss"].item() - again.item() < 1  # the step has brought the student nearer
+        assert (
+            0 < names["loss"].item() - again.item() < 1
+        )  # the step has brought the student nearer
 
 
 def test_the_picture_of_a_whole_distribution_ends_where_nothing_is_left(everything, whole):

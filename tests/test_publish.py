@@ -19,6 +19,7 @@ from hub import TOKEN, USER, Client, Cut, Refusal
 from builder.build import build
 from builder.manifest import read_manifest
 from builder.recipe import load_recipe
+from builder.schema import SCHEMA_VERSION
 from builder.versions import Version, choose, compare
 
 LICENSED = {
@@ -313,7 +314,9 @@ def test_a_former_version_of_another_schema_needs_a_major_step(hub, publish, out
     assert publish("org/set", out).returncode == 0
     repo = hub.repos["dataset", "org/set"]
     files = dict(repo.commits[repo.branches["main"]])
-    files["manifest.json"] = files["manifest.json"].replace(b'"1.0.0"', b'"0.9.0"', 1)
+    current = f'"schema_version": "{SCHEMA_VERSION}"'.encode()
+    assert current in files["manifest.json"]
+    files["manifest.json"] = files["manifest.json"].replace(current, b'"schema_version": "0.9.0"')
     hub.commit("dataset", "org/set", files)
     hub.tag("dataset", "org/set", "v1.1.0")
     result = publish("org/set", out)
@@ -648,7 +651,7 @@ def test_the_version_follows_from_the_manifests(small, large):
         ("recipe.output.top_k", 10, "recipe.output.top_k: 20 → 10"),
         ("teacher.tokenizer_sha256", "0", "teacher.tokenizer_sha256: "),
         ("teacher.dtype", "bfloat16", 'teacher.dtype: "float32" → "bfloat16"'),
-        ("schema_version", "2.0.0", 'schema_version: "1.0.0" → "2.0.0"'),
+        ("schema_version", "2.0.0", f'schema_version: "{SCHEMA_VERSION}" → "2.0.0"'),
         ("shards.0.sha256", "0", "data/train-000-00000.parquet has other content"),
     ):
         changed = json.loads(json.dumps(new))

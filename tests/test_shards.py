@@ -192,7 +192,7 @@ class Disk(io.BytesIO):
 def test_a_full_disk_is_an_error_but_does_not_hide_an_earlier_one(reason):
     def write() -> None:
         disk = Disk()
-        options = {"with_text": True, "profile": "default", "metadata": {}}
+        options = {"layout": Layout(), "profile": "default", "metadata": {}}
         with ShardWriter(pa.PythonFile(disk, mode="w"), **options):
             disk.is_full = True
             if reason:
