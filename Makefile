@@ -2,6 +2,7 @@
 # make publish         publish OUT as REPO=ORG/NAME, version TAG=v1.0.0 (the next one by default)
 # make bench           how fast, how large, how much memory (DEVICE=cuda on a GPU)
 # make test            set up everything, run the tests        make test-gpu   those that need a GPU
+# make experiment      what a student learns from distributions, in two hours (QUICK=1: in ten minutes, to see that it works)
 # make quality         formatting, lint, types                 make clean      remove what was set up
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ OUT    ?= out/$(notdir $(patsubst %/,%,$(dir $(RECIPE))))
 DEVICE ?= auto
 PIP    := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: build-dataset publish bench test test-gpu quality format clean
+.PHONY: build-dataset publish bench test test-gpu experiment quality format clean
 .DELETE_ON_ERROR:
 
 build-dataset: .venv/.ready
@@ -29,6 +30,9 @@ test: .venv/.ready-dev
 
 test-gpu: .venv/.ready-dev
 	.venv/bin/python -m pytest -m gpu
+
+experiment: .venv/.ready
+	.venv/bin/python -m examples.experiment $(if $(QUICK),--quick)
 
 quality: .venv/.ready-dev
 	.venv/bin/ruff format --check .

@@ -1,0 +1,178 @@
+"""The nine arms: what a student is told about the token that follows, and what telling it costs.
+
+Each arm is a loss of `builder.student` on the same batch; only the oracle has one of its own, a plain dense cross-entropy. What the
+teacher says is put into the student's vocabulary by `StudentVocabulary`. There `other` is a token like any other, of which a listed part is
+known for certain (the listed ids that have no place of their own); arms 5 to 7 are given that part, as they would have it if the student
+shared the teacher's vocabulary:
+
+    renormalised    the 50 are renormalised first and projected then, so `other` has its share of them
+    tail bucket     P(other) = o + an unknown part of the tail t. The bucket is o + t, of which at least o is at `other`: the loss is
+                    the least KL over all distributions that agree with what is known. Without that floor a student never learns `other`
+    residual        the tail, and not o, goes to the token that really follows
+
+Shape suffixes: B rows, T positions, N those that count, K top-k, V student's vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from builder.schema import FLOAT16_MIN
+from builder.student import FrequentTokens, distillation_loss
+from builder.student.gather import gather_logprobs
+from builder.student.rows import Rows
+
+Batch = dict[str, Tensor]
+Loss = Callable[[Tensor, Batch], Tensor]
+
+
+class StudentVocabulary:
+    """`FrequentTokens` for datasets that also have a column of samples."""
+
+    def __init__(self, frequent: FrequentTokens, teacher_vocab_size: int) -> None:
+        """Project as `frequent` does."""
+        self.frequent = frequent
+        self.vocab_size, self.fingerprint = frequent.vocab_size, f"samples-{frequent.fingerprint}"
+        self.place_V = np.full(teacher_vocab_size, frequent.other, dtype=np.int32)
+        """[V]: the student's id of each of the teacher's ids."""
+        self.place_V[frequent.kept] = np.arange(len(frequent.kept), dtype=np.int32)
+
+    def __call__(self, rows: Rows) -> Rows:
+        """Rows in the student's vocabulary."""
+        projected = self.frequent(rows)
+        columns = {**projected.columns, "samples": self.place_V[rows.columns["samples"]]}
+        return Rows(lengths_R=projected.lengths_R, columns=columns)
+
+
+def text(logits_BTV: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy on the token that follows."""
+    return distillation_loss(logits_BTV, batch, text_weight=1.0)
+
+
+def argmax(logits_BTV: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy on the teacher's most probable token."""
+    first_BT = batch["topk_indices"][..., 0]
+    return _hard(logits_BTV, batch, first_BT.where(first_BT >= 0, logits_BTV.shape[-1] - 1))
+
+
+def sample(logits_BTV: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy on one token drawn from the teacher, the same in every epoch."""
+    return _hard(logits_BTV, batch, batch["samples"][..., 0])
+
+
+def samples(logits_BTV: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy on the frequencies among fifty tokens drawn from the teacher."""
+    drawn = batch["samples"]
+    empty = {name: batch[name][..., :0] for name in ("topk_indices", "topk_logprobs")}
+    each = torch.full_like(drawn, 1 / drawn.shape[-1], dtype=torch.float32)
+    told = {**batch, **empty, "tail_indices": drawn, "tail_masses": each}
+    return distillation_loss(logits_BTV, told, kind="tail_draws")
+
+
+def renormalised(logits_BTV: Tensor, batch: Batch) -> Tensor:
+    """The usual top-50 distillation."""
+    told = _with_other(logits_BTV, batch, batch["tail_masses"][..., -1].log())
+    return distillation_loss(logits_BTV, told, kind="renormalised_top_k")
+
+
+def tail_bucket(logits_BTV: Tensor, batch: Batch) -> Tensor:
+    """Top 50, and one event for everything else."""
+    other_BT, tail_BT = batch["tail_masses"][..., -1], batch["tail_masses"][..., :-1].sum(-1)
+    with torch.no_grad():
+        told = _with_other(logits_BTV, batch, other_BT.log())
+        ids_NK = told["topk_indices"].flatten(0, 1)
+        every_N = torch.arange(len(ids_NK))
+        logq_NK, logq_rest_N, _ = gather_logprobs(
+            logits_BTV.flatten(0, 1), every_N, ids_NK, ids_NK[:, :0]
+        )
+        # How the student itself divides the bucket between `other` and the ids that are not listed.
+        odds_BT = (logq_NK[:, -1] - logq_rest_N).view_as(other_BT)
+        logp_bucket_BT = (other_BT + tail_BT).log()
+        logp_other_BT = logp_bucket_BT + logsigmoid(odds_BT)
+        agrees_BT = logp_other_BT >= other_BT.log()
+        told = _with_other(logits_BTV, batch, logp_other_BT.where(agrees_BT, other_BT.log()))
+        told["tail_logprob"] = (logp_bucket_BT + logsigmoid(-odds_BT)).where(
+            agrees_BT, tail_BT.log()
+        )
+    return distillation_loss(logits_BTV, told, kind="tail_bucket")
+
+
+def residual(logits_BTV: Tensor, batch: Batch) -> Tensor:
+    """Top 50, and the mass of everything else on the token that really follows."""
+    told = _with_other(logits_BTV, batch, batch["tail_masses"][..., -1].log())
+    told["tail_logprob"] = batch["tail_masses"][..., :-1].sum(-1).log()
+    return distillation_loss(logits_BTV, told, kind="residual")
+
+
+def tail_draws(logits_BTV: Tensor, batch: Batch) -> Tensor:
+    """Top 50, and four tokens drawn from the tail that share its mass."""
+    return distillation_loss(logits_BTV, batch, kind="tail_draws")
+
+
+def whole(logits_BTV: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy with the whole distribution, `batch["whole"]` [N, V] log-probabilities of the positions in the mask."""
+    p_NV = batch["whole"].to(logits_BTV.dtype).exp()
+    return -(p_NV * logits_BTV[batch["mask"]].log_softmax(-1)).sum(-1).mean()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One way to tell a student what follows."""
+
+    title: str
+    loss: Loss
+    columns: tuple[str, ...]
+    """Of the datasets, from which the target is made."""
+    raw_bytes: int
+    """A token, uncompressed: ids in 4 bytes, log-probabilities in 2 (for the whole distribution 49,152 of them)."""
+    has_seeds: bool = True
+    """Whether it is run with every seed, or with the first only."""
+
+
+TOP_K = ("topk_indices", "topk_logprobs", "tail_logprob")
+ARMS = {
+    "text": Arm(title="text", loss=text, columns=("input_ids",), raw_bytes=4),
+    "argmax": Arm(title="teacher's argmax", loss=argmax, columns=(), raw_bytes=4, has_seeds=False),
+    "sample": Arm(title="one sample", loss=sample, columns=(), raw_bytes=4, has_seeds=False),
+    "samples": Arm(title="fifty samples", loss=samples, columns=("samples",), raw_bytes=200),
+    "renormalised": Arm(
+        title="top 50 renormalised", loss=renormalised, columns=TOP_K[:2], raw_bytes=300
+    ),
+    "tail_bucket": Arm(title="top 50, tail bucket", loss=tail_bucket, columns=TOP_K, raw_bytes=302),
+    "residual": Arm(
+        title="top 50, residual on the target",
+        loss=residual,
+        columns=TOP_K,
+        raw_bytes=302,
+        has_seeds=False,
+    ),
+    "tail_draws": Arm(
+        title="top 50 and 4 tail draws",
+        loss=tail_draws,
+        columns=(*TOP_K, "tail_indices"),
+        raw_bytes=318,
+    ),
+    "whole": Arm(title="the whole distribution", loss=whole, columns=(), raw_bytes=98_304),
+}
+"""By the number of the arm: 1 to 9."""
+
+
+def _hard(logits_BTV: Tensor, batch: Batch, ids_BT: Tensor) -> Tensor:
+    told = {**batch, "target_ids": ids_BT.where(batch["mask"], -100)}
+    return distillation_loss(logits_BTV, told, text_weight=1.0)
+
+
+def _with_other(logits_BTV: Tensor, batch: Batch, logp_BT: Tensor) -> Batch:
+    """The batch with `other` (the last logit) as one more listed id."""
+    ids, logp = batch["topk_indices"], batch["topk_logprobs"].float()
+    other = torch.full_like(ids[..., :1], logits_BTV.shape[-1] - 1)
+    logp_other = logp_BT.clamp(min=FLOAT16_MIN)[..., None]
+    return {
+        **batch,
+        "topk_indices": torch.cat([ids, other], dim=-1),
+        "topk_logprobs": torch.cat([logp, logp_other], dim=-1),
+    }

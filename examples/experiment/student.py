@@ -1,0 +1,59 @@
+"""The student: a Llama of a million parameters with the teacher's most frequent ids for a vocabulary, and what it writes.
+
+128 numbers a position, four layers, embedding and head tied; 1.07M parameters at 2,049 ids, a quarter of them the embedding.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from examples.experiment.arms import Batch
+
+WIDTH, LAYERS, HEADS, INNER_WIDTH = 128, 4, 4, 352
+
+
+def make_student(vocab_size: int, *, length: int, seed: int) -> LlamaForCausalLM:
+    """New weights, a function of the seed alone."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=WIDTH,
+            intermediate_size=INNER_WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=HEADS,
+            max_position_embeddings=length,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
+def logits_of(student: LlamaForCausalLM, batch: Batch) -> Tensor:
+    """[B, T, V]. Without a mask and with positions, a packed sequence does not see its neighbours."""
+    ids, positions = batch["input_ids"].long(), batch["position_ids"].long()
+    logits: Tensor = student(input_ids=ids, position_ids=positions, use_cache=False).logits
+    return logits
+
+
+@torch.inference_mode()
+def write_on(
+    student: LlamaForCausalLM,
+    prompt: Sequence[int],
+    *,
+    num_tokens: int,
+    seed: int,
+    temperature: float,
+) -> list[int]:
+    """Ids drawn one by one after the prompt; never `other` (the last id), which stands for no text."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = list(prompt)
+    for _ in range(num_tokens):
+        logits_V = student(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1, :-1]
+        probs_V = (logits_V / temperature).softmax(-1)
+        ids.append(int(torch.multinomial(probs_V, 1, generator=generator)))
+    return ids[len(prompt) :]
