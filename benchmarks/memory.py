@@ -1,8 +1,6 @@
 """Peak memory of a build above the teacher's weights. Every case runs in a process of its own, whose peak the kernel keeps."""
 
 import json
-import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -80,18 +78,19 @@ def _run(vocab_size: int, max_length: int, tokens: int) -> None:
 
         def load_and_look(*args: Any, **kwargs: Any) -> Any:
             teacher = load(*args, **kwargs)
-            loaded["bytes"] = _resident_bytes()
+            loaded["bytes"] = _kernel_says("VmRSS")
             return teacher
 
         module.load_teacher = load_and_look
         module.build(recipe, base, base / "out")
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = _kernel_says("VmHWM")
         print(json.dumps({"megabytes": round((peak - loaded["bytes"]) / 1e6)}))
 
 
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def _kernel_says(name: str) -> int:
+    """Bytes that this process has (VmRSS) or had at most (VmHWM). getrusage would count those of its parent before exec."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def recipe(dtype: str, tokens: int, **output: object) -> Recipe:
             "corpus": {"embedded": "python-docs", "max_tokens": tokens},
             "teacher": {"embedded": "smollm2-135m-instruct", "dtype": dtype},
             "sequences": {"max_length": MAX_LENGTH, "batch_tokens": BATCH_TOKENS},
-            "output": {"top_k": TOP_K, **output},
+            "output": {"top_k": TOP_K, "tail_samples": 0, **output},
         }
     )
 

@@ -93,7 +93,7 @@ def bytes_per_token(recipe: Recipe, *, vocab_size: int = 0, hidden_size: int = 0
         size += 1.8 * hidden_size
     if output.top_k == "all":
         return size + 1.5 * vocab_size
-    return size + per_entry * output.top_k + 3.6 * output.tail_samples
+    return size + per_entry * output.top_k + 3.5 * output.tail_samples
 
 
 def _count_tokens(
