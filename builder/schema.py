@@ -137,22 +137,11 @@ def temperature_column(temperature: float) -> Column:
     )
 
 
-MAX_CHARACTER_TOKENS = 64
-"""More tokens than any character takes: bytes make it 4, and no normaliser writes one as more than 18."""
-
-
-def shortest_cut(manifest: Mapping[str, Any]) -> float:
-    """The length from which on a row may be the beginning of a longer document, the rest of which was left out."""
-    sequences = manifest["recipe"]["sequences"]
-    if sequences["long_documents"] != "truncate":
-        return float("inf")
-    # A cut that would fall inside a character is made before it, and no suffix stands after a cut.
-    longest: int = sequences["max_length"] - len(manifest["teacher"]["suffix_ids"])
-    return longest - MAX_CHARACTER_TOKENS
-
-
 FLOAT16_MIN = -65504.0
 """Log-probabilities below this (−inf among them) are stored as this value, float16's lowest."""
+
+MAX_CHARACTER_TOKENS = 64
+"""More tokens than any character takes: bytes make it 4, and no normaliser writes one as more than 18."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,3 +237,13 @@ def float16_rounding(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]
     _, exponents = np.frexp(values)
     rounding: npt.NDArray[np.float64] = np.ldexp(1.0, np.maximum(exponents - 12, -25))
     return rounding
+
+
+def shortest_cut(manifest: Mapping[str, Any]) -> float:
+    """The length from which on a row may be the beginning of a longer document, the rest of which was left out."""
+    sequences = manifest["recipe"]["sequences"]
+    if sequences["long_documents"] != "truncate":
+        return float("inf")
+    # A cut that would fall inside a character is made before it, and no suffix stands after a cut.
+    longest: int = sequences["max_length"] - len(manifest["teacher"]["suffix_ids"])
+    return longest - MAX_CHARACTER_TOKENS
