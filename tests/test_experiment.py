@@ -81,6 +81,13 @@ def test_no_paragraph_of_the_corpus_is_in_two_documents():
     assert min(parts.count("test"), parts.count("validation")) >= 15
 
 
+def test_the_quick_corpus_has_all_parts(tmp_path):
+    corpus.write_corpus(tmp_path / "quick.jsonl", max_characters=program.QUICK.max_characters)
+    names = [json.loads(line)["id"] for line in (tmp_path / "quick.jsonl").read_text().splitlines()]
+    assert {corpus.part_of(name) for name in names} == set(corpus.PARTS)
+    assert any(corpus.in_quarter(name) for name in names if corpus.part_of(name) == "train")
+
+
 def test_a_shorter_corpus_is_the_beginning_of_the_longer(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "documents", lambda: {f"d{i}": "x" * 100 for i in range(50)})
     corpus.write_corpus(tmp_path / "all.jsonl")

@@ -82,7 +82,7 @@ FULL = Plan(
     rate_checks=("tail_draws", "renormalised", "whole"),
 )
 QUICK = Plan(
-    max_characters=90_000,
+    max_characters=150_000,
     num_kept=1_024,
     steps=150,
     evaluate_every=25,

@@ -233,6 +233,8 @@ def _write_parts(table: pa.Table, manifest: dict[str, Any], work: Path) -> None:
     chosen[LAST_PART] = [part_of(name) == "train" and in_quarter(name) for name in ids]
     file = "data/train-000-00000.parquet"
     for part, rows in chosen.items():
+        if not any(rows):
+            raise ValueError(f"no document is in the part {part!r}; take a longer corpus")
         (work / part / "data").mkdir(parents=True, exist_ok=True)
         with atomic_file(work / part / file) as sink:
             pq.write_table(
