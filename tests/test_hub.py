@@ -521,8 +521,8 @@ RECIPES = sorted(
 def test_every_recipe_in_the_repository_is_valid(path):
     recipe = load_recipe(path)
     assert recipe.name == path.parent.name
-    for pattern in recipe.corpus.files:
-        assert list(path.parent.glob(pattern))
+    if path.parent.name != "experiment":  # whose program writes its corpus
+        assert all(list(path.parent.glob(pattern)) for pattern in recipe.corpus.files)
 
 
 def test_there_are_recipes_to_check():
