@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks import sample
 
-SECTIONS = ("capture", "storage", "reading", "memory", "startup")
+SECTIONS = ("capture", "options", "storage", "reading", "students", "memory", "startup")
 BARS = {
     "build_over_forward": {"float32": 0.96, "bfloat16": 0.93},
     "build_over_naive": {"float32": 1.3, "bfloat16": 1.8},
@@ -43,7 +43,9 @@ def main() -> None:
     started = time.perf_counter()
     if "capture" in options.only:
         results["capture"] = _capture(options)
-    if {"storage", "reading"} & set(options.only):
+    if "options" in options.only:
+        results["options"] = _options(options)
+    if {"storage", "reading", "students"} & set(options.only):
         results |= _stored(options)
     if "memory" in options.only:
         from benchmarks import memory
@@ -75,11 +77,23 @@ def _capture(options: argparse.Namespace) -> dict[str, Any]:
             rows[f"{name}, tokens/s"] = f"{found[f'{name}_tokens_per_second']:,}"
         for name, bars in BARS.items():
             rows[name.replace("_over_", " ÷ ")] = f"{found[name]} (bar {bars[dtype]})"
-        rows["build with 4 tail draws ÷ build"] = found["draws_over_build"]
         for stage, share in found["stages"].items():
             rows[f"share of {stage}"] = f"{share:.1%}"
         _table(f"capture, {dtype}", rows)
     return results
+
+
+def _options(options: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import options as section
+
+    found = section.measure(
+        "bfloat16", device=options.device, tokens=options.tokens // 2, rounds=options.rounds
+    )
+    rows: dict[str, object] = {"plain": " · ".join(f"{k} {v:,}" for k, v in found["plain"].items())}
+    for name in section.OPTIONS:
+        rows[name] = " · ".join(f"{key} {value:,}" for key, value in found[name].items())
+    _table("options, bfloat16", rows)
+    return found
 
 
 def _stored(options: argparse.Namespace) -> dict[str, Any]:
@@ -107,6 +121,28 @@ def _stored(options: argparse.Namespace) -> dict[str, Any]:
             rows["shuffled ÷ decode"] = f"{results['reading']['shuffled_over_decode']} (bar 0.8)"
             rows["shuffled ÷ lists"] = f"{results['reading']['shuffled_over_lists']} (bar 10)"
             _table("reading", rows)
+        if "students" in options.only:
+            from benchmarks import students
+
+            results["students"] = {
+                "losses": students.losses(),
+                "waiting": students.waiting(base / "dataset"),
+            }
+            _table(
+                "loss and gradients of 2,048 positions, V 49k",
+                {
+                    k: f"{v['megabytes']} MB, {v['seconds']} s"
+                    for k, v in results["students"]["losses"].items()
+                },
+            )
+            waits = results["students"]["waiting"]
+            _table(
+                "a student of 1M parameters",
+                {
+                    "milliseconds a step": waits["milliseconds_a_step"],
+                    "share waiting for data": f"{waits['share_waiting']:.2%} (bar 2%)",
+                },
+            )
     return results
 
 
