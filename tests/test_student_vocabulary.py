@@ -209,6 +209,30 @@ def test_a_student_in_the_small_vocabulary_learns_how_likely_other_is():
         torch.testing.assert_close(q[n, kept], target[n, kept], rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize("kept", [0, 3, V])
+def test_whole_distributions_are_summed_up_exactly(kept):
+    rows, logp = make_rows(0, 5, 4, V)
+    columns = {name: rows.columns[name] for name in ("input_ids", "target_ids", "entropy")}
+    columns["logprobs"] = logp.astype(np.float16)
+    columns["logprobs"][0, V - 1] = -65504
+    whole = Rows(lengths_R=rows.lengths_R, columns=columns)
+    projection = FrequentTokens(np.arange(V), kept)
+    found = projection(whole).columns
+    assert set(found) == set(columns)
+    stored = columns["logprobs"].astype(np.float64)
+    expected = np.zeros((5, kept + 1))
+    np.add.at(expected.T, projection._map_V, np.exp(stored).T)
+    np.testing.assert_allclose(np.exp(found["logprobs"]), expected, rtol=1e-6)
+    np.testing.assert_array_equal(found["logprobs"][:, :-1], stored[:, projection.kept])
+    assert np.isfinite(found["logprobs"]).all()
+
+
+def test_whole_distributions_are_not_projected_onto_another_tokenizer(tiny_tokenizer):
+    rows = Rows(lengths_R=np.array([1]), columns={"logprobs": np.zeros((1, 400), np.float16)})
+    with pytest.raises(ValueError, match="build the dataset with a top_k, or use FrequentTokens"):
+        TokenizerProjection(tiny_tokenizer, tiny_tokenizer)(rows)
+
+
 def test_a_temperature_is_refused_after_a_projection(data):
     projected = data.project(FrequentTokens(data.token_counts(), 100))
     batch = next(iter(projected.batches(batch_size=2)))

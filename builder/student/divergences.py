@@ -19,6 +19,8 @@ divergence from q to any p that agrees with what is known; a coarser support's, 
 is known of `other` and the tail together as q does, as far as the bound allows (data-processing inequality; convexity where it does not).
 The other kinds take the bound for the probability, and the whole tail for that of ids that are not listed.
 
+Where the dataset has whole distributions every id is listed, nothing is outside, and tail_bucket is the KL itself.
+
 Stored log-probabilities are rounded to float16 (11 bits), so Σ p = 1 ± 1e-3; nothing is renormalised to hide that. −65504 stands
 for −inf: such an id has no mass, adds 0 to every expectation under p, and makes no NaN.
 

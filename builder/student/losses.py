@@ -46,7 +46,7 @@ def distillation_loss(
         batch: as the loader yields it, on the device of the logits.
         kind: see `divergences`.
         text_weight: w, 0 to 1.
-        temperature: 1, or one whose log-partition the dataset stores.
+        temperature: 1, or one whose log-partition the dataset stores; any, where it has whole distributions.
         num_positions: divide the sums by this instead (for the accumulation of gradients over several batches).
 
     Raises:
@@ -181,6 +181,8 @@ def _teacher(
         return batch[name].flatten(0, 1)[rows_N]
 
     target_N = rows("target_ids").long()
+    if "logprobs" in batch:
+        return _whole(_float(rows("logprobs")), target_N, temperature)
     head_NK, logp_NK, logp_tail_N = (
         rows(name) for name in ("topk_indices", "topk_logprobs", "tail_logprob")
     )
@@ -198,6 +200,20 @@ def _teacher(
         target_N=target_N,
         draws_NJ=rows("tail_indices").long() if kind == "tail_draws" else target_N[:, None][:, :0],
         last_is_bound=has_other,
+    )
+
+
+def _whole(logp_NV: Tensor, target_N: Tensor, temperature: float) -> AtTeacher:
+    """A teacher of whom all is known, at any temperature: every id is listed, and there is no tail."""
+    if temperature != 1:
+        logp_NV = (logp_NV / temperature).log_softmax(-1)
+    every_V = torch.arange(logp_NV.shape[1], device=logp_NV.device)
+    return AtTeacher(
+        head_NK=every_V.expand(logp_NV.shape),
+        logp_NK=logp_NV,
+        logp_tail_N=torch.full_like(logp_NV[:, 0], FLOAT16_MIN),
+        target_N=target_N,
+        draws_NJ=target_N[:, None][:, :0],
     )
 
 
@@ -244,6 +260,11 @@ def _float(values: Tensor) -> Tensor:
 
 
 def _check_draws(batch: Mapping[str, Tensor], temperature: float) -> None:
+    if "logprobs" in batch:
+        raise ValueError(
+            "kind 'tail_draws' estimates a tail, but this batch has whole distributions, without one; use kind 'tail_bucket', "
+            "which is the exact KL then"
+        )
     if "tail_indices" not in batch:
         raise ValueError(
             "kind 'tail_draws' needs the column tail_indices, which this batch does not have; build the dataset with "

@@ -30,7 +30,7 @@ class FrequentTokens:
     mass of the other listed ids is at `other` for certain: `other_logprob`, the same in all positions' `other_indices`. The tail stays the
     teacher's, and how much more of it is at `other`, and how much at ids that have a place and were outside the teacher's top K, is not known:
     so Σ exp(topk) + exp(other) + exp(tail) is what it was, and exp(other) a lower bound (`divergences` says what a loss makes of that).
-    Draws from the tail tell more: each is put at its own place or at `other`.
+    Draws from the tail tell more: each is put at its own place or at `other`. Of whole distributions (`logprobs`, [N, n + 1] then) all is known.
     """
 
     def __init__(
@@ -70,6 +70,9 @@ class FrequentTokens:
         columns["target_ids"] = np.where(
             targets_N >= 0, self._map_V[np.maximum(targets_N, 0)], targets_N
         )
+        if "logprobs" in columns:
+            columns["logprobs"] = self._whole(columns["logprobs"])
+            return Rows(lengths_R=rows.lengths_R, columns=columns)
         mapped_NK = self._map_V[columns["topk_indices"]]
         is_kept_NK = mapped_NK != self.other
         logprobs_NK = columns["topk_logprobs"]
@@ -84,6 +87,15 @@ class FrequentTokens:
         if "tail_indices" in columns:
             columns["tail_indices"] = self._map_V[columns["tail_indices"]]
         return Rows(lengths_R=rows.lengths_R, columns=columns)
+
+    def _whole(self, logprobs_NV: Array) -> Array:
+        """[N, n + 1] float32: the kept ids' log-probabilities as they are, and that of all others together."""
+        logprobs_NS = np.empty((len(logprobs_NV), self.vocab_size), dtype=np.float32)
+        logprobs_NS[:, :-1] = logprobs_NV[:, self.kept]
+        gone_N = np.full(len(logprobs_NV), FLOAT16_MIN)
+        others_NV = logprobs_NV[:, self._map_V == self.other]
+        logprobs_NS[:, -1] = add_mass(gone_N, np.exp(others_NV, dtype=np.float32).sum(-1))
+        return logprobs_NS
 
 
 def add_mass(logprob_N: Array, more_N: npt.NDArray[np.float64]) -> Array:
