@@ -1,8 +1,6 @@
 """A finished build and a repository on the Hub → what publishing the one to the other would do, without doing anything."""
 
-import hashlib
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +17,7 @@ from builder.card import (
 )
 from builder.licences import licences
 from builder.manifest import FILE_NAME, data_digest, json_bytes, read_manifest, records_of
-from builder.remote import REPO_ID, WAIT_SECONDS, LocalFile, Notice, Repository, Tree, holds
+from builder.remote import REPO_ID, LocalFile, Notice, Repository, Tree, holds
 from builder.versions import Step, Version, choose, compare
 
 MAX_FILE_BYTES = 20 * 10**9
@@ -107,7 +105,6 @@ def look_at(
     private: bool,
     message: str,
     notice: Notice,
-    waits: Sequence[int] = WAIT_SECONDS,
 ) -> Destination:
     """Ask the Hub what is there, and refuse what cannot be published there, however it is built; changes nothing.
 
@@ -117,7 +114,6 @@ def look_at(
         private: whether a new repository is to be private.
         message: a line for the changelog.
         notice: told, in a line, of retries.
-        waits: seconds before each new try of a call.
 
     Raises:
         ValueError: it cannot be published as asked; says why.
@@ -127,7 +123,7 @@ def look_at(
     if len(message) > MAX_MESSAGE:
         raise ValueError(f"the message has {len(message)} characters, at most {MAX_MESSAGE} fit")
     _check_licences(recipe)
-    repo = Repository(repo_id, notice, waits=waits)
+    repo = Repository(repo_id, notice)
     refs = repo.refs()
     branches, taken = (refs.branches, set(refs.tags)) if refs else ({}, set())
     versions = sorted(filter(None, map(Version.parse, taken)))
@@ -237,10 +233,7 @@ def local_files(
     }
     if read_verification(directory, manifest):
         small[VERIFICATION] = (directory / VERIFICATION).read_bytes()
-    files = {
-        path: LocalFile(content, len(content), hashlib.sha256(content).hexdigest())
-        for path, content in small.items()
-    }
+    files = {path: LocalFile.of(content) for path, content in small.items()}
     for record in records_of(manifest):
         files[record.file] = LocalFile(directory / record.file, record.bytes, record.sha256)
     return files

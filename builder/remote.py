@@ -6,13 +6,14 @@ safe because each says what it starts from: after an answer was lost, the reposi
 No message holds a URL, for the addresses to which files are sent are signed.
 """
 
+import hashlib
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import httpx2
 from huggingface_hub import (
@@ -53,6 +54,11 @@ class LocalFile:
     content: Path | bytes
     size: int
     sha256: str
+
+    @classmethod
+    def of(cls, content: bytes) -> Self:
+        """A small file that is in memory."""
+        return cls(content, len(content), hashlib.sha256(content).hexdigest())
 
     def blob_id(self) -> str:
         """Git's hash, by which the Hub names files that are not in large file storage; of a file that is gone, none."""
@@ -259,7 +265,8 @@ class Repository:
             landed: whether the tree of another commit shows that this one was made, and only its answer lost.
 
         Raises:
-            ValueError: somebody else has moved the branch, or the Hub refuses; nothing was changed.
+            Moved: somebody else has moved the branch.
+            ValueError: the Hub refuses. In both cases, nothing was changed.
         """
         operations = list(operations)
 
@@ -267,7 +274,7 @@ class Repository:
             if (head := self.head(branch)) != parent:
                 if landed(self.tree(head)):
                     return head
-                raise ValueError(
+                raise Moved(
                     f"branch {branch} of {self.id} was moved by someone else in the meantime"
                 )
             made = self._api.create_commit(
@@ -333,6 +340,10 @@ class Repository:
                 self._notice(f"{_symptom(cause)}: trying again in {wait_seconds} s")
                 time.sleep(wait_seconds)
         raise AssertionError
+
+
+class Moved(ValueError):
+    """A branch is not where it was left."""
 
 
 class _NoRepository(ValueError):
