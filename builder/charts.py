@@ -9,8 +9,8 @@ Cost: two columns are read once, about 1 M tokens/s, in row groups.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import zip_longest
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from typing import Self
 

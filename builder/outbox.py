@@ -211,7 +211,9 @@ class Outbox:
             elif place not in self._held:
                 damaged[place] = record.file
         for file in damaged.values():
-            self._notice(f"{file} on branch {BRANCH} is not what its record says: building it again")
+            self._notice(
+                f"{file} on branch {BRANCH} is not what its record says: building it again"
+            )
 
     def _tidy(self) -> None:
         """Delete here what the branch holds, or holds otherwise, and leftovers of builds that were killed."""
