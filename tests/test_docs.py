@@ -20,7 +20,7 @@ ORDER = [
     *["schema", "recipe", "corpus", "sequences", "teacher", "draws", "distribution", "demo"],
     *["sources", "shards", "pipeline", "manifest", "charts", "markdown", "licences", "card"],
     *["state", "stream", "invariants", "verify", "remote", "outbox", "build", "recompute"],
-    *["versions", "release", "hub", "delivery", "info", "estimate", "cli"],
+    *["versions", "release", "hub", "delivery", "info", "plan", "estimate", "cli_plan", "cli"],
 ]
 # The package for trainers knows of the others the schema only; its modules have an order of their own.
 STUDENT_ORDER = [
