@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from builder.card import write_card
+from builder.card import keep_curves, write_card
 from builder.corpus import Position
 from builder.distribution import Distribution
 from builder.manifest import (
@@ -31,6 +31,7 @@ from builder.manifest import (
     read_manifest,
     write_json,
 )
+from builder.outbox import Outbox
 from builder.pipeline import Notice, Pipeline, Progress
 from builder.recipe import Recipe, deciding, differences, row_fingerprint, without_description
 from builder.schema import SCHEMA_VERSION, Layout
@@ -68,6 +69,7 @@ def build(
     *,
     device: str = "cpu",
     max_shards: int | None = None,
+    outbox: Outbox | None = None,
     progress: Progress = lambda _: None,
     found: Progress = lambda _: None,
     notice: Notice = lambda message: print(message, file=sys.stderr),
@@ -80,6 +82,7 @@ def build(
         output: directory of the dataset.
         device: a torch device.
         max_shards: stop after this many new shards.
+        outbox: sends finished shards away; those that have arrived need not be in the directory.
         progress: told of captured tokens.
         found: told of the tokens of shards that an earlier run has finished.
         notice: told, in a line, of what the user should know (a damaged shard that is built again).
@@ -95,6 +98,9 @@ def build(
         if (output / FILE_NAME).exists():
             return _already_complete(recipe, base, output)
         known = state.known_sources()
+        state.check_repository(outbox.repo.id if outbox else None)
+        if outbox:
+            outbox.open(output, state, known)
         corpus_source = resolve_corpus(recipe.corpus, base, known)
         teacher_source = resolve_teacher(recipe.teacher, base, known)
         plan = {
@@ -117,23 +123,37 @@ def build(
         for partition in range(recipe.output.partitions):
             position: Position | None = None
             for index in itertools.count():
-                record = state.intact_record(partition, index, notice)
-                if record is None:
+                record = outbox.held(partition, index) if outbox else None
+                if record is not None:
+                    found(record.tokens)
+                elif record := state.intact_record(partition, index, notice):
+                    found(record.tokens)
+                    if outbox:
+                        outbox.put(record)
+                else:
                     if built == max_shards:
+                        if outbox:
+                            outbox.drain()
                         return BuildResult(
                             status="stopped early", shards_built=built, manifest=None
                         )
                     state.settle("teacher", work.teacher_provenance())
+                    if outbox:
+                        outbox.room()
                     record = work.shard(output, partition, index, position)
                     state.add(record)
                     built += 1
-                else:
-                    found(record.tokens)
+                    if outbox:
+                        outbox.put(record)
                 records.append(record)
                 position = record.position_after
                 if record.exhausted:
                     break
         manifest = make_manifest(plan, state.read("teacher"), records)
+        if outbox:
+            outbox.drain()
+            if not all((output / record.file).exists() for record in records):
+                keep_curves(output, manifest, outbox.curves(records))
         write_card(output, manifest)
         write_json(output / FILE_NAME, manifest)
         state.remove()
@@ -142,21 +162,12 @@ def build(
 
 def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
     manifest = read_manifest(output)
-    published = recipe.published()
-    for section in ("corpus", "teacher"):  # the branch that was resolved then, or its commit
-        if published[section]["revision"] == manifest[section].get("commit"):
-            published[section]["revision"] = manifest["recipe"][section]["revision"]
-    old, new = (without_description(values) for values in (manifest["recipe"], published))
-    changes = differences(old, new)
-    if not changes and recipe.corpus.files:
-        with suppress(ValueError):  # files that are gone do not make the dataset less finished
-            source = resolve_corpus(recipe.corpus, base, KnownSources())
-            changes = differences(manifest["corpus"], source.provenance, "corpus")
-    if changes:
+    if changes := changes_since(manifest, recipe, base):
         raise ValueError(
             f"{output} holds a finished dataset of another recipe ({'; '.join(changes)}); choose another directory"
         )
     status = "already complete"
+    published = _published_as(manifest, recipe)
     if differences(manifest["recipe"], published):
         status = "already complete, with a new description"
         manifest["recipe"] = published
@@ -164,6 +175,27 @@ def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
         write_json(output / FILE_NAME, manifest)
     shutil.rmtree(output / ".build", ignore_errors=True)
     return BuildResult(status=status, shards_built=0, manifest=manifest)
+
+
+def changes_since(manifest: dict[str, Any], recipe: Recipe, base: Path) -> list[str]:
+    """In what the data of a finished dataset differ from what a recipe asks for, one line for each field."""
+    published = _published_as(manifest, recipe)
+    old, new = (without_description(values) for values in (manifest["recipe"], published))
+    changes = differences(old, new)
+    if not changes and recipe.corpus.files:
+        with suppress(ValueError):  # files that are gone do not make the dataset less finished
+            source = resolve_corpus(recipe.corpus, base, KnownSources())
+            changes = differences(manifest["corpus"], source.provenance, "corpus")
+    return changes
+
+
+def _published_as(manifest: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """A recipe's plain values, with the branch that was resolved then where it names its commit."""
+    published = recipe.published()
+    for section in ("corpus", "teacher"):
+        if published[section]["revision"] == manifest[section].get("commit"):
+            published[section]["revision"] = manifest["recipe"][section]["revision"]
+    return published
 
 
 class _ShardBuilder:

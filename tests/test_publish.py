@@ -14,7 +14,7 @@ import hub as stand_in
 import pyarrow.parquet as pq
 import pytest
 from conftest import recipe_text, sample_documents, write_jsonl
-from hub import TOKEN, USER, Client, Cut, Refusal
+from hub import TOKEN, USER, Cut, Refusal
 
 from builder.build import build
 from builder.manifest import read_manifest
@@ -50,31 +50,6 @@ def small(tiny_teacher_dir, tmp_path_factory):
 def large(tiny_teacher_dir, tmp_path_factory):
     """Rows of all 40. Read only."""
     return build_dataset(tmp_path_factory.mktemp("large") / "x", tiny_teacher_dir)
-
-
-@pytest.fixture(scope="module")
-def running():
-    with stand_in.serve() as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(running):
-    """The Hub, empty and in good health."""
-    running.repos.clear()
-    for events in (running.requests, running.arrived):
-        events.clear()
-    yield running
-    for troubles in (running.faults, running.losses, running.damage):
-        troubles.clear()
-    running.part_bytes, running.is_token_valid = None, True
-
-
-@pytest.fixture(scope="module")
-def client(running, tmp_path_factory):
-    client = Client(running.endpoint, tmp_path_factory.mktemp("home"))
-    yield client
-    client.close()
 
 
 @pytest.fixture
@@ -361,9 +336,9 @@ STEPS = {
 }
 
 
-def once(step: str, answer):
+def once(step: tuple[str, str], answer):
     """A fault or loss that happens the first time that a step is taken."""
-    method, pattern = STEPS[step]
+    method, pattern = step
     seen: list = []
 
     def happen(request):
@@ -383,7 +358,7 @@ TROUBLES = {"429": Refusal(429, {"Retry-After": "7"}), "500": 500, "503": 503, "
 
 @pytest.mark.parametrize("trouble", TROUBLES)
 def test_trouble_that_passes_is_survived_at_every_step(hub, publish_fast, out, trouble):
-    faults = {step: once(step, TROUBLES[trouble]) for step in STEPS}
+    faults = {step: once(STEPS[step], TROUBLES[trouble]) for step in STEPS}
     hub.faults += faults.values()
     result = publish_fast(out)
     assert result.returncode == 0, result.stderr
@@ -398,7 +373,7 @@ def test_trouble_that_passes_is_survived_at_every_step(hub, publish_fast, out, t
 
 
 def test_an_answer_that_is_lost_is_not_a_thing_done_twice(hub, publish_fast, out):
-    losses = {step: once(step, Cut) for step in STEPS}
+    losses = {step: once(STEPS[step], Cut) for step in STEPS}
     hub.losses += losses.values()
     result = publish_fast(out)
     assert result.returncode == 0, result.stderr
@@ -459,7 +434,7 @@ def test_main_gets_what_was_read_back_whatever_the_file_has_become(hub, publish,
 @pytest.mark.parametrize("branch", ["main", "publish-v1.0.0"])
 def test_a_branch_moved_by_someone_else_stops_it_before_anything_shows(hub, publish, out, branch):
     step = {"main": "data read back", "publish-v1.0.0": "commit on the working branch"}[branch]
-    intruder = once(step, None)
+    intruder = once(STEPS[step], None)
 
     def move(request):
         before = len(intruder.seen)
@@ -487,7 +462,7 @@ def test_a_token_that_is_not_accepted(hub, publish, out):
     hub.is_token_valid = False
     assert_one_line(publish("org/set", out), "the Hub does not accept the token .*hf auth login")
     hub.is_token_valid = True
-    expiry = once("put", None)
+    expiry = once(STEPS["put"], None)
 
     def expire(request):
         expiry(request)
