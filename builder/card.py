@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from builder import demo
 from builder.charts import Curves, entropy_svg, marks, mass_svg, measure
 from builder.licences import licence_head, licence_text
-from builder.manifest import data_digest, records_of
+from builder.manifest import data_digest, mean_topk_mass, records_of
 from builder.markdown import plain
 from builder.recipe import CorpusRecipe, OutputRecipe, SequencesRecipe, TeacherRecipe
 from builder.schema import Layout, card_features, columns
@@ -258,8 +258,7 @@ def _statistics(manifest: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _topk_mass(manifest: dict[str, Any]) -> float:
     """Unrounded, so that its complement and the picture show the same digits."""
-    records = records_of(manifest)
-    return sum(r.sums.topk_mass for r in records) / sum(r.tokens for r in records)
+    return mean_topk_mass(records_of(manifest))
 
 
 def _provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
