@@ -247,6 +247,11 @@ REFUSED = {
         [A, {"role": "assistant", "content": "<think>x</think>y"}, A, B],
         r"writes message 1 differently when the conversation goes on \('<think>x</think>y.*give a template that marks",
     ),
+    "a last word": (
+        CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}"),
+        MESSAGES[:2],
+        r"ends the last answer differently when the conversation goes on \('eos>' and '\|im_start\|>user",
+    ),
     "no generation prompt": (NO_PROMPT, MESSAGES, r"has no generation prompt, and writes more before message 1"),
     "another prompt": (
         CHATML.replace("assistant\n", "assistant\n<think>"),
