@@ -11,8 +11,8 @@ Mask. A token is the completion's if any of its characters is. Which characters 
         stands between, with the special token that ends it and without white space behind that. Templates that write an earlier
         answer differently once the conversation goes on, or the end of the last one, or have no generation prompt and yet a header, are refused.
 
-Special tokens are those that the template writes. Of what a message says, nothing becomes one: where it holds what looks like one (or begins
-or ends with a part of one), the chat is rendered once more with marks around that, as transformers does it for its
+Special tokens are those that the template writes. Of what a message says, nothing becomes one: where it holds what looks like one (or is,
+begins or ends with a part of one), the chat is rendered once more with marks around that, as transformers does it for its
 `sanitize_control_tokens`, to learn which are the template's; these are then replaced by characters that no text holds, for which a copy of
 the tokenizer knows the same tokens. Added tokens that are not special (`<think>`) are taken as in texts, but for those with which the template
 asks for an answer: where a template marks turns with them, a message cannot.
@@ -244,7 +244,8 @@ class ChatTemplate:
         before, behind = text[:start], text[start + len(core) :]
         longest = max(map(len, self._beginnings), default=0)
         lengths = range(1, min(longest, len(core)) + 1)
-        first = OPEN if any(core[:n] in self._endings for n in lengths) else ""
+        is_within = bool(core) and any(core in control for control in self._controls.values())
+        first = OPEN if is_within or any(core[:n] in self._endings for n in lengths) else ""
         last = OPEN if any(core[-n:] in self._beginnings for n in lengths) else ""
         return f"{before}{first}{core}{last}{behind}"
 
