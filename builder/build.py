@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from builder.card import keep_curves, write_card
+from builder.chats import ChatTemplate
 from builder.corpus import Position
-from builder.distribution import Distribution
 from builder.manifest import (
     FILE_NAME,
     ShardRecord,
@@ -33,16 +33,25 @@ from builder.manifest import (
 )
 from builder.outbox import Outbox
 from builder.pipeline import Notice, Pipeline, Progress
-from builder.recipe import Recipe, deciding, differences, row_fingerprint, without_description
+from builder.recipe import (
+    CorpusRecipe,
+    Recipe,
+    deciding,
+    differences,
+    row_fingerprint,
+    without_description,
+)
 from builder.schema import SCHEMA_VERSION, Layout
 from builder.sequences import Encoder
-from builder.shards import MAX_ROW_VALUES, ShardWriter, atomic_file, file_sha256
+from builder.shards import MAX_ROW_VALUES, Block, ShardWriter, atomic_file, file_sha256
 from builder.sources import (
     CorpusSource,
     KnownSources,
     TeacherSource,
+    read_chat_template,
     resolve_corpus,
     resolve_teacher,
+    template_provenance,
 )
 from builder.state import BuildState
 from builder.stream import SequenceStream, make_encoder
@@ -103,10 +112,11 @@ def build(
             outbox.open(output, state, known)
         corpus_source = resolve_corpus(recipe.corpus, base, known)
         teacher_source = resolve_teacher(recipe.teacher, base, known)
+        template = read_chat_template(recipe.sequences, base)
         plan = {
             "recipe": recipe.published(),
             "corpus": corpus_source.provenance,
-            "teacher": teacher_source.provenance,
+            "teacher": teacher_source.provenance | template_provenance(template),
         }
         state.settle("plan", deciding(plan))
         state.remember(known)
@@ -115,6 +125,7 @@ def build(
             plan,
             corpus_source,
             teacher_source,
+            template,
             device=device,
             progress=progress,
             notice=notice,
@@ -168,7 +179,7 @@ def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
         )
     status = "already complete"
     published = _published_as(manifest, recipe)
-    if differences(manifest["recipe"], published):
+    if differences(_recorded(manifest), published):
         status = "already complete, with a new description"
         manifest["recipe"] = published
         write_card(output, manifest)
@@ -180,13 +191,23 @@ def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
 def changes_since(manifest: dict[str, Any], recipe: Recipe, base: Path) -> list[str]:
     """In what the data of a finished dataset differ from what a recipe asks for, one line for each field."""
     published = _published_as(manifest, recipe)
-    old, new = (without_description(values) for values in (manifest["recipe"], published))
+    old, new = (without_description(values) for values in (_recorded(manifest), published))
     changes = differences(old, new)
+    with suppress(ValueError):  # as with files of a corpus
+        template = template_provenance(read_chat_template(recipe.sequences, base))
+        built = {key: manifest["teacher"].get(key) for key in template}
+        changes += differences(built, template, "teacher")
     if not changes and recipe.corpus.files:
         with suppress(ValueError):  # files that are gone do not make the dataset less finished
             source = resolve_corpus(recipe.corpus, base, KnownSources())
             changes = differences(manifest["corpus"], source.provenance, "corpus")
     return changes
+
+
+def _recorded(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of a manifest; what a schema before 1.2 had no name for was off."""
+    output = {"completions_only": False, **manifest["recipe"]["output"]}
+    return {**manifest["recipe"], "output": output}
 
 
 def _published_as(manifest: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
@@ -207,6 +228,7 @@ class _ShardBuilder:
         plan: dict[str, Any],
         corpus_source: CorpusSource,
         teacher_source: TeacherSource,
+        template: str | None,
         *,
         device: str,
         progress: Progress,
@@ -215,6 +237,7 @@ class _ShardBuilder:
         self._recipe = recipe
         self._corpus_source = corpus_source
         self._teacher_source = teacher_source
+        self._template = template
         self._device = device
         self._progress = progress
         self._notice = notice
@@ -243,17 +266,19 @@ class _ShardBuilder:
     @cached_property
     def encoder(self) -> Encoder:
         """The way from documents to sequences of the recipe and the teacher's tokenizer."""
-        return make_encoder(self._recipe.sequences, self.teacher.tokenizer)
+        return make_encoder(self._recipe, self.teacher.tokenizer, self._template)
 
     @cached_property
     def layout(self) -> Layout:
         """What the rows hold."""
-        return Layout.of(self._recipe.published()["output"], self.teacher.provenance())
+        return Layout.of(self._recipe.published(), self.teacher.provenance())
 
     def teacher_provenance(self) -> dict[str, Any]:
         """What the loaded teacher is, and what is put around its sequences."""
         special = {"prefix_ids": self.encoder.prefix, "suffix_ids": self.encoder.suffix}
-        return self.teacher.provenance() | special
+        chats = self.encoder.chats
+        template = chats.source if isinstance(chats, ChatTemplate) else None
+        return self.teacher.provenance() | special | template_provenance(template)
 
     def shard(
         self, output: Path, partition: int, index: int, start: Position | None
@@ -291,14 +316,9 @@ class _ShardBuilder:
                 writer.write(block)
                 rows += len(block.sequences)
                 tokens += len(block.distribution["logsumexp"])
-                sums += _sums(block.distribution)
+                sums += _sums(block, self.layout)
             if not rows:
-                skipped = stream.position["skipped"]
-                where = f"partition {partition} of the corpus" if partition else "the corpus"
-                raise ValueError(
-                    f"{where} has no text ({skipped} null, empty or blank documents); "
-                    "check corpus.text_column"
-                )
+                raise ValueError(_nothing_in(self._recipe.corpus, stream))
         return ShardRecord(
             file=name,
             sha256=file_sha256(output / name),
@@ -314,6 +334,20 @@ class _ShardBuilder:
             seconds=round(time.perf_counter() - started, 3),
             environment=environment(self._device),
         )
+
+
+def _nothing_in(recipe: CorpusRecipe, stream: SequenceStream) -> str:
+    """Why there is no row."""
+    skipped, partition = stream.position["skipped"], stream.partition
+    where = f"partition {partition} of the corpus" if partition else "the corpus"
+    if recipe.messages_column:
+        return (
+            f"{where} has no chat to learn from ({skipped} without an answer, or with the first one beyond sequences.max_length); "
+            "check corpus.messages_column"
+        )
+    return (
+        f"{where} has no text ({skipped} null, empty or blank documents); check corpus.text_column"
+    )
 
 
 def _check_fit(recipe: Recipe, teacher: Teacher) -> None:
@@ -333,7 +367,7 @@ def _check_fit(recipe: Recipe, teacher: Teacher) -> None:
             f"output.hidden_states is true, but {type(teacher.model).__name__} does not come apart into a body and a head; "
             "set it to false"
         )
-    widest = Layout.of(recipe.published()["output"], teacher.provenance()).widest
+    widest = Layout.of(recipe.published(), teacher.provenance()).widest
     if max_length * widest > MAX_ROW_VALUES:
         raise ValueError(
             f"a row of sequences.max_length = {max_length} tokens would hold {max_length * widest:,} values in one column, more "
@@ -341,7 +375,8 @@ def _check_fit(recipe: Recipe, teacher: Teacher) -> None:
         )
 
 
-def _sums(distribution: Distribution) -> Sums:
+def _sums(block: Block, layout: Layout) -> Sums:
+    distribution = block.distribution
     nll = -distribution["target_logprob"].double()
     logprobs = distribution.get("topk_logprobs", distribution.get("logprobs"))
     assert logprobs is not None
@@ -351,4 +386,8 @@ def _sums(distribution: Distribution) -> Sums:
         topk_mass=sum(float(part.double().exp().sum()) for part in logprobs.split(rows)),
         target_nll=float(nll.nansum()),
         targets=int((~nll.isnan()).sum()),
+        completion_tokens=sum(sum(s.completion_mask or ()) for s in block.sequences)
+        if layout.completion_mask
+        else None,
+        kept=len(logprobs) if layout.completions_only else None,
     )

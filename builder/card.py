@@ -10,7 +10,7 @@ TOML is quoted by a library.
 import functools
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from builder import demo
 from builder.charts import Curves, entropy_svg, marks, mass_svg, measure
 from builder.licences import licence_head, licence_text
-from builder.manifest import data_digest, records_of, write_json
+from builder.manifest import data_digest, mean_topk_mass, records_of, write_json
 from builder.markdown import plain
 from builder.recipe import CorpusRecipe, OutputRecipe, SequencesRecipe, TeacherRecipe
 from builder.schema import Layout, card_features, columns
@@ -102,7 +102,7 @@ def render_card(
 
     recipe, teacher = manifest["recipe"], manifest["teacher"]
     totals, sequences = manifest["totals"], recipe["sequences"]
-    layout = Layout.of(recipe["output"], teacher)
+    layout = Layout.of(recipe, teacher)
     where = f"{release['repo']} --revision v{release['version']}" if release else "DIRECTORY"
     card = DatasetCard.from_template(
         DatasetCardData(**_head(manifest)),
@@ -114,6 +114,9 @@ def render_card(
         teacher=_teacher_name(teacher),
         kept=_what_is_kept(layout),
         is_whole=layout.top_k == "all",
+        document="chat" if layout.completion_mask else "document",
+        rows="C" if layout.completions_only else "T",
+        at_wide="[kept]" if layout.completion_mask and not layout.completions_only else "",
         layout=layout,
         load_arguments=_load_arguments(release),
         columns=columns(layout),
@@ -187,7 +190,7 @@ def _head(manifest: dict[str, Any]) -> dict[str, Any]:
         ],
         "dataset_info": {
             "config_name": "default",
-            "features": card_features(Layout.of(recipe["output"], manifest["teacher"])),
+            "features": card_features(Layout.of(recipe, manifest["teacher"])),
             "splits": [
                 {"name": "train", "num_bytes": totals["bytes"], "num_examples": totals["rows"]}
             ],
@@ -238,6 +241,9 @@ def _link(text: str, path: str) -> str:
 
 def _what_is_kept(layout: Layout) -> str:
     """Of each distribution, in words."""
+    if layout.completions_only:
+        everything = replace(layout, completions_only=False)
+        return f"where the assistant speaks, {_what_is_kept(everything)}"
     if layout.top_k == "all":
         return (
             f"the log-probabilities of all {layout.vocab_size:,} tokens, and the partition function"
@@ -257,7 +263,8 @@ def _statistics(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         share = []
     return [
         ("tokens", f"{totals['tokens']:,}"),
-        ("rows", f"{totals['rows']:,}, from {totals['documents']:,} documents"),
+        *_completions(totals),
+        ("rows", f"{totals['rows']:,}, from {totals['documents']:,} {_documents(totals)}"),
         ("size", f"{totals['bytes'] / 1e6:,.1f} MB, {totals['bytes_per_token']} bytes a token"),
         ("entropy", f"{totals['mean_entropy']:.3f} nats on average"),
         *share,
@@ -268,10 +275,20 @@ def _statistics(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _completions(totals: dict[str, Any]) -> list[tuple[str, str]]:
+    count = totals.get("completion_tokens")
+    if count is None:
+        return []
+    return [("of completions", f"{count:,} tokens, {count / totals['tokens']:.1%}")]
+
+
+def _documents(totals: dict[str, Any]) -> str:
+    return "documents" if totals.get("completion_tokens") is None else "chats"
+
+
 def _topk_mass(manifest: dict[str, Any]) -> float:
     """Unrounded, so that its complement and the picture show the same digits."""
-    records = records_of(manifest)
-    return sum(r.sums.topk_mass for r in records) / sum(r.tokens for r in records)
+    return mean_topk_mass(records_of(manifest))
 
 
 def _provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
@@ -294,6 +311,7 @@ def _provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
             f"{teacher['vocab_size']:,} logits; the tokenizer (SHA-256 `{teacher['tokenizer_sha256'][:16]}`) has "
             f"{teacher['tokenizer_vocab_size']:,} tokens",
         ),
+        *_chat_template(manifest),
         ("corpus", ", ".join([_corpus_name(corpus), _pin(corpus), *options])),
         (
             "built on",
@@ -301,6 +319,15 @@ def _provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
             f"{manifest['totals']['tokens_per_second']:,.0f} tokens/s",
         ),
     ]
+
+
+def _chat_template(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    digest = manifest["teacher"].get("chat_template_sha256")
+    if digest is None:
+        return []
+    file = manifest["recipe"]["sequences"].get("chat_template")
+    name = plain(file) if file else "the tokenizer’s own"
+    return [("chat template", f"{name}, SHA-256 `{plain(digest)}`")]
 
 
 def _pin(source: dict[str, Any]) -> str:
@@ -332,6 +359,7 @@ def _verification_text(record: dict[str, Any] | None, where: str) -> str:
 
 def _reproduce_note(recipe: dict[str, Any]) -> str:
     local = [recipe["teacher"].get(key) for key in ("path", "gguf", "tokenizer")]
+    local.append(recipe["sequences"].get("chat_template"))
     if recipe["corpus"]["files"] or any(local):
         return " beside the files that it names (their hashes are in the manifest)"
     return ""

@@ -25,8 +25,10 @@ from builder.sources import (
     CorpusSource,
     KnownSources,
     TeacherSource,
+    read_chat_template,
     resolve_corpus,
     resolve_teacher,
+    template_provenance,
 )
 from builder.stream import make_encoder, open_corpus
 from builder.teacher import load_tokenizer
@@ -58,7 +60,10 @@ def estimate(recipe: Recipe, base: Path, *, device: str) -> Estimate:
     """
     corpus_source = resolve_corpus(recipe.corpus, base, KnownSources())
     teacher_source = resolve_teacher(recipe.teacher, base, KnownSources())
-    tokens = _count_tokens(recipe, corpus_source, teacher_source)
+    template = read_chat_template(recipe.sequences, base)
+    tokens, kept_share = _count_tokens(recipe, corpus_source, teacher_source, template)
+    if not recipe.output.completions_only:
+        kept_share = 1.0
     parameters = _count_parameters(teacher_source)
     rate = _tokens_per_second(parameters, recipe.teacher.dtype, device) if parameters else None
     sizes = _sizes(recipe, teacher_source)
@@ -66,44 +71,49 @@ def estimate(recipe: Recipe, base: Path, *, device: str) -> Estimate:
         plan={
             "recipe": recipe.published(),
             "corpus": corpus_source.provenance,
-            "teacher": teacher_source.provenance,
+            "teacher": teacher_source.provenance | template_provenance(template),
         },
         tokens=tokens,
         bytes=None
         if tokens is None or sizes is None
-        else round(tokens * bytes_per_token(recipe, **sizes)),
+        else round(tokens * bytes_per_token(recipe, kept_share=kept_share, **sizes)),
         seconds=tokens / rate if tokens and rate else None,
         device=device,
     )
 
 
 def _count_tokens(
-    recipe: Recipe, corpus_source: CorpusSource, teacher_source: TeacherSource
-) -> int | None:
-    """Tokens of a build: counted where the sample is all of it, else scaled from the sample."""
+    recipe: Recipe, corpus_source: CorpusSource, teacher_source: TeacherSource, template: str | None
+) -> tuple[int | None, float]:
+    """Tokens of a build, counted where the sample is all of it, else scaled from the sample; and the share of kept positions."""
     corpus = recipe.corpus
     tokenizer = load_tokenizer(
         teacher_source.location, commit=teacher_source.commit, tokenizer=teacher_source.tokenizer
     )
-    encoder = make_encoder(recipe.sequences, tokenizer)
+    encoder = make_encoder(recipe, tokenizer, template)
     documents = open_corpus(corpus, corpus_source)
-    num_documents = num_rows = num_tokens = 0
+    num_documents = num_rows = num_tokens = num_kept = 0
     for document in documents:
         if num_documents == SAMPLE_DOCUMENTS:
             break
         num_documents += 1
         num_rows = num_documents + documents.position["skipped"]
-        num_tokens += sum(len(sequence.token_ids) for sequence in encoder.encode(document))
+        sequences = encoder.encode(document)
+        num_tokens += sum(len(sequence.token_ids) for sequence in sequences)
+        num_kept += sum(len(sequence.kept) for sequence in sequences)
         if num_documents == corpus.max_documents or num_tokens >= (corpus.max_tokens or math.inf):
-            return num_tokens
+            return num_tokens, num_kept / max(num_tokens, 1)
     else:
-        if not num_documents:
-            raise ValueError("the corpus has no text; check corpus.text_column")
-        return num_tokens
+        if not num_tokens:
+            column = "messages_column" if corpus.messages_column else "text_column"
+            what = "chat with an answer" if corpus.messages_column else "text"
+            raise ValueError(f"the corpus has no {what}; check corpus.{column}")
+        return num_tokens, num_kept / num_tokens
     share = _share_of_corpus(num_rows, documents, recipe, corpus_source)
     whole = share and round(num_tokens / share)
     most = corpus.max_documents and round(num_tokens / num_documents * corpus.max_documents)
-    return min((n for n in (whole, most, corpus.max_tokens) if n), default=None)
+    known = [n for n in (whole, most, corpus.max_tokens) if n]
+    return min(known, default=None), num_kept / max(num_tokens, 1)
 
 
 def _share_of_corpus(

@@ -50,6 +50,7 @@ LIMITS = ("max_documents", "max_tokens")
 PINNED = {
     "corpus": ("files", "revision"),
     "teacher": ("path", "gguf", "tokenizer", "revision"),
+    "sequences": ("chat_template",),
 }
 """Fields for which a plan holds hashes or a commit, so that how they are spelled decides nothing."""
 
@@ -75,8 +76,10 @@ class CorpusRecipe(_Section):
     embedded: Literal["python-docs"] | None = None
     """A corpus that every Python brings: the language reference."""
     text_column: str = "text"
+    messages_column: str | None = None
+    """Column with the messages of a chat, in place of a text: a list of {role, content}."""
     id_column: str | None = None
-    """Column with the document's id; without one, the id is a hash of the text."""
+    """Column with the document's id; without one, the id is a hash of the text, or of the messages."""
     text_unit: Literal["file", "line"] = "file"
     """What one document of a .txt file is."""
     max_documents: Positive | None = None
@@ -91,6 +94,14 @@ class CorpusRecipe(_Section):
     def _one_source(self) -> Self:
         _exactly_one(self, "repo", "files", "embedded")
         _only_with(self, "repo", "revision", "config", "split")
+        if self.messages_column and self.text_column != "text":
+            raise ValueError(
+                "give text_column for a corpus of texts, or messages_column for one of chats, not both"
+            )
+        if self.messages_column and self.embedded:
+            raise ValueError(
+                "the embedded corpus holds texts and no messages; leave out messages_column"
+            )
         return self
 
 
@@ -141,6 +152,8 @@ class SequencesRecipe(_Section):
     """Begin-of-sequence token before each sequence: as the tokenizer does it, always, or never."""
     eos: SpecialToken = "tokenizer"
     """End-of-sequence token after each document's last sequence: as the tokenizer does it, always, or never."""
+    chat_template: str | None = None
+    """A file with the chat template to use in place of the tokenizer's, relative to the recipe."""
     batch_tokens: Annotated[int, Field(ge=8)] = 16_384
     """Positions in a batch, padding included. Part of the recipe, for the shape of a batch changes last bits."""
 
@@ -158,6 +171,8 @@ class OutputRecipe(_Section):
     """Other temperatures at which the distribution is to be known."""
     hidden_states: bool = False
     """Keep the teacher's last hidden states, from which its open weights make the whole distribution again."""
+    completions_only: bool = False
+    """Keep columns of several values a token only where the next token is the completion's: prompts then cost next to nothing."""
     text: bool = True
     """Keep the `text` column."""
     profile: Literal["default", "compact"] = "default"
@@ -206,6 +221,23 @@ class Recipe(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _completions_are_known(self) -> Self:
+        is_of_chats = self.corpus.messages_column is not None
+        if is_of_chats and self.sequences.eos != "tokenizer":
+            raise ValueError(
+                "sequences.eos means nothing with corpus.messages_column, for the chat template ends a chat; leave it out"
+            )
+        if self.sequences.chat_template and not is_of_chats:
+            raise ValueError(
+                "sequences.chat_template means something only with corpus.messages_column; leave it out"
+            )
+        if self.output.completions_only and not is_of_chats:
+            raise ValueError(
+                "output.completions_only needs a corpus that says what a completion is: give corpus.messages_column"
+            )
+        return self
+
     def published(self) -> dict[str, Any]:
         """The recipe as plain JSON values for manifest and card, paths that lead elsewhere cut to their last part."""
         values = self.model_dump(mode="json")
@@ -215,6 +247,8 @@ class Recipe(_Section):
         for field in ("path", "gguf", "tokenizer"):
             if values["teacher"][field]:
                 values["teacher"][field] = _portable(values["teacher"][field])
+        if self.sequences.chat_template:
+            values["sequences"]["chat_template"] = _portable(self.sequences.chat_template)
         return values
 
 

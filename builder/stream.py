@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from builder.corpus import Corpus, Document, Position, open_hub, open_local
-from builder.recipe import CorpusRecipe, Recipe, SequencesRecipe
+from builder.chats import ChatTemplate
+from builder.corpus import Corpus, Position, open_hub, open_local
+from builder.recipe import CorpusRecipe, Recipe
 from builder.sequences import Encoder, Sequence
 from builder.sources import CorpusSource
 
@@ -32,36 +33,51 @@ class SequenceStream:
         )
         self._tokens: int = start["tokens"] if start else 0
         self._num_documents: int = start["documents"] if start else 0
+        self._without_rows = 0
         self._corpus = open_corpus(
             corpus, source, partition=partition, num_partitions=partitions, start=start
         )
         self._documents = iter(self._corpus)
-        self._pending: Document | None = None
+        self._pending: list[Sequence] | None = None
         self._encoder = encoder
 
     def shard_sequences(self) -> Iterator[Sequence]:
         """The sequences of the next shard; afterwards `position` and `exhausted` say where it ended."""
         shard_end = self._tokens + self._shard_tokens
         while self._tokens < shard_end and not self._limit_reached():
-            document = self._pending or next(self._documents, None)
+            sequences = self._pending or self._next_document()
             self._pending = None
-            if document is None:
+            if sequences is None:
                 break
             self._num_documents += 1
-            for sequence in self._encoder.encode(document):
+            for sequence in sequences:
                 self._tokens += len(sequence.token_ids)
                 yield sequence
         self.position = self._position()
         # Look one document ahead, so that the last shard knows that it is the last and no empty one follows. The
         # recorded position is the one before the look, unless there was nothing to see.
         if not self._limit_reached():
-            self._pending = next(self._documents, None)
+            self._pending = self._next_document()
         if self._pending is None:
             self.exhausted = True
             self.position = self._position()
 
+    def _next_document(self) -> list[Sequence] | None:
+        """The sequences of the next document that has any; None at the end of the corpus."""
+        for document in self._documents:
+            if sequences := self._encoder.encode(document):
+                return sequences
+            self._without_rows += 1
+        return None
+
     def _position(self) -> Position:
-        return {**self._corpus.position, "tokens": self._tokens}
+        position = self._corpus.position
+        moved = self._without_rows  # from those that the corpus yielded to those that were skipped
+        counts = {
+            "documents": position["documents"] - moved,
+            "skipped": position["skipped"] + moved,
+        }
+        return {**position, **counts, "tokens": self._tokens}
 
     def _limit_reached(self) -> bool:
         documents, tokens = self._max_documents, self._max_tokens
@@ -80,6 +96,7 @@ def open_corpus(
 ) -> Corpus:
     """The documents of one partition of a resolved corpus, from a position on."""
     id_column = "id" if recipe.embedded else recipe.id_column
+    content_column = recipe.messages_column or recipe.text_column
     if source.format == "hub":
         assert recipe.repo
         assert source.commit
@@ -89,11 +106,12 @@ def open_corpus(
             source.files,
             format=source.format,
             text_unit=recipe.text_unit,
-            columns=tuple(dict.fromkeys(filter(None, (recipe.text_column, id_column)))),
+            columns=tuple(dict.fromkeys(filter(None, (content_column, id_column)))),
         )
     return Corpus(
         rows,
         text_column=recipe.text_column,
+        messages_column=recipe.messages_column,
         id_column=id_column,
         format=source.format,
         file_names=tuple(path.name for path in source.files),
@@ -103,14 +121,20 @@ def open_corpus(
     )
 
 
-def make_encoder(recipe: SequencesRecipe, tokenizer: Any) -> Encoder:
-    """The encoder that a recipe asks for."""
+def make_encoder(recipe: Recipe, tokenizer: Any, template: str | None = None) -> Encoder:
+    """The encoder that a recipe asks for, with the chat template that it names, if any.
+
+    Raises:
+        ValueError: as `Encoder` and, where the corpus is one of chats, `ChatTemplate`.
+    """
+    sequences = recipe.sequences
     return Encoder(
         tokenizer,
-        max_length=recipe.max_length,
-        long_documents=recipe.long_documents,
-        bos=recipe.bos,
-        eos=recipe.eos,
+        max_length=sequences.max_length,
+        long_documents=sequences.long_documents,
+        bos=sequences.bos,
+        eos=sequences.eos,
+        chats=ChatTemplate(tokenizer, template) if recipe.corpus.messages_column else None,
     )
 
 
