@@ -103,6 +103,19 @@ class Encoder:
             start, text_start = end, text_end
         return sequences
 
+    def encode_prompt(self, document: Document) -> Sequence | None:
+        """A document as it stands before its completion: whole, and not ended; None if it has no tokens."""
+        ids = self._backend.encode(document.text, add_special_tokens=False).ids
+        if not ids:
+            return None
+        return Sequence(
+            document_id=document.id,
+            chunk_index=0,
+            text=document.text,
+            token_ids=[*self.prefix, *ids],
+            next_token=NO_TOKEN,
+        )
+
 
 def length_sorted_batches(lengths: SequenceOf[int], batch_tokens: int) -> list[list[int]]:
     """Indices of sequences in batches of at most `batch_tokens` positions, padding included, longest first.

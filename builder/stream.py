@@ -1,12 +1,27 @@
 """A resolved recipe → the sequences of one partition of its corpus, cut into shards at the ends of documents."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from builder.corpus import Corpus, Document, Position, open_hub, open_local
+from builder.generation import Generator
+from builder.pipeline import Notice
 from builder.recipe import CorpusRecipe, Recipe, SequencesRecipe
 from builder.sequences import Encoder, Sequence
+from builder.shards import Block
 from builder.sources import CorpusSource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prompt:
+    """A document that was read ahead, to be completed."""
+
+    sequence: Sequence
+    position: Position
+    """Of the corpus after it."""
+    too_long: int
+    """Documents just before it that are too long to be prompts."""
 
 
 class SequenceStream:
@@ -19,8 +34,13 @@ class SequenceStream:
         encoder: Encoder,
         partition: int,
         start: Position | None,
+        *,
+        notice: Notice = lambda _: None,
     ) -> None:
-        """Open the corpus where an earlier shard of the partition ended, or at its beginning."""
+        """Open the corpus where an earlier shard of the partition ended, or at its beginning.
+
+        `notice` is told of the first prompt that is too long.
+        """
         corpus, partitions = recipe.corpus, recipe.output.partitions
         self.partition = partition
         self.exhausted = False
@@ -38,6 +58,13 @@ class SequenceStream:
         self._documents = iter(self._corpus)
         self._pending: Document | None = None
         self._encoder = encoder
+        self._max_prompt_tokens = recipe.sequences.max_length
+        if recipe.generation:
+            self._max_prompt_tokens -= recipe.generation.max_new_tokens
+        self._pending_prompt: _Prompt | None = None
+        self._notice, self._has_noticed = notice, False
+        self.prompts_too_long = 0
+        """In the last shard of prompts."""
 
     def shard_sequences(self) -> Iterator[Sequence]:
         """The sequences of the next shard; afterwards `position` and `exhausted` say where it ended."""
@@ -59,6 +86,77 @@ class SequenceStream:
         if self._pending is None:
             self.exhausted = True
             self.position = self._position()
+
+    def shard_blocks(self, generator: Generator) -> Iterator[Block]:
+        """The rows of the next shard where documents are prompts; afterwards `position` and `exhausted` say where it ended.
+
+        Prompts are completed a window at a time, and a shard ends with the window that reaches its tokens.
+        """
+        shard_end, self.prompts_too_long = self._tokens + self._shard_tokens, 0
+        while self._tokens < shard_end and not self._limit_reached():
+            left = None if self._max_tokens is None else self._max_tokens - self._tokens
+            window = self._window(generator, left)
+            if not window:
+                break
+            prompts = [prompt.sequence for prompt in window]
+            block, count = generator.complete(prompts, max_tokens=left)
+            self._tokens += len(block.distribution["logsumexp"])
+            self.position = {**window[count - 1].position, "tokens": self._tokens}
+            self._num_documents = self.position["documents"]
+            self.prompts_too_long += sum(prompt.too_long for prompt in window[:count])
+            yield block
+        # Look ahead as above. Documents that are no prompts at the end of the corpus belong to the last shard.
+        if self._limit_reached():
+            self.exhausted = True
+        elif isinstance(ahead := self._look_ahead(), int):
+            self.exhausted = True
+            self.prompts_too_long += ahead
+            self.position = self._position()
+
+    def _window(self, generator: Generator, left: int | None) -> list[_Prompt]:
+        """The prompts that are completed together: of a shard's tokens, and no more than `left` can need."""
+        window: list[_Prompt] = []
+        limit, room, least = min(generator.window_tokens, self._shard_tokens), 0, 0
+        while left is None or least < left:
+            prompt = self._look_ahead()
+            if isinstance(prompt, int):
+                break
+            room += generator.room(prompt.sequence)
+            if window and room > limit:
+                break
+            least += generator.samples * (len(prompt.sequence.token_ids) + 1)
+            window.append(prompt)
+            self._pending_prompt = None
+        return window
+
+    def _look_ahead(self) -> _Prompt | int:
+        """The next prompt; where there is none, how many documents at the end were too long."""
+        if self._pending_prompt:
+            return self._pending_prompt
+        too_long = 0
+        while (
+            self._max_documents is None or self._corpus.position["documents"] < self._max_documents
+        ):
+            document = next(self._documents, None)
+            if document is None:
+                break
+            sequence = self._encoder.encode_prompt(document)
+            if sequence is None:
+                continue
+            length = len(sequence.token_ids)
+            if length <= self._max_prompt_tokens:
+                self._pending_prompt = _Prompt(
+                    sequence=sequence, position=self._corpus.position, too_long=too_long
+                )
+                return self._pending_prompt
+            if not self._has_noticed:
+                self._notice(
+                    f"document {document.id!r} has {length:,} tokens, and with sequences.max_length and generation.max_new_tokens "
+                    f"as they are, a prompt has {self._max_prompt_tokens:,} at most: such documents are skipped and counted"
+                )
+            self._has_noticed = True
+            too_long += 1
+        return too_long
 
     def _position(self) -> Position:
         return {**self._corpus.position, "tokens": self._tokens}
