@@ -219,7 +219,7 @@ class _ShardBuilder:
     @cached_property
     def layout(self) -> Layout:
         """What the rows hold."""
-        return Layout.of(self._recipe.published()["output"], self.teacher.provenance())
+        return Layout.of(self._recipe.published(), self.teacher.provenance())
 
     @cached_property
     def decoder(self) -> Decoder | None:
@@ -356,7 +356,7 @@ def _check_fit(recipe: Recipe, teacher: Teacher) -> None:
             f"output.hidden_states is true, but {type(teacher.model).__name__} does not come apart into a body and a head; "
             "set it to false"
         )
-    widest = Layout.of(recipe.published()["output"], teacher.provenance()).widest
+    widest = Layout.of(recipe.published(), teacher.provenance()).widest
     if max_length * widest > MAX_ROW_VALUES:
         raise ValueError(
             f"a row of sequences.max_length = {max_length} tokens would hold {max_length * widest:,} values in one column, more "

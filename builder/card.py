@@ -90,7 +90,7 @@ def render_card(
 
     recipe, teacher = manifest["recipe"], manifest["teacher"]
     totals, sequences = manifest["totals"], recipe["sequences"]
-    layout = Layout.of(recipe["output"], teacher)
+    layout = Layout.of(recipe, teacher)
     where = f"{release['repo']} --revision v{release['version']}" if release else "DIRECTORY"
     card = DatasetCard.from_template(
         DatasetCardData(**_head(manifest)),
@@ -175,7 +175,7 @@ def _head(manifest: dict[str, Any]) -> dict[str, Any]:
         ],
         "dataset_info": {
             "config_name": "default",
-            "features": card_features(Layout.of(recipe["output"], manifest["teacher"])),
+            "features": card_features(Layout.of(recipe, manifest["teacher"])),
             "splits": [
                 {"name": "train", "num_bytes": totals["bytes"], "num_examples": totals["rows"]}
             ],

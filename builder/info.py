@@ -226,7 +226,7 @@ def _ranked(values: dict[str, Any], position: int) -> tuple[list[int], Floats, f
 
 
 def _layout(manifest: dict[str, Any]) -> Layout:
-    return Layout.of(manifest["recipe"]["output"], manifest["teacher"])
+    return Layout.of(manifest["recipe"], manifest["teacher"])
 
 
 def spell_token(tokenizer: Any, token: int) -> str:

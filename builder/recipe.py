@@ -79,8 +79,10 @@ class CorpusRecipe(_Section):
     embedded: Literal["python-docs"] | None = None
     """A corpus that every Python brings: the language reference."""
     text_column: str = "text"
+    messages_column: str | None = None
+    """Column with the messages of a chat, in place of a text: a list of {role, content}."""
     id_column: str | None = None
-    """Column with the document's id; without one, the id is a hash of the text."""
+    """Column with the document's id; without one, the id is a hash of the text, or of the messages."""
     text_unit: Literal["file", "line"] = "file"
     """What one document of a .txt file is."""
     max_documents: Positive | None = None
@@ -95,6 +97,14 @@ class CorpusRecipe(_Section):
     def _one_source(self) -> Self:
         _exactly_one(self, "repo", "files", "embedded")
         _only_with(self, "repo", "revision", "config", "split")
+        if self.messages_column and "text_column" in self.model_fields_set:
+            raise ValueError(
+                "give text_column for a corpus of texts, or messages_column for one of chats, not both"
+            )
+        if self.messages_column and self.embedded:
+            raise ValueError(
+                "the embedded corpus holds texts and no messages; leave out messages_column"
+            )
         return self
 
 
@@ -196,6 +206,8 @@ class OutputRecipe(_Section):
     """Other temperatures at which the distribution is to be known."""
     hidden_states: bool = False
     """Keep the teacher's last hidden states, from which its open weights make the whole distribution again."""
+    completions_only: bool = False
+    """Keep columns of several values a token only where the next token is the completion's: prompts then cost next to nothing."""
     text: bool = True
     """Keep the `text` column."""
     profile: Literal["default", "compact"] = "default"
@@ -261,6 +273,17 @@ class Recipe(_Section):
                     f"sequences.{name} is {value!r}, but prompts are neither cut nor ended; leave it out, or leave out "
                     "[generation]"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _completions_are_known(self) -> Self:
+        if self.output.completions_only and not (
+            self.corpus.messages_column or self.generation
+        ):
+            raise ValueError(
+                "output.completions_only needs completions: of a corpus of chats (give corpus.messages_column), or by the teacher "
+                "(give [generation])"
+            )
         return self
 
     def published(self) -> dict[str, Any]:

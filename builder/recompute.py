@@ -93,7 +93,7 @@ def recompute_rows(
         bos=sequences.bos,
         eos=sequences.eos,
     )
-    layout = Layout.of(manifest["recipe"]["output"], manifest["teacher"])
+    layout = Layout.of(manifest["recipe"], manifest["teacher"])
     problems: list[str] = []
     errors: list[Tensor] = []
     totals: dict[str, float] = defaultdict(float)

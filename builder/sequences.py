@@ -13,9 +13,11 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from builder.corpus import Document
+from builder.schema import kept_positions
 
 NO_TOKEN = -1
 """Stands for the next token where nothing follows."""
@@ -31,11 +33,18 @@ class Sequence:
     token_ids: list[int]
     next_token: int
     """The token after the last one: the document's, where it was cut, else end-of-sequence, else NO_TOKEN."""
+    completion_mask: list[bool] | None = None
+    """Which tokens are the completion's; None in a corpus of texts."""
 
     @property
     def targets(self) -> list[int]:
         """The token that really follows each position."""
         return [*self.token_ids[1:], self.next_token]
+
+    @property
+    def kept(self) -> list[int]:
+        """The positions whose next token is in the row, and the completion's."""
+        return np.flatnonzero(kept_positions(self.completion_mask or [])).tolist()
 
 
 class Encoder:

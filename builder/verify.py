@@ -155,7 +155,7 @@ def _check_shard(
     report: Report,
     progress: Callable[[int], None],
 ) -> None:
-    layout = Layout.of(manifest["recipe"]["output"], manifest["teacher"])
+    layout = Layout.of(manifest["recipe"], manifest["teacher"])
     try:
         file = pq.ParquetFile(directory / record.file)
         if not file.schema_arrow.equals(arrow_schema(layout)):

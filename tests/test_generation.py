@@ -147,12 +147,10 @@ def test_every_greedy_token_is_the_first_of_what_is_stored(
     monkeypatch.setattr(generation, "SHORTEST_DRAFT_TOKENS", 5)
     write_jsonl(tmp_path / "corpus.jsonl", prompts(30))
     recipe = make_recipe(
-        teacher_dtype := None or None,
-        teacher=None,
+        teacher_lines=f'dtype = "{dtype}"',
         generation=f"{GREEDY}\nbatch_tokens = 300",
         output=output or "top_k = 20",
-    ) if False else make_recipe(generation=f"{GREEDY}\nbatch_tokens = 300", output=output or "top_k = 20")
-    recipe.write_text(recipe.read_text().replace('dtype = "float32"', f'dtype = "{dtype}"'))
+    )
     run(recipe, tmp_path / "out")
     assert not_the_captured_choice(tmp_path / "out") == []
     corrected = read_manifest(tmp_path / "out")["totals"]["completions"]["corrected"]

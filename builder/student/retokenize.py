@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from builder.schema import FLOAT16_MIN
-from builder.student.rows import NO_TARGET, Array, Rows
-from builder.student.vocabulary import EMPTY, add_mass
+from builder.student.rows import EMPTY, NO_TARGET, Array, Rows
+from builder.student.vocabulary import add_mass
 
 
 class TokenizerProjection:
@@ -141,7 +141,8 @@ class TokenizerProjection:
     def _merge(self, rows: Rows) -> tuple[Array, Array, Array]:
         """Listed ids in the student's vocabulary, by falling probability; their log-probs; the tail with all that found no place."""
         ids_NK = rows.columns["topk_indices"]
-        is_token_NK = ids_NK < len(self._map_V)  # some teachers have more logits than tokens
+        # Some teachers have more logits than tokens; some places are EMPTY.
+        is_token_NK = (ids_NK >= 0) & (ids_NK < len(self._map_V))
         mapped_NK = np.where(is_token_NK, self._map_V[np.where(is_token_NK, ids_NK, 0)], EMPTY)
         mass_NK = np.exp(rows.columns["topk_logprobs"].astype(np.float64))
         lost_N = np.where(mapped_NK == EMPTY, mass_NK, 0).sum(-1)

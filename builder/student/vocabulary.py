@@ -18,10 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from builder.schema import FLOAT16_MIN
-from builder.student.rows import Array, Rows
-
-EMPTY = -1
-"""In `topk_indices`: a place without a token."""
+from builder.student.rows import EMPTY, Array, Rows
 
 
 class FrequentTokens:
@@ -70,7 +67,8 @@ class FrequentTokens:
         columns["target_ids"] = np.where(
             targets_N >= 0, self._map_V[np.maximum(targets_N, 0)], targets_N
         )
-        mapped_NK = self._map_V[columns["topk_indices"]]
+        ids_NK = columns["topk_indices"]
+        mapped_NK = np.where(ids_NK == EMPTY, np.int32(self.other), self._map_V[ids_NK])
         is_kept_NK = mapped_NK != self.other
         logprobs_NK, tail_N = columns["topk_logprobs"], columns["tail_logprob"]
         other_N = np.exp(
