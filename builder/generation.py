@@ -238,12 +238,18 @@ class Generator:
             for row in rows
         ]
         for block in self._pipeline.blocks(iter(sequences)):
-            start = 0
+            start = start_kept = 0
             for sequence in block.sequences:
                 here = slice(start, start + len(sequence.token_ids))
-                found = {name: column[here] for name, column in block.distribution.items()}
+                kept = here
+                if self._completions_only:
+                    kept = slice(start_kept, start_kept + len(sequence.kept))
+                found = {
+                    name: column[here if column.ndim == 1 else kept]
+                    for name, column in block.distribution.items()
+                }
                 self._settle(next(waiting), sequence.token_ids, found)
-                start = here.stop
+                start, start_kept = here.stop, kept.stop
 
     def _settle(self, row: _Row, ids: list[int], found: Distribution) -> None:
         """Keep what was captured, up to the first token of a greedy draft that is not the captured choice.

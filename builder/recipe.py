@@ -277,9 +277,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _completions_are_known(self) -> Self:
-        if self.output.completions_only and not (
-            self.corpus.messages_column or self.generation
-        ):
+        if self.output.completions_only and not (self.corpus.messages_column or self.generation):
             raise ValueError(
                 "output.completions_only needs completions: of a corpus of chats (give corpus.messages_column), or by the teacher "
                 "(give [generation])"

@@ -28,9 +28,7 @@ DRAWN = "max_new_tokens = 24"
 
 
 def prompts(count: int = 14) -> list[dict]:
-    return [
-        {"id": f"p-{i}", "text": TRAINING_TEXT[i % 3][: 7 + 5 * (i % 9)]} for i in range(count)
-    ]
+    return [{"id": f"p-{i}", "text": TRAINING_TEXT[i % 3][: 7 + 5 * (i % 9)]} for i in range(count)]
 
 
 @pytest.fixture
@@ -147,10 +145,9 @@ def test_every_greedy_token_is_the_first_of_what_is_stored(
     monkeypatch.setattr(generation, "SHORTEST_DRAFT_TOKENS", 5)
     write_jsonl(tmp_path / "corpus.jsonl", prompts(30))
     recipe = make_recipe(
-        teacher_lines=f'dtype = "{dtype}"',
-        generation=f"{GREEDY}\nbatch_tokens = 300",
-        output=output or "top_k = 20",
+        generation=f"{GREEDY}\nbatch_tokens = 300", output=output or "top_k = 20"
     )
+    recipe.write_text(recipe.read_text().replace('"float32"', f'"{dtype}"'))
     run(recipe, tmp_path / "out")
     assert not_the_captured_choice(tmp_path / "out") == []
     corrected = read_manifest(tmp_path / "out")["totals"]["completions"]["corrected"]
