@@ -313,7 +313,7 @@ class Generator:
 
     def _sequence(self, row: _Row) -> Sequence:
         num_prompt = len(row.prompt.token_ids)
-        written = _spell(self._decoder.teacher.tokenizer, row.token_ids, num_prompt)
+        written = spell_completion(self._decoder.teacher.tokenizer, row.token_ids, num_prompt)
         return Sequence(
             document_id=self._row_id(row),
             chunk_index=0,
@@ -342,7 +342,7 @@ def _choices(found: Distribution, following: list[int]) -> list[int]:
     return tied
 
 
-def _spell(tokenizer: Any, ids: list[int], start: int) -> str:
+def spell_completion(tokenizer: Any, ids: list[int], start: int) -> str:
     """The text of the tokens from `start` on, special tokens included, as it stands behind those before."""
     before, whole = (
         tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in (ids[:start], ids)

@@ -20,9 +20,17 @@ import torch
 from torch import Tensor
 
 from builder.corpus import Document
+from builder.generation import spell_completion
 from builder.manifest import ShardRecord
 from builder.recipe import SequencesRecipe, TeacherRecipe, differences
-from builder.schema import FLOAT16_MIN, Layout, float16_rounding, shortest_cut, temperature_column
+from builder.schema import (
+    FLOAT16_MIN,
+    Layout,
+    float16_rounding,
+    is_generated,
+    shortest_cut,
+    temperature_column,
+)
 from builder.sequences import NO_TOKEN, Encoder
 from builder.shards import nested_values
 from builder.sources import KnownSources, TeacherSource, resolve_teacher
@@ -105,6 +113,8 @@ def recompute_rows(
                 problems.append(
                     f"{where}: input_ids are not what the teacher's tokenizer makes of the text"
                 )
+        if row.text is not None and layout.completion_mask and is_generated(manifest["recipe"]):
+            problems += _check_prompt(row, encoder, teacher, where)
         errors.append(_compare(row, teacher, layout, where, recipe.dtype, problems, totals))
     all_errors = torch.cat(errors)
     if recipe.dtype != "float32" and abs(bias := float(all_errors.mean())) > MAX_BIAS:
@@ -178,6 +188,20 @@ def what_follows(
         return NO_TOKEN, False
     eos = manifest["teacher"]["eos_token_id"]
     return NO_TOKEN if eos is None else int(eos), True
+
+
+def _check_prompt(row: _Row, encoder: Encoder, teacher: Teacher, where: str) -> list[str]:
+    """Whether a prompt and its completion by the teacher are what the text says."""
+    num_prompt = int((~row.columns["completion_mask"].bool()).sum())
+    written = spell_completion(teacher.tokenizer, row.input_ids, num_prompt)
+    assert row.text is not None
+    if not row.text.endswith(written):
+        return [f"{where}: the text does not end with what the completion's tokens spell"]
+    text = row.text[: len(row.text) - len(written)]
+    prompt = encoder.encode_prompt(Document(id="", text=text))
+    if prompt is None or prompt.token_ids != row.input_ids[:num_prompt]:
+        return [f"{where}: input_ids are not what the teacher's tokenizer makes of the prompt"]
+    return []
 
 
 def _choose_rows(

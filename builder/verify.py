@@ -20,7 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from builder.card import VERIFICATION, read_release, write_card
-from builder.invariants import Array, broken, sampled_entropy
+from builder.invariants import (
+    Array,
+    broken,
+    broken_completions,
+    sampled_entropy,
+    surprise_beyond_entropy,
+)
 from builder.manifest import (
     ShardRecord,
     Sums,
@@ -37,6 +43,10 @@ VALUES_AT_ONCE = 2**22
 """Values of a column whose invariants are checked together: 32 MB in float64."""
 DRAWS_SIGMAS, DRAWS_TOLERANCE = 6.0, 2e-3
 """How far the entropy by draws may be off in a file: standard errors, and nats a token for the rounding to float16."""
+
+SURPRISE_TOLERANCE = 0.02
+"""Nats a token by which completions may be more or less surprising than the entropy says: a teacher in 16 bits writes with other
+rounding than it is captured with."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -186,8 +196,12 @@ class _RowChecker:
         self._sums = Sums()
         self._layout = layout
         self._surplus = self._surplus_squares = 0.0
+        self._surprise = self._surprise_squares = 0.0
+        self._written = 0
         self._eos: int | None = manifest["teacher"]["eos_token_id"]
         self._prefix: list[int] = manifest["teacher"]["prefix_ids"]
+        self._generation: dict[str, Any] | None = manifest["recipe"].get("generation")
+        self._generation_eos_ids: list[int] = manifest["teacher"].get("generation_eos_ids", [])
         self._shortest_cut = shortest_cut(manifest)
         self._previous: tuple[str, int] | None = None
         self._seen: set[tuple[int, str]] = set()
@@ -199,6 +213,19 @@ class _RowChecker:
             return
         ids, chunks = table["id"].to_pylist(), table["chunk_index"].to_pylist()
         self._check_order(ids, chunks)
+        if self._generation:
+            for wrong, message in broken_completions(
+                rows.columns,
+                rows.starts,
+                rows.ends,
+                generation=self._generation,
+                eos_ids=self._generation_eos_ids,
+            ):
+                self._add_where(rows, np.flatnonzero(wrong), message)
+            surprise = surprise_beyond_entropy(rows.columns)
+            self._surprise += float(np.nansum(surprise))
+            self._surprise_squares += float(np.nansum(surprise**2))
+            self._written += len(surprise)
         targets = self._targets(rows, ids, chunks)
         size = max(1, VALUES_AT_ONCE // self._layout.widest)
         for start in range(0, len(targets), size):
@@ -241,12 +268,26 @@ class _RowChecker:
                 f"{self._file}: the draws are not from the tail: with them the entropy is {self._surplus / self.tokens:+.3f} nats "
                 f"off on average, where chance explains {limit / self.tokens:.3f}"
             )
+        self._check_surprise()
         for name in ("entropy", "topk_mass", "target_nll"):
             found_sum, expected_sum = getattr(self._sums, name), getattr(record.sums, name)
             if not np.isclose(found_sum, expected_sum, rtol=1e-6, atol=1e-3):
                 self.problems.append(
                     f"{self._file}: sum of {name} is {found_sum:.3f}, the manifest says {expected_sum:.3f}"
                 )
+
+    def _check_surprise(self) -> None:
+        """Completions that were drawn from the stored distribution itself are as surprising as its entropy says."""
+        generation = self._generation
+        if not generation or generation["temperature"] != 1 or generation["top_p"] != 1:
+            return
+        limit = DRAWS_SIGMAS * self._surprise_squares**0.5 + SURPRISE_TOLERANCE * self._written
+        if not abs(self._surprise) <= limit:
+            self.problems.append(
+                f"{self._file}: the completions were not drawn from the stored distributions: their tokens are "
+                f"{self._surprise / self._written:+.3f} nats more surprising than the entropy says, where chance explains "
+                f"{limit / self._written:.3f}"
+            )
 
     def _add(self, row: int, message: str) -> None:
         self.problems.append(f"{self._file} row {self._first_row + row}: {message}")

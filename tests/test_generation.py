@@ -144,11 +144,60 @@ def test_every_greedy_token_is_the_first_of_what_is_stored(
     monkeypatch.setattr(generation, "FIRST_DRAFT_TOKENS", 7)
     monkeypatch.setattr(generation, "SHORTEST_DRAFT_TOKENS", 5)
     write_jsonl(tmp_path / "corpus.jsonl", prompts(30))
-    recipe = make_recipe(
-        generation=f"{GREEDY}\nbatch_tokens = 300", output=output or "top_k = 20"
-    )
+    recipe = make_recipe(generation=f"{GREEDY}\nbatch_tokens = 300", output=output or "top_k = 20")
     recipe.write_text(recipe.read_text().replace('"float32"', f'"{dtype}"'))
     run(recipe, tmp_path / "out")
     assert not_the_captured_choice(tmp_path / "out") == []
     corrected = read_manifest(tmp_path / "out")["totals"]["completions"]["corrected"]
     assert corrected == 0 if dtype == "float32" else corrected > 3
+
+
+def test_a_verifier_that_looks_away_would_let_wrong_tokens_pass(make_recipe, tmp_path, monkeypatch):
+    """So that the test above shows that the capture pass decides, and not that nothing is ever in doubt."""
+    monkeypatch.setattr(generation, "_choices", lambda found, following: following)
+    write_jsonl(tmp_path / "corpus.jsonl", prompts(30))
+    recipe = make_recipe(generation=GREEDY)
+    recipe.write_text(recipe.read_text().replace('"float32"', '"bfloat16"'))
+    run(recipe, tmp_path / "out")
+    assert not_the_captured_choice(tmp_path / "out")
+    found = problems(tmp_path / "out")
+    assert any("was written greedily, but not with the most probable token" in p for p in found)
+
+
+CHOICES = {
+    "greedy": (GREEDY, "tail_samples = 0"),
+    "greedy, everything": (
+        GREEDY,
+        "tail_samples = 3\nseed = 2\ntemperatures = [2.0]\nhidden_states = true",
+    ),
+    "greedy, all": (GREEDY, 'top_k = "all"'),
+    "drawn": (DRAWN, ""),
+    "drawn, everything": (
+        f"{DRAWN}\ntemperature = 0.8\ntop_p = 0.9\nseed = 5\nsamples = 3",
+        'tail_samples = 3\ntemperatures = [2.0]\nhidden_states = true\nprofile = "compact"\ntext = false',
+    ),
+    "drawn, all": (f"{DRAWN}\nsamples = 2", 'top_k = "all"\nhidden_states = true'),
+    "one token": ("max_new_tokens = 1\nsamples = 2", ""),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_builds_resumes_to_the_same_bytes_verifies_and_loads(
+    choice, make_recipe, tmp_path, tiny_teacher_dir
+):
+    how, output = CHOICES[choice]
+    output = f"shard_tokens = 90\n{output}"
+    recipe = make_recipe(generation=f"{how}\nbatch_tokens = 150", output=output)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(recipe, whole)
+    while run(recipe, parts, max_shards=1).status == "stopped early":
+        pass
+    assert data_bytes(parts) == data_bytes(whole)
+    assert len(data_bytes(whole)) > 1
+    report = verify(whole, recompute=8, teacher_path=tiny_teacher_dir, seed=0)
+    assert report.problems == []
+    assert report.recomputed["mean_abs_error"] < 2e-3
+    dataset = load_dataset(str(whole), split="train", cache_dir=str(tmp_path / "cache"))
+    row = dataset.with_format("torch")[0]
+    assert row["completion_mask"].dtype == torch.bool
+    assert row["completion_mask"].shape == row["input_ids"].shape
