@@ -62,7 +62,8 @@ class SequenceStream:
         if recipe.generation:
             self._max_prompt_tokens -= recipe.generation.max_new_tokens
         self._pending_prompt: _Prompt | None = None
-        self._notice, self._has_noticed = notice, False
+        self._too_long_ahead = 0
+        self._notice, self._has_told = notice, False
         self.prompts_too_long = 0
         """In the last shard of prompts."""
 
@@ -108,19 +109,16 @@ class SequenceStream:
         # Look ahead as above. Documents that are no prompts at the end of the corpus belong to the last shard.
         if self._limit_reached():
             self.exhausted = True
-        elif isinstance(ahead := self._look_ahead(), int):
+        elif self._look_ahead() is None:
             self.exhausted = True
-            self.prompts_too_long += ahead
+            self.prompts_too_long += self._too_long_ahead
             self.position = self._position()
 
     def _window(self, generator: Generator, left: int | None) -> list[_Prompt]:
         """The prompts that are completed together: of a shard's tokens, and no more than `left` can need."""
         window: list[_Prompt] = []
         limit, room, least = min(generator.window_tokens, self._shard_tokens), 0, 0
-        while left is None or least < left:
-            prompt = self._look_ahead()
-            if isinstance(prompt, int):
-                break
+        while (prompt := self._look_ahead()) and (left is None or least < left):
             room += generator.room(prompt.sequence)
             if window and room > limit:
                 break
@@ -129,34 +127,38 @@ class SequenceStream:
             self._pending_prompt = None
         return window
 
-    def _look_ahead(self) -> _Prompt | int:
-        """The next prompt; where there is none, how many documents at the end were too long."""
+    def _look_ahead(self) -> _Prompt | None:
+        """The next prompt; where there is none, the documents that were too long stay counted in `_too_long_ahead`."""
         if self._pending_prompt:
             return self._pending_prompt
-        too_long = 0
-        while (
-            self._max_documents is None or self._corpus.position["documents"] < self._max_documents
-        ):
+        limit = self._max_documents
+        while limit is None or self._corpus.position["documents"] < limit:
             document = next(self._documents, None)
             if document is None:
                 break
             sequence = self._encoder.encode_prompt(document)
             if sequence is None:
                 continue
-            length = len(sequence.token_ids)
-            if length <= self._max_prompt_tokens:
+            if len(sequence.token_ids) <= self._max_prompt_tokens:
                 self._pending_prompt = _Prompt(
-                    sequence=sequence, position=self._corpus.position, too_long=too_long
+                    sequence=sequence,
+                    position=self._corpus.position,
+                    too_long=self._too_long_ahead,
                 )
+                self._too_long_ahead = 0
                 return self._pending_prompt
-            if not self._has_noticed:
-                self._notice(
-                    f"document {document.id!r} has {length:,} tokens, and with sequences.max_length and generation.max_new_tokens "
-                    f"as they are, a prompt has {self._max_prompt_tokens:,} at most: such documents are skipped and counted"
-                )
-            self._has_noticed = True
-            too_long += 1
-        return too_long
+            self._too_long_ahead += 1
+            self._tell_too_long(sequence)
+        return None
+
+    def _tell_too_long(self, sequence: Sequence) -> None:
+        if not self._has_told:
+            self._notice(
+                f"document {sequence.document_id!r} has {len(sequence.token_ids):,} tokens, and with sequences.max_length and "
+                f"generation.max_new_tokens as they are, a prompt has {self._max_prompt_tokens:,} at most: such documents are "
+                "skipped and counted"
+            )
+        self._has_told = True
 
     def _position(self) -> Position:
         return {**self._corpus.position, "tokens": self._tokens}

@@ -201,3 +201,353 @@ def test_every_choice_builds_resumes_to_the_same_bytes_verifies_and_loads(
     row = dataset.with_format("torch")[0]
     assert row["completion_mask"].dtype == torch.bool
     assert row["completion_mask"].shape == row["input_ids"].shape
+
+
+# Drawn
+
+
+def test_what_is_written_depends_on_seed_and_document_and_not_on_how_the_work_is_cut(
+    make_recipe, tmp_path
+):
+    def build(name: str, how: str, **changes: str) -> dict[str, list[int]]:
+        run(make_recipe(generation=f"{DRAWN}\n{how}", **changes), tmp_path / name)
+        return written(tmp_path / name)
+
+    expected = build("whole", "samples = 2")
+    assert build("narrow", "samples = 2\nbatch_tokens = 40") == expected
+    cut = build("cut", "samples = 2", output="shard_tokens = 50", sequences="batch_tokens = 64")
+    assert cut == expected
+    assert len(data_bytes(tmp_path / "cut")) > 3
+    write_jsonl(tmp_path / "corpus.jsonl", prompts()[::-1])
+    assert build("backwards", "samples = 2") == expected
+    other = build("seed", "samples = 2\nseed = 1")
+    assert sum(other[name] == expected[name] for name in expected) < 3
+
+
+def test_samples_of_a_prompt_are_different_rows_with_different_ids(make_recipe, tmp_path):
+    run(make_recipe(generation=f"{DRAWN}\nsamples = 3"), tmp_path / "out")
+    found = written(tmp_path / "out")
+    assert list(found) == [f"p-{i}/{sample}" for i in range(14) for sample in range(3)]
+    distinct = {tuple(ids) for ids in found.values()}
+    assert len(distinct) > 0.9 * len(found)
+    run(make_recipe(generation=DRAWN), tmp_path / "one")
+    # The first of several is the one of a single.
+    assert written(tmp_path / "one") == {f"p-{i}": found[f"p-{i}/0"] for i in range(14)}
+
+
+def test_draws_of_completions_and_draws_from_the_tail_use_different_numbers(make_recipe, tmp_path):
+    """With the same seed; otherwise a drawn token would tell what was drawn from the tail behind it."""
+    from builder.draws import uniforms
+
+    used = defaultdict(int)
+    real = uniforms
+
+    def spying(seed, document_id, chunk_index, **sizes):
+        used[seed, document_id, chunk_index] += 1
+        return real(seed, document_id, chunk_index, **sizes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builder.generation.uniforms", spying)
+        patch.setattr("builder.pipeline.uniforms", spying)
+        run(make_recipe(generation=DRAWN), tmp_path / "out")
+    assert len(used) == 28
+    assert set(used.values()) == {1}
+
+
+def test_only_completions_that_were_drawn_from_what_is_stored_are_as_surprising_as_it_says(
+    make_recipe, tmp_path, monkeypatch
+):
+    run(make_recipe(generation=f"{DRAWN}\nsamples = 20"), tmp_path / "fair")
+    assert problems(tmp_path / "fair") == []
+    init = Decoder.__init__
+
+    def warmer(self, teacher, *, temperature, top_p):
+        init(self, teacher, temperature=1.3, top_p=top_p)
+
+    monkeypatch.setattr(Decoder, "__init__", warmer)
+    run(make_recipe(generation=f"{DRAWN}\nsamples = 20"), tmp_path / "warm")
+    found = problems(tmp_path / "warm")
+    assert found
+    assert all("the completions were not drawn from the stored distributions" in p for p in found)
+
+
+# Limits
+
+
+def test_limits_mean_what_they_say(make_recipe, tmp_path):
+    run(make_recipe(generation=f"{DRAWN}\nsamples = 2"), tmp_path / "all")
+    rows = read_rows(tmp_path / "all")
+    run(
+        make_recipe(generation=f"{DRAWN}\nsamples = 2", corpus="max_documents = 5"),
+        tmp_path / "documents",
+    )
+    assert [row["id"] for row in read_rows(tmp_path / "documents")] == [r["id"] for r in rows[:10]]
+    assert read_manifest(tmp_path / "documents")["totals"]["documents"] == 5
+
+    recipe = make_recipe(
+        generation=f"{DRAWN}\nsamples = 2",
+        corpus="max_tokens = 250",
+        output="shard_tokens = 90",
+    )
+    run(recipe, tmp_path / "tokens")
+    found = read_rows(tmp_path / "tokens")
+    assert [row["id"] for row in found] == [row["id"] for row in rows[: len(found)]]
+    lengths = [len(row["input_ids"]) for row in found]
+    assert len(found) % 2 == 0
+    assert sum(lengths) >= 250 > sum(lengths[:-2])
+    totals = read_manifest(tmp_path / "tokens")["totals"]
+    assert totals["documents"] == totals["completions"]["prompts"] == len(found) / 2
+    # A build that was stopped ends with the same.
+    while run(recipe, tmp_path / "parts", max_shards=1).status == "stopped early":
+        pass
+    assert data_bytes(tmp_path / "parts") == data_bytes(tmp_path / "tokens")
+
+
+def test_prompts_that_leave_no_room_are_skipped_counted_and_named_once(make_recipe, tmp_path):
+    long = {"text": " ".join(TRAINING_TEXT)}
+    rows = prompts(6)
+    rows[2:2] = [{"id": "long-0", **long}]
+    rows += [{"id": f"long-{i}", **long} for i in (1, 2)]
+    write_jsonl(tmp_path / "corpus.jsonl", rows)
+    recipe = make_recipe(generation=DRAWN, output="shard_tokens = 60")
+    notices: list[str] = []
+    run(recipe, tmp_path / "out", notice=notices.append)
+    assert len(notices) == 1
+    assert "document 'long-0' has" in notices[0]
+    assert "a prompt has 40 at most: such documents are skipped and counted" in notices[0]
+    assert list(written(tmp_path / "out")) == [f"p-{i}" for i in range(6)]
+    totals = read_manifest(tmp_path / "out")["totals"]
+    assert totals["completions"]["prompts_too_long"] == 3
+    assert totals["documents"] == 9
+    while run(recipe, tmp_path / "parts", max_shards=1).status == "stopped early":
+        pass
+    assert data_bytes(tmp_path / "parts") == data_bytes(tmp_path / "out")
+    assert read_manifest(tmp_path / "parts")["totals"]["completions"] == totals["completions"]
+
+    write_jsonl(tmp_path / "corpus.jsonl", [{"id": "long", **long}])
+    with pytest.raises(
+        ValueError, match=r"no prompt that leaves room for generation\.max_new_tokens \(1 are"
+    ):
+        run(recipe, tmp_path / "none")
+
+
+def test_a_batch_that_does_not_fit_is_halved(make_recipe, tmp_path, monkeypatch):
+    run(make_recipe(generation=DRAWN), tmp_path / "whole")
+    decode = Decoder.decode
+
+    def small(self, sequences, **options):
+        if len(sequences) > 3:
+            raise torch.OutOfMemoryError
+        return decode(self, sequences, **options)
+
+    monkeypatch.setattr(Decoder, "decode", small)
+    notices: list[str] = []
+    run(make_recipe(generation=DRAWN), tmp_path / "out", notice=notices.append)
+    assert written(tmp_path / "out") == written(tmp_path / "whole")
+    assert "while writing 8 completions of up to" in notices[0]
+    assert "a smaller generation.batch_tokens avoids this" in notices[0]
+    assert sum(r.halved_batches for r in records_of(read_manifest(tmp_path / "out"))) == len(
+        notices
+    )
+
+    def never(self, sequences, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Decoder, "decode", never)
+    with pytest.raises(ValueError, match=r"writing a single sequence of \d+ tokens does not fit"):
+        run(make_recipe(generation=DRAWN), tmp_path / "never")
+
+
+def test_a_teacher_that_yields_nan_while_it_writes_names_the_document(
+    make_recipe, tmp_path, monkeypatch
+):
+    decode = Decoder.decode
+
+    def broken(self, sequences, **options):
+        return [None, *decode(self, sequences, **options)[1:]]
+
+    monkeypatch.setattr(Decoder, "decode", broken)
+    with pytest.raises(ValueError, match="NaN or infinity while it completes document 'p-"):
+        run(make_recipe(generation=DRAWN), tmp_path / "out")
+
+
+def test_progress_counts_every_token_once(make_recipe, tmp_path):
+    recipe = make_recipe(generation=GREEDY)
+    recipe.write_text(recipe.read_text().replace('"float32"', '"bfloat16"'))
+    steps: list[int] = []
+    run(recipe, tmp_path / "out", progress=steps.append)
+    assert sum(steps) == read_manifest(tmp_path / "out")["totals"]["tokens"]
+
+
+# Stopping and going on
+
+
+@pytest.mark.parametrize(
+    "how", [f"{GREEDY}\nbatch_tokens = 64", f"{DRAWN}\nsamples = 2\nbatch_tokens = 64"]
+)
+def test_a_killed_build_ends_with_the_same_bytes(how, make_recipe, tmp_path, killer):  # noqa: F811
+    recipe = make_recipe(generation=how, output="shard_tokens = 60\ntail_samples = 3")
+    recipe.write_text(recipe.read_text().replace('"float32"', '"bfloat16"'))
+    killer.build(recipe, tmp_path / "whole")
+    for step in ("os.replace#4:after", "os.replace#7:before"):
+        output = tmp_path / step[:12]
+        assert killer.build(recipe, output, at_step=step)["killed"]
+        before = finished_shards(output)
+        assert killer.build(recipe, output)["status"] == 0
+        check_kept(before, output)
+        assert data_bytes(output) == data_bytes(tmp_path / "whole")
+
+
+# Verification
+
+
+def other_token(rows: list[Row]) -> None:
+    rows[1]["input_ids"][-2] = 200
+
+
+def shift_the_mask(rows: list[Row]) -> None:
+    rows[1]["completion_mask"][:-1] = rows[1]["completion_mask"][1:]
+
+
+def interrupt(rows: list[Row]) -> None:
+    rows[1]["completion_mask"][-3] = False
+
+
+def all_completion(rows: list[Row]) -> None:
+    rows[1]["completion_mask"][:] = True
+
+
+def no_end(rows: list[Row]) -> None:
+    rows[1]["completion_mask"][-1] = False
+
+
+def go_on(rows: list[Row]) -> None:
+    rows[1]["input_ids"][-3] = 0
+
+
+def cut(rows: list[Row]) -> None:
+    for name, values in rows[1].items():
+        if isinstance(values, np.ndarray):
+            rows[1][name] = values[:-2]
+    rows[1]["target_logprob"][-1] = np.nan
+
+
+def know_what_follows(rows: list[Row]) -> None:
+    rows[1]["target_logprob"][-1] = -1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_token, "was written greedily, but not with the most probable token"),
+        (interrupt, "the completion is interrupted"),
+        (all_completion, "the row begins with its completion"),
+        (no_end, "the row does not end with its completion"),
+        (go_on, "the completion goes on after the token that ends it"),
+        (cut, "the completion ends before 24 tokens, and with none that ends it"),
+        (shift_the_mask, "the completion is longer than 24 tokens"),
+        (know_what_follows, "target_logprob is there, but nothing follows a completion"),
+    ],
+)
+def test_a_forged_completion_is_found_without_the_teacher(change, message, make_recipe, tmp_path):
+    run(make_recipe(generation=GREEDY), tmp_path / "out")
+    rows = read_rows(tmp_path / "out")
+    assert len(completions(rows[1])) == 24
+    forge(tmp_path / "out", lambda rows: None)
+    assert problems(tmp_path / "out") == []
+    forge(tmp_path / "out", change, all_files=False)
+    assert any(message in problem for problem in problems(tmp_path / "out"))
+
+
+def other_text(rows: list[Row]) -> None:
+    rows[1]["text"] = rows[1]["text"][:-1] + "!"
+
+
+def other_prompt(rows: list[Row]) -> None:
+    rows[1]["text"] = "What? " + rows[1]["text"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_text, "the text does not end with what the completion's tokens spell"),
+        (other_prompt, "input_ids are not what the teacher's tokenizer makes of the prompt"),
+    ],
+)
+def test_a_text_that_is_not_that_of_the_tokens_is_found_with_the_teacher(
+    change, message, make_recipe, tmp_path, tiny_teacher_dir
+):
+    run(make_recipe(generation=GREEDY), tmp_path / "out")
+    forge(tmp_path / "out", change, all_files=False)
+    found = problems(tmp_path / "out", tiny_teacher_dir, recompute=100)
+    assert len(found) == 1
+    assert message in found[0]
+
+
+# Recipes
+
+
+def test_a_recipe_without_it_is_the_same_as_ever(make_recipe):
+    assert "generation" not in load_recipe(make_recipe()).published()
+    recipe = load_recipe(make_recipe(generation=GREEDY)).published()
+    assert recipe["generation"] == {
+        "max_new_tokens": 24,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "samples": 1,
+        "seed": 0,
+        "batch_tokens": 16_384,
+    }
+    plan = {"recipe": recipe, "corpus": {}, "teacher": {}}
+    other = {**plan, "recipe": {**recipe, "generation": {**recipe["generation"], "seed": 1}}}
+    assert fingerprint(plan) != fingerprint(other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"generation": "temperature = 1.0"}, r"'generation\.max_new_tokens' is missing"),
+        (
+            {"generation": "max_new_tokens = 9\ntopp = 0.9"},
+            r"unknown key 'generation\.topp'; did you mean 'top_p'",
+        ),
+        (
+            {"generation": "max_new_tokens = 0"},
+            r"generation\.max_new_tokens: Input should be greater",
+        ),
+        (
+            {"generation": "max_new_tokens = 64"},
+            r"max_new_tokens is 64, which leaves no room for a prompt in sequences\.max_length = 64",
+        ),
+        ({"generation": f"{DRAWN}\ntop_p = 0.0"}, r"generation\.top_p: Input should be greater"),
+        ({"generation": f"{DRAWN}\ntop_p = 1.5"}, r"generation\.top_p: Input should be less"),
+        ({"generation": f"{DRAWN}\ntemperature = -1"}, r"generation\.temperature: Input should"),
+        ({"generation": f"{DRAWN}\ntemperature = 0.001"}, r"expected at least 0\.01, or 0 for"),
+        ({"generation": f"{GREEDY}\nseed = 1"}, "seed means something only where tokens are drawn"),
+        ({"generation": f"{GREEDY}\ntop_p = 0.9"}, "top_p means something only where tokens"),
+        ({"generation": f"{GREEDY}\nsamples = 2"}, "samples means something only where tokens"),
+        (
+            {"generation": DRAWN, "sequences": 'long_documents = "truncate"'},
+            r"sequences\.long_documents is 'truncate', but prompts are neither cut nor ended",
+        ),
+        (
+            {"generation": DRAWN, "sequences": 'eos = "always"'},
+            r"sequences\.eos is 'always', but prompts are neither",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_one_line(changes, message, make_recipe):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_recipe(make_recipe(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unfinished_build_goes_on_with_its_own_settings_only(make_recipe, tmp_path):
+    run(make_recipe(generation=DRAWN, output="shard_tokens = 60"), tmp_path / "out", max_shards=1)
+    with pytest.raises(ValueError, match=r"recipe\.generation\.temperature: 1\.0 → 0\.5"):
+        run(
+            make_recipe(generation=f"{DRAWN}\ntemperature = 0.5", output="shard_tokens = 60"),
+            tmp_path / "out",
+        )
+    with pytest.raises(ValueError, match=r"recipe\.generation: .* → null"):
+        run(make_recipe(output="shard_tokens = 60"), tmp_path / "out")
