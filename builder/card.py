@@ -21,7 +21,13 @@ from builder.charts import Curves, entropy_svg, marks, mass_svg, measure
 from builder.licences import licence_head, licence_text
 from builder.manifest import data_digest, records_of
 from builder.markdown import plain
-from builder.recipe import CorpusRecipe, OutputRecipe, SequencesRecipe, TeacherRecipe
+from builder.recipe import (
+    CorpusRecipe,
+    GenerationRecipe,
+    OutputRecipe,
+    SequencesRecipe,
+    TeacherRecipe,
+)
 from builder.schema import Layout, card_features, columns
 from builder.shards import atomic_file
 
@@ -106,6 +112,7 @@ def render_card(
         load_arguments=_load_arguments(release),
         columns=columns(layout),
         end_of_document=_end_of_document(manifest),
+        writing=_writing(manifest),
         statistics=_statistics(manifest),
         marks=[(k, f"{curves.mass[k - 1]:.1%}") for k in marks(len(curves.mass))] if curves else [],
         mass_alt="Probability inside the k most probable tokens, against k",
@@ -133,11 +140,12 @@ def recipe_toml(recipe: dict[str, Any], manifest: dict[str, Any]) -> str:
         "corpus": CorpusRecipe,
         "teacher": TeacherRecipe,
         "sequences": SequencesRecipe,
+        "generation": GenerationRecipe,
         "output": OutputRecipe,
     }
     lines = [f"{key} = {_toml(recipe[key])}" for key in ("name", "description") if recipe.get(key)]
     for section, model in sections.items():
-        values = dict(recipe[section])
+        values = dict(recipe.get(section) or {})
         if commit := manifest.get(section, {}).get("commit"):
             values["revision"] = commit
         defaults = {name: field.default for name, field in model.model_fields.items()}
@@ -205,6 +213,39 @@ def _end_of_document(manifest: dict[str, Any]) -> str:
     return f"the end-of-sequence token (id {manifest['teacher']['eos_token_id']})"
 
 
+def _writing(manifest: dict[str, Any]) -> list[str]:
+    """How the teacher wrote completions, in sentences; none where it did not."""
+    how, totals = manifest["recipe"].get("generation"), manifest["totals"]
+    if not how:
+        return []
+    counts = totals["completions"]
+    if how["temperature"] == 0:
+        chosen = "always took the most probable token, which is the first of the stored ones at its position"
+        if counts["corrected"]:
+            chosen += f" (at {counts['corrected']:,} near-ties, writing had rounded the other way, and the stored distribution decided)"
+    else:
+        among = "all tokens"
+        if how["top_p"] < 1:
+            among = f"as few of the most probable tokens as have a probability of {how['top_p']:g} together (top_p)"
+        chosen = f"drew each token at temperature {how['temperature']:g} from {among}, with seed {how['seed']}"
+    each = f", {how['samples']:,} for each" if how["samples"] > 1 else ""
+    skipped = ""
+    if counts["prompts_too_long"]:
+        skipped = f" {counts['prompts_too_long']:,} prompts left no room for a completion, and are not in it."
+    ends = " or ".join(f"{token}" for token in manifest["teacher"]["generation_eos_ids"])
+    ended = (
+        f"{counts['ended']:,} ended by themselves (with id {ends})"
+        if ends
+        else "none could end by itself"
+    )
+    return [
+        f"The teacher wrote {counts['completions']:,} completions of {counts['prompts']:,} prompts{each}: it {chosen}.",
+        f"Of them, {ended}, the others were cut after {how['max_new_tokens']:,} tokens.{skipped}",
+        "However they were written, the stored distributions are those of the teacher at temperature 1 over its whole vocabulary, "
+        "from a forward pass over prompt and completion like that over any other text.",
+    ]
+
+
 def _corpus_name(corpus: dict[str, Any]) -> str:
     if repo := corpus.get("repo"):
         return _link(repo, f"datasets/{repo}")
@@ -246,6 +287,7 @@ def _statistics(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("tokens", f"{totals['tokens']:,}"),
         ("rows", f"{totals['rows']:,}, from {totals['documents']:,} documents"),
+        *_completions(manifest),
         ("size", f"{totals['bytes'] / 1e6:,.1f} MB, {totals['bytes_per_token']} bytes a token"),
         ("entropy", f"{totals['mean_entropy']:.3f} nats on average"),
         *share,
@@ -253,6 +295,19 @@ def _statistics(manifest: dict[str, Any]) -> list[tuple[str, str]]:
             "perplexity of the teacher on these texts",
             f"{perplexity:,.3f}" if perplexity else "infinite",
         ),
+    ]
+
+
+def _completions(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    counts = manifest["totals"].get("completions")
+    if not counts:
+        return []
+    mean = counts["tokens"] / counts["completions"]
+    return [
+        (
+            "completions by the teacher",
+            f"{counts['completions']:,} with {counts['tokens']:,} tokens, {mean:,.1f} on average",
+        )
     ]
 
 

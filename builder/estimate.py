@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 import torch
 import zstandard
 
-from builder.corpus import Corpus
+from builder.corpus import Corpus, Document
 from builder.recipe import Recipe
+from builder.sequences import Encoder
 from builder.sources import (
     CorpusSource,
     KnownSources,
@@ -50,6 +51,8 @@ class Estimate:
     bytes: int | None
     seconds: float | None
     device: str
+    is_most: bool
+    """Whether it will be no more than that: completions may end early."""
 
 
 def estimate(recipe: Recipe, base: Path, *, device: str) -> Estimate:
@@ -74,8 +77,10 @@ def estimate(recipe: Recipe, base: Path, *, device: str) -> Estimate:
         bytes=None
         if tokens is None or sizes is None
         else round(tokens * bytes_per_token(recipe, **sizes)),
-        seconds=tokens / rate if tokens and rate else None,
+        # How fast a teacher writes depends on how many completions it writes at once, and on where they end.
+        seconds=tokens / rate if tokens and rate and not recipe.generation else None,
         device=device,
+        is_most=recipe.generation is not None,
     )
 
 
@@ -112,7 +117,7 @@ def _count_tokens(
             break
         num_documents += 1
         num_rows = num_documents + documents.position["skipped"]
-        num_tokens += sum(len(sequence.token_ids) for sequence in encoder.encode(document))
+        num_tokens += _tokens_of(document, encoder, recipe)
         if num_documents == corpus.max_documents or num_tokens >= (corpus.max_tokens or math.inf):
             return num_tokens
     else:
@@ -123,6 +128,16 @@ def _count_tokens(
     whole = share and round(num_tokens / share)
     most = corpus.max_documents and round(num_tokens / num_documents * corpus.max_documents)
     return min((n for n in (whole, most, corpus.max_tokens) if n), default=None)
+
+
+def _tokens_of(document: Document, encoder: Encoder, recipe: Recipe) -> int:
+    """Tokens of the rows of a document; at most, where the teacher completes it."""
+    how = recipe.generation
+    if how is None:
+        return sum(len(sequence.token_ids) for sequence in encoder.encode(document))
+    prompt = encoder.encode_prompt(document)
+    length = len(prompt.token_ids) + how.max_new_tokens if prompt else math.inf
+    return how.samples * int(length) if length <= recipe.sequences.max_length else 0
 
 
 def _share_of_corpus(

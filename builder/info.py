@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from builder.manifest import read_manifest, records_of
 from builder.recompute import dataset_tokenizer, read_row, what_follows
-from builder.schema import Layout, columns
+from builder.schema import Layout, columns, is_generated
 from builder.sequences import NO_TOKEN
 
 Floats = npt.NDArray[np.float64]
@@ -35,6 +35,11 @@ def summarize(directory: Path) -> dict[str, Any]:
         "top_k": manifest["recipe"]["output"]["top_k"],
         "columns": [column.name for column in columns(_layout(manifest))],
         "max_length": manifest["recipe"]["sequences"]["max_length"],
+        **(
+            {"generation": manifest["recipe"]["generation"]}
+            if is_generated(manifest["recipe"])
+            else {}
+        ),
         "shards": len(manifest["shards"]),
         "environments": manifest["environments"],
     }
@@ -61,6 +66,7 @@ def describe(directory: Path) -> str:
         f"vocabulary {teacher['vocab_size']:,}",
         "corpus": f"{corpus_name} @ {corpus_pin}",
         "size": f"{totals['tokens']:,} tokens in {totals['rows']:,} rows of {totals['documents']:,} documents{skipped}",
+        **_written(summary),
         "disk": f"{totals['bytes'] / 1e6:,.1f} MB in {summary['shards']} files, {totals['bytes_per_token']} bytes a token",
         "stored": _stored(_layout(read_manifest(directory))),
         **_share(summary),
@@ -83,6 +89,26 @@ def _stored(layout: Layout) -> str:
     if layout.hidden_states:
         parts.append(f"hidden states of {layout.hidden_size}")
     return "; ".join(parts)
+
+
+def _written(summary: dict[str, Any]) -> dict[str, str]:
+    """What the teacher wrote, and how."""
+    how = summary.get("generation")
+    if not how:
+        return {}
+    counts = summary["totals"]["completions"]
+    manner = f"temperature {how['temperature']:g}" if how["temperature"] else "greedily"
+    if how["top_p"] < 1:
+        manner += f", top_p {how['top_p']:g}"
+    skipped = (
+        f"; {counts['prompts_too_long']:,} prompts were too long"
+        if counts["prompts_too_long"]
+        else ""
+    )
+    return {
+        "written": f"{counts['tokens']:,} tokens in {counts['completions']:,} completions of {counts['prompts']:,} prompts, "
+        f"{manner}; {counts['ended']:,} ended by themselves, others after {how['max_new_tokens']:,} tokens{skipped}"
+    }
 
 
 def _share(summary: dict[str, Any]) -> dict[str, str]:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from conftest import TRAINING_TEXT, write_jsonl
 from datasets import load_dataset
+from hub import Client, serve
 from test_build import data_bytes, float64_reference, read_rows, run
 from test_kill import check_kept, finished_shards, killer  # noqa: F401
+from test_publish import build_dataset
 from test_verify import Row, forge, problems
 
 from builder import generation
@@ -19,7 +21,7 @@ from builder.decoding import Decoder
 from builder.estimate import estimate
 from builder.info import describe, describe_row
 from builder.manifest import read_manifest, records_of
-from builder.recipe import Recipe, fingerprint, load_recipe
+from builder.recipe import fingerprint, load_recipe
 from builder.student import load_logits
 from builder.verify import verify
 
@@ -551,3 +553,127 @@ def test_an_unfinished_build_goes_on_with_its_own_settings_only(make_recipe, tmp
         )
     with pytest.raises(ValueError, match=r"recipe\.generation: .* → null"):
         run(make_recipe(output="shard_tokens = 60"), tmp_path / "out")
+
+
+# What is said of it
+
+
+def test_card_and_info_say_who_wrote_what_and_how(make_recipe, tmp_path, tiny_teacher_dir):
+    recipe = make_recipe(
+        generation=f"{DRAWN}\ntemperature = 0.8\ntop_p = 0.9\nsamples = 2\nseed = 7"
+    )
+    run(recipe, tmp_path / "drawn")
+    counts = read_manifest(tmp_path / "drawn")["totals"]["completions"]
+    card = " ".join((tmp_path / "drawn" / "README.md").read_text().split())
+    assert (
+        "The teacher wrote 28 completions of 14 prompts, 2 for each: it drew each token at" in card
+    )
+    assert (
+        "at temperature 0.8 from as few of the most probable tokens as have a probability of 0.9"
+        in card
+    )
+    assert "together (top_p), with seed 7." in card
+    assert (
+        f"{counts['ended']:,} ended by themselves (with id 0), the others were cut after 24" in card
+    )
+    assert (
+        "the stored distributions are those of the teacher at temperature 1 over its whole" in card
+    )
+    assert (
+        "What would follow the last token of a row is not known, and `target_logprob` is NaN"
+        in card
+    )
+    assert f"28 with {counts['tokens']:,} tokens" in card
+    assert (
+        "[generation] max_new_tokens = 24 temperature = 0.8 top_p = 0.9 samples = 2 seed = 7"
+        in card
+    )
+    text = describe(tmp_path / "drawn")
+    assert (
+        f"{counts['tokens']:,} tokens in 28 completions of 14 prompts, temperature 0.8, top_p 0.9; "
+        in text
+    )
+
+    recipe = make_recipe(generation=GREEDY)
+    recipe.write_text(recipe.read_text().replace('"float32"', '"bfloat16"'))
+    run(recipe, tmp_path / "greedy")
+    card = " ".join((tmp_path / "greedy" / "README.md").read_text().split())
+    assert (
+        "14 completions of 14 prompts: it always took the most probable token, which is the first"
+        in card
+    )
+    corrected = read_manifest(tmp_path / "greedy")["totals"]["completions"]["corrected"]
+    assert f"(at {corrected} near-ties, writing had rounded the other way" in card
+    assert "14 prompts, greedily; " in describe(tmp_path / "greedy")
+    shown = describe_row(tmp_path / "greedy", 0, teacher_path=tiny_teacher_dir)
+    assert "(not known)" in shown.splitlines()[-1]
+
+
+def test_the_recipe_in_the_card_builds_the_same(make_recipe, tmp_path):
+    run(make_recipe(generation=f"{DRAWN}\ntemperature = 0.5\nsamples = 2"), tmp_path / "out")
+    toml = (tmp_path / "out" / "README.md").read_text().split("```toml\n")[1].split("```")[0]
+    original = load_recipe(tmp_path / "recipe.toml")
+    (tmp_path / "again.toml").write_text(toml)
+    assert load_recipe(tmp_path / "again.toml").generation == original.generation
+
+
+def test_a_dry_run_says_what_it_takes_at_most(make_recipe, tmp_path, cli):
+    rows = [*prompts(), {"id": "long", "text": " ".join(TRAINING_TEXT)}]
+    write_jsonl(tmp_path / "corpus.jsonl", rows)
+    path = make_recipe(generation=f"{DRAWN}\nsamples = 3")
+    found = estimate(load_recipe(path), tmp_path, device="cpu")
+    run(path, tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out")
+    missing = 24 * 14 * 3 - manifest["totals"]["completions"]["tokens"]
+    assert found.tokens == manifest["totals"]["tokens"] + missing
+    status, out, _ = cli("build", path, "--output", tmp_path / "none", "--dry-run")
+    assert status == 0
+    assert f"tokens  at most {found.tokens:,}\n" in out
+    assert "time    unknown" in out
+
+
+# Readers
+
+
+def test_a_student_learns_from_the_completions_only(make_recipe, tmp_path):
+    run(make_recipe(generation=DRAWN), tmp_path / "out")
+    rows = {tuple(row["input_ids"]): row["completion_mask"] for row in read_rows(tmp_path / "out")}
+    batches = load_logits(tmp_path / "out").batches(batch_size=1, seed=None)
+    seen = 0
+    for batch in batches:
+        ids = batch["input_ids"][0].tolist()
+        learned = [*rows[tuple(ids)][1:], False]
+        assert batch["mask"][0].tolist() == learned
+        targets = [*ids[1:], -100]
+        assert batch["target_ids"][0].tolist() == [
+            target if is_learned else -100
+            for target, is_learned in zip(targets, learned, strict=True)
+        ]
+        seen += 1
+    assert seen == 14
+
+
+def test_a_dataset_of_completions_is_published_and_loaded(tmp_path, tiny_teacher_dir):
+    output = build_dataset(
+        tmp_path / "x",
+        tiny_teacher_dir,
+        corpus="max_documents = 6",
+        sequences="max_length = 250",
+        generation=f"{GREEDY}\nbatch_tokens = 1000",
+    )
+    with serve() as hub:
+        client = Client(hub.endpoint, tmp_path / "home")
+        done = client.cli("publish", "org/set", output, "--teacher", tiny_teacher_dir)
+        assert done.returncode == 0, done.stderr
+        loaded = client.python(
+            "from builder.student import load_logits\n"
+            "from datasets import load_dataset\n"
+            "rows = load_dataset('org/set', revision='v1.0.0', split='train', streaming=True)\n"
+            "print(sum(sum(row['completion_mask']) for row in rows))\n"
+            "batches = load_logits('org/set', revision='v1.0.0').batches(batch_size=2)\n"
+            "print(sum(int(batch['mask'].sum()) for batch in batches))\n"
+        )
+        client.close()
+    assert loaded.returncode == 0, loaded.stderr
+    tokens = read_manifest(output)["totals"]["completions"]["tokens"]
+    assert loaded.stdout.split() == [str(tokens)] * 2
