@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from builder.card import write_card
+from builder.chats import ChatTemplate
 from builder.corpus import Position
 from builder.decoding import Decoder
-from builder.distribution import Distribution
 from builder.generation import Generator
 from builder.manifest import (
     FILE_NAME,
@@ -35,16 +35,25 @@ from builder.manifest import (
     write_json,
 )
 from builder.pipeline import Notice, Pipeline, Progress
-from builder.recipe import Recipe, deciding, differences, row_fingerprint, without_description
+from builder.recipe import (
+    CorpusRecipe,
+    Recipe,
+    deciding,
+    differences,
+    row_fingerprint,
+    without_description,
+)
 from builder.schema import SCHEMA_VERSION, Layout
 from builder.sequences import Encoder
-from builder.shards import MAX_ROW_VALUES, ShardWriter, atomic_file, file_sha256
+from builder.shards import MAX_ROW_VALUES, Block, ShardWriter, atomic_file, file_sha256
 from builder.sources import (
     CorpusSource,
     KnownSources,
     TeacherSource,
+    read_chat_template,
     resolve_corpus,
     resolve_teacher,
+    template_provenance,
 )
 from builder.state import BuildState
 from builder.stream import SequenceStream, make_encoder
@@ -100,10 +109,11 @@ def build(
         known = state.known_sources()
         corpus_source = resolve_corpus(recipe.corpus, base, known)
         teacher_source = resolve_teacher(recipe.teacher, base, known)
+        template = read_chat_template(recipe.sequences, base)
         plan = {
             "recipe": recipe.published(),
             "corpus": corpus_source.provenance,
-            "teacher": teacher_source.provenance,
+            "teacher": teacher_source.provenance | template_provenance(template),
         }
         state.settle("plan", deciding(plan))
         state.remember(known)
@@ -112,6 +122,7 @@ def build(
             plan,
             corpus_source,
             teacher_source,
+            template,
             device=device,
             progress=progress,
             notice=notice,
@@ -151,6 +162,10 @@ def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
             published[section]["revision"] = manifest["recipe"][section]["revision"]
     old, new = (without_description(values) for values in (manifest["recipe"], published))
     changes = differences(old, new)
+    with suppress(ValueError):  # as with files of a corpus
+        template = template_provenance(read_chat_template(recipe.sequences, base))
+        built = {key: manifest["teacher"].get(key) for key in template}
+        changes += differences(built, template, "teacher")
     if not changes and recipe.corpus.files:
         with suppress(ValueError):  # files that are gone do not make the dataset less finished
             source = resolve_corpus(recipe.corpus, base, KnownSources())
@@ -178,6 +193,7 @@ class _ShardBuilder:
         plan: dict[str, Any],
         corpus_source: CorpusSource,
         teacher_source: TeacherSource,
+        template: str | None,
         *,
         device: str,
         progress: Progress,
@@ -186,6 +202,7 @@ class _ShardBuilder:
         self._recipe = recipe
         self._corpus_source = corpus_source
         self._teacher_source = teacher_source
+        self._template = template
         self._device = device
         self._progress = progress
         self._notice = notice
@@ -214,7 +231,7 @@ class _ShardBuilder:
     @cached_property
     def encoder(self) -> Encoder:
         """The way from documents to sequences of the recipe and the teacher's tokenizer."""
-        return make_encoder(self._recipe.sequences, self.teacher.tokenizer)
+        return make_encoder(self._recipe, self.teacher.tokenizer, self._template)
 
     @cached_property
     def layout(self) -> Layout:
@@ -236,8 +253,10 @@ class _ShardBuilder:
             "suffix_ids": self.encoder.suffix,
         }
         if self.decoder:
-            special |= {"suffix_ids": [], "generation_eos_ids": sorted(self.decoder.eos_ids)}
-        return self.teacher.provenance() | special
+            special["generation_eos_ids"] = sorted(self.decoder.eos_ids)
+        chats = self.encoder.chats
+        template = chats.source if isinstance(chats, ChatTemplate) else None
+        return self.teacher.provenance() | special | template_provenance(template)
 
     def shard(
         self, output: Path, partition: int, index: int, start: Position | None
@@ -278,19 +297,9 @@ class _ShardBuilder:
                 writer.write(block)
                 rows += len(block.sequences)
                 tokens += len(block.distribution["logsumexp"])
-                sums += _sums(block.distribution)
+                sums += _sums(block, self.layout)
             if not rows:
-                skipped = stream.position["skipped"]
-                where = f"partition {partition} of the corpus" if partition else "the corpus"
-                if stream.prompts_too_long:
-                    raise ValueError(
-                        f"{where} has no prompt that leaves room for generation.max_new_tokens ({stream.prompts_too_long} are too "
-                        "long); choose a larger sequences.max_length"
-                    )
-                raise ValueError(
-                    f"{where} has no text ({skipped} null, empty or blank documents); "
-                    "check corpus.text_column"
-                )
+                raise ValueError(_nothing_in(self._recipe.corpus, stream))
         return ShardRecord(
             file=name,
             sha256=file_sha256(output / name),
@@ -339,6 +348,27 @@ class _ShardBuilder:
         )
 
 
+def _nothing_in(recipe: CorpusRecipe, stream: SequenceStream) -> str:
+    """Why there is no row."""
+    skipped, partition = stream.position["skipped"], stream.partition
+    where = f"partition {partition} of the corpus" if partition else "the corpus"
+    if stream.prompts_too_long:
+        return (
+            f"{where} has no prompt that leaves room for generation.max_new_tokens ({stream.prompts_too_long} are too long); "
+            "choose a larger sequences.max_length"
+        )
+    if stream.is_of_prompts:
+        return f"{where} has no prompt ({skipped} are null, empty or blank); check its column in [corpus]"
+    if recipe.messages_column:
+        return (
+            f"{where} has no chat to learn from ({skipped} without an answer, or with the first one beyond sequences.max_length); "
+            "check corpus.messages_column"
+        )
+    return (
+        f"{where} has no text ({skipped} null, empty or blank documents); check corpus.text_column"
+    )
+
+
 def _check_fit(recipe: Recipe, teacher: Teacher) -> None:
     output, max_length = recipe.output, recipe.sequences.max_length
     if output.top_k != "all" and output.top_k > teacher.vocab_size:
@@ -364,7 +394,8 @@ def _check_fit(recipe: Recipe, teacher: Teacher) -> None:
         )
 
 
-def _sums(distribution: Distribution) -> Sums:
+def _sums(block: Block, layout: Layout) -> Sums:
+    distribution = block.distribution
     nll = -distribution["target_logprob"].double()
     logprobs = distribution.get("topk_logprobs", distribution.get("logprobs"))
     assert logprobs is not None
@@ -374,4 +405,8 @@ def _sums(distribution: Distribution) -> Sums:
         topk_mass=sum(float(part.double().exp().sum()) for part in logprobs.split(rows)),
         target_nll=float(nll.nansum()),
         targets=int((~nll.isnan()).sum()),
+        completion_tokens=sum(sum(s.completion_mask or ()) for s in block.sequences)
+        if layout.completion_mask
+        else None,
+        kept=len(logprobs) if layout.completions_only else None,
     )

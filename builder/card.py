@@ -10,6 +10,7 @@ TOML is quoted by a library.
 import functools
 import json
 import re
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from pydantic import BaseModel
 from builder import demo
 from builder.charts import Curves, entropy_svg, marks, mass_svg, measure
 from builder.licences import licence_head, licence_text
-from builder.manifest import data_digest, records_of
+from builder.manifest import data_digest, mean_topk_mass, records_of
 from builder.markdown import plain
 from builder.recipe import (
     CorpusRecipe,
@@ -108,6 +109,9 @@ def render_card(
         teacher=_teacher_name(teacher),
         kept=_what_is_kept(layout),
         is_whole=layout.top_k == "all",
+        document="chat" if layout.completion_mask else "document",
+        rows="C" if layout.completions_only else "T",
+        at_wide="[kept]" if layout.completion_mask and not layout.completions_only else "",
         layout=layout,
         load_arguments=_load_arguments(release),
         columns=columns(layout),
@@ -267,6 +271,9 @@ def _link(text: str, path: str) -> str:
 
 def _what_is_kept(layout: Layout) -> str:
     """Of each distribution, in words."""
+    if layout.completions_only:
+        everything = replace(layout, completions_only=False)
+        return f"where the assistant speaks, {_what_is_kept(everything)}"
     if layout.top_k == "all":
         return (
             f"the log-probabilities of all {layout.vocab_size:,} tokens, and the partition function"
@@ -286,8 +293,8 @@ def _statistics(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         share = []
     return [
         ("tokens", f"{totals['tokens']:,}"),
-        ("rows", f"{totals['rows']:,}, from {totals['documents']:,} documents"),
-        *_completions(manifest),
+        *_completions(totals),
+        ("rows", f"{totals['rows']:,}, from {totals['documents']:,} {_documents(totals)}"),
         ("size", f"{totals['bytes'] / 1e6:,.1f} MB, {totals['bytes_per_token']} bytes a token"),
         ("entropy", f"{totals['mean_entropy']:.3f} nats on average"),
         *share,
@@ -298,23 +305,26 @@ def _statistics(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _completions(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    counts = manifest["totals"].get("completions")
-    if not counts:
+def _completions(totals: dict[str, Any]) -> list[tuple[str, str]]:
+    count, written = totals.get("completion_tokens"), totals.get("completions")
+    if count is None:
         return []
-    mean = counts["tokens"] / counts["completions"]
-    return [
-        (
-            "completions by the teacher",
-            f"{counts['completions']:,} with {counts['tokens']:,} tokens, {mean:,.1f} on average",
-        )
-    ]
+    rows = [("of completions", f"{count:,} tokens, {count / totals['tokens']:.1%}")]
+    if written:
+        mean = count / written["completions"]
+        rows.append(("completions", f"{written['completions']:,} of {mean:,.1f} tokens on average"))
+    return rows
+
+
+def _documents(totals: dict[str, Any]) -> str:
+    if "completions" in totals:
+        return "prompts"
+    return "documents" if totals.get("completion_tokens") is None else "chats"
 
 
 def _topk_mass(manifest: dict[str, Any]) -> float:
     """Unrounded, so that its complement and the picture show the same digits."""
-    records = records_of(manifest)
-    return sum(r.sums.topk_mass for r in records) / sum(r.tokens for r in records)
+    return mean_topk_mass(records_of(manifest))
 
 
 def _provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
@@ -337,6 +347,7 @@ def _provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
             f"{teacher['vocab_size']:,} logits; the tokenizer (SHA-256 `{teacher['tokenizer_sha256'][:16]}`) has "
             f"{teacher['tokenizer_vocab_size']:,} tokens",
         ),
+        *_chat_template(manifest),
         ("corpus", ", ".join([_corpus_name(corpus), _pin(corpus), *options])),
         (
             "built on",
@@ -344,6 +355,15 @@ def _provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
             f"{manifest['totals']['tokens_per_second']:,.0f} tokens/s",
         ),
     ]
+
+
+def _chat_template(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    digest = manifest["teacher"].get("chat_template_sha256")
+    if digest is None:
+        return []
+    file = manifest["recipe"]["sequences"].get("chat_template")
+    name = plain(file) if file else "the tokenizer’s own"
+    return [("chat template", f"{name}, SHA-256 `{plain(digest)}`")]
 
 
 def _pin(source: dict[str, Any]) -> str:
@@ -375,6 +395,7 @@ def _verification_text(record: dict[str, Any] | None, where: str) -> str:
 
 def _reproduce_note(recipe: dict[str, Any]) -> str:
     local = [recipe["teacher"].get(key) for key in ("path", "gguf", "tokenizer")]
+    local.append(recipe["sequences"].get("chat_template"))
     if recipe["corpus"]["files"] or any(local):
         return " beside the files that it names (their hashes are in the manifest)"
     return ""

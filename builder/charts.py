@@ -41,7 +41,7 @@ class Curves:
 
 def measure(files: Iterable[Path]) -> Curves:
     """The curves over all positions of some Parquet files."""
-    mass, counts, tokens, entropy_sum = np.zeros(0), np.zeros(0, np.int64), 0, 0.0
+    mass, counts, positions, tokens, entropy_sum = np.zeros(0), np.zeros(0, np.int64), 0, 0, 0.0
     for path in files:
         file = pq.ParquetFile(path)
         for group in range(file.num_row_groups):
@@ -53,14 +53,16 @@ def measure(files: Iterable[Path]) -> Curves:
                 logprobs_NK = np.sort(logprobs_NK, axis=-1)[:, : -MAX_K - 1 : -1]
             probabilities_NK = np.exp(logprobs_NK.astype(np.float64))
             entropy = nested_values(table["entropy"]).astype(np.float64)
-            mass = probabilities_NK.sum(0) + (mass if tokens else 0)
+            if len(probabilities_NK):  # a row group can be without a completion
+                mass = probabilities_NK.sum(0) + (mass if positions else 0)
+                positions += len(probabilities_NK)
             found = np.bincount((entropy.clip(0) / BIN_NATS).astype(np.int64))
             counts = np.pad(counts, (0, max(0, len(found) - len(counts))))
             counts[: len(found)] += found
             tokens += len(entropy)
             entropy_sum += float(entropy.sum())
     return Curves(
-        mass=[float(value) for value in mass.cumsum() / tokens],
+        mass=[float(value) for value in mass.cumsum() / max(positions, 1)],
         entropy_shares=[float(value) for value in counts / tokens],
         mean_entropy=entropy_sum / tokens,
     )

@@ -1,6 +1,7 @@
 """The stored values of some positions → which positions break which invariant of the schema.
 
-In:   the columns of N positions as flat arrays in their stored types, and the tokens that follow where they are known.
+In:   the columns of N positions as flat arrays in their stored types, and the tokens that follow where they are known; of positions that
+      were not kept, the columns of one value a token.
 Out:  pairs of a mask [N] and a line on what is wrong where it is true.
 
 All of it holds for every true distribution, within the rounding of the stored types; nothing here needs the teacher.
@@ -33,13 +34,15 @@ def broken(stored: dict[str, Array], targets_N: Ints, layout: Layout) -> Iterato
     """What is wrong, and where.
 
     Args:
-        stored: every column of one or several values a token.
+        stored: every column of one or several values a token, or of one value only.
         targets_N: the token that follows each position, negative where that is not known.
         layout: of the dataset.
     """
     columns: dict[str, Floats] = {}
     ids: dict[str, Ints] = {}
     for name, values in stored.items():
+        if values.dtype == np.bool_:
+            continue
         if np.issubdtype(values.dtype, np.integer):
             ids[name] = values.astype(np.int64).reshape(len(values), -1)
         else:
@@ -53,6 +56,9 @@ def broken(stored: dict[str, Array], targets_N: Ints, layout: Layout) -> Iterato
     yield columns["target_logprob"] > 0, "target_logprob is above 0"
     known = targets_N >= 0
     yield known & np.isnan(columns["target_logprob"]), "target_logprob is NaN"
+    if not stored.keys() & {"logprobs", "topk_logprobs"}:
+        yield from _not_kept(columns, layout)
+        return
     if layout.top_k == "all":
         yield from _whole(columns, np.clip(targets_N, 0, layout.vocab_size - 1), known)
     else:
@@ -142,6 +148,28 @@ def sampled_entropy(stored: dict[str, Array]) -> Floats:
     head_NK, tail_N, draws_NM = (stored[name].astype(np.float64) for name in names)
     estimate: Floats = -(np.exp(head_NK) * head_NK).sum(-1) - np.exp(tail_N) * draws_NM.mean(-1)
     return estimate
+
+
+def _not_kept(columns: dict[str, Floats], layout: Layout) -> Iterator[tuple[Mask, str]]:
+    entropy_N = columns["entropy"]
+    yield entropy_N < 0, "entropy is below 0"
+    yield entropy_N > np.log(layout.vocab_size) + ENTROPY_TOLERANCE, "entropy is above log V"
+    if layout.top_k == "all":
+        return
+    tail_N = columns["tail_logprob"]
+    yield tail_N > 0, "tail_logprob is above 0"
+    tail_mass_N = np.exp(tail_N)
+    head_mass_N = np.maximum(1 - tail_mass_N, 0)
+    head_N = np.log(np.maximum(head_mass_N, np.finfo(np.float64).tiny))
+    # Head and tail alone have less entropy than all events, but not by more than an even head and an even tail have.
+    least_N = -tail_mass_N * tail_N - head_mass_N * head_N
+    most_N = (
+        least_N
+        + head_mass_N * np.log(layout.top_k)
+        + tail_mass_N * np.log(max(_tail_size(layout), 1))
+    )
+    fits = (entropy_N >= least_N - ENTROPY_TOLERANCE) & (entropy_N <= most_N + ENTROPY_TOLERANCE)
+    yield ~fits, "entropy does not fit the stored tail"
 
 
 def _top_k(

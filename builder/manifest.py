@@ -46,11 +46,15 @@ class Sums:
     """−log-probability of the tokens that really follow, in nats."""
     targets: int = 0
     """Positions that have a token that follows."""
+    completion_tokens: int | None = None
+    """Tokens of completions; None in a dataset without a completion_mask."""
+    kept: int | None = None
+    """Positions of which columns of several values a token are kept; None where these are all."""
 
     def __add__(self, other: Self) -> Self:
-        return type(self)(
-            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        )
+        both = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        known = {name: [v for v in values if v is not None] for name, values in both.items()}
+        return type(self)(**{name: sum(values) for name, values in known.items() if values})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +163,7 @@ def make_manifest(
     for record in records:
         values = record.to_json()
         del values["environment"]
+        values["sums"] = {name: v for name, v in values["sums"].items() if v is not None}
         shards.append({**values, "environment": environments.index(record.environment)})
     return {
         "schema_version": SCHEMA_VERSION,
@@ -190,6 +195,15 @@ def records_of(manifest: dict[str, Any]) -> list[ShardRecord]:
             f"{FILE_NAME} has damaged shard records ({error}); fetch or build the dataset again"
         ) from None
     return [ShardRecord.from_json(shard) for shard in shards]
+
+
+def mean_topk_mass(records: Iterable[ShardRecord]) -> float:
+    """Mean probability inside the top K, of the positions that have one."""
+    mass, positions = 0.0, 0
+    for record in records:
+        mass += record.sums.topk_mass
+        positions += record.tokens if record.sums.kept is None else record.sums.kept
+    return mass / max(positions, 1)
 
 
 def data_digest(manifest: dict[str, Any]) -> str:
@@ -277,10 +291,11 @@ def _totals(records: list[ShardRecord]) -> dict[str, Any]:
         "documents_skipped": sum(position["skipped"] for position in last.values()),
         "rows": sum(record.rows for record in records),
         "tokens": tokens,
+        **({} if sums.completion_tokens is None else {"completion_tokens": sums.completion_tokens}),
         "bytes": data_bytes,
         "bytes_per_token": round(data_bytes / tokens, 2),
         "mean_entropy": round(sums.entropy / tokens, 4),
-        "mean_topk_mass": round(sums.topk_mass / tokens, 4),
+        "mean_topk_mass": round(mean_topk_mass(records), 4),
         "mean_target_nll": None if nll is None else round(nll, 4),
         # Beyond float64 only if the teacher rules out (−inf) a good part of what really follows.
         "teacher_perplexity": None if nll is None or nll > 700 else round(math.exp(nll), 3),

@@ -54,6 +54,7 @@ LIMITS = ("max_documents", "max_tokens")
 PINNED = {
     "corpus": ("files", "revision"),
     "teacher": ("path", "gguf", "tokenizer", "revision"),
+    "sequences": ("chat_template",),
 }
 """Fields for which a plan holds hashes or a commit, so that how they are spelled decides nothing."""
 
@@ -97,7 +98,7 @@ class CorpusRecipe(_Section):
     def _one_source(self) -> Self:
         _exactly_one(self, "repo", "files", "embedded")
         _only_with(self, "repo", "revision", "config", "split")
-        if self.messages_column and "text_column" in self.model_fields_set:
+        if self.messages_column and self.text_column != "text":
             raise ValueError(
                 "give text_column for a corpus of texts, or messages_column for one of chats, not both"
             )
@@ -155,6 +156,8 @@ class SequencesRecipe(_Section):
     """Begin-of-sequence token before each sequence: as the tokenizer does it, always, or never."""
     eos: SpecialToken = "tokenizer"
     """End-of-sequence token after each document's last sequence: as the tokenizer does it, always, or never."""
+    chat_template: str | None = None
+    """A file with the chat template to use in place of the tokenizer's, relative to the recipe."""
     batch_tokens: Annotated[int, Field(ge=8)] = 16_384
     """Positions in a batch, padding included. Part of the recipe, for the shape of a batch changes last bits."""
 
@@ -277,7 +280,16 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _completions_are_known(self) -> Self:
-        if self.output.completions_only and not (self.corpus.messages_column or self.generation):
+        is_of_chats = self.corpus.messages_column is not None
+        if is_of_chats and self.sequences.eos != "tokenizer":
+            raise ValueError(
+                "sequences.eos means nothing with corpus.messages_column, for the chat template ends a chat; leave it out"
+            )
+        if self.sequences.chat_template and not is_of_chats:
+            raise ValueError(
+                "sequences.chat_template means something only with corpus.messages_column; leave it out"
+            )
+        if self.output.completions_only and not (is_of_chats or self.generation):
             raise ValueError(
                 "output.completions_only needs completions: of a corpus of chats (give corpus.messages_column), or by the teacher "
                 "(give [generation])"
@@ -295,6 +307,8 @@ class Recipe(_Section):
         for field in ("path", "gguf", "tokenizer"):
             if values["teacher"][field]:
                 values["teacher"][field] = _portable(values["teacher"][field])
+        if self.sequences.chat_template:
+            values["sequences"]["chat_template"] = _portable(self.sequences.chat_template)
         return values
 
 

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from builder.corpus import Corpus, Document, Position, open_hub, open_local
+from builder.chats import ChatTemplate
+from builder.corpus import Corpus, Position, open_hub, open_local
 from builder.generation import Generator
 from builder.pipeline import Notice
-from builder.recipe import CorpusRecipe, Recipe, SequencesRecipe
+from builder.recipe import CorpusRecipe, Recipe
 from builder.sequences import Encoder, Sequence
 from builder.shards import Block
 from builder.sources import CorpusSource
@@ -52,12 +53,19 @@ class SequenceStream:
         )
         self._tokens: int = start["tokens"] if start else 0
         self._num_documents: int = start["documents"] if start else 0
+        self._without_rows = 0
         self._corpus = open_corpus(
-            corpus, source, partition=partition, num_partitions=partitions, start=start
+            corpus,
+            source,
+            are_prompts=recipe.generation is not None,
+            partition=partition,
+            num_partitions=partitions,
+            start=start,
         )
         self._documents = iter(self._corpus)
-        self._pending: Document | None = None
+        self._pending: list[Sequence] | None = None
         self._encoder = encoder
+        self.is_of_prompts = recipe.generation is not None
         self._max_prompt_tokens = recipe.sequences.max_length
         if recipe.generation:
             self._max_prompt_tokens -= recipe.generation.max_new_tokens
@@ -71,22 +79,30 @@ class SequenceStream:
         """The sequences of the next shard; afterwards `position` and `exhausted` say where it ended."""
         shard_end = self._tokens + self._shard_tokens
         while self._tokens < shard_end and not self._limit_reached():
-            document = self._pending or next(self._documents, None)
+            sequences = self._pending or self._next_document()
             self._pending = None
-            if document is None:
+            if sequences is None:
                 break
             self._num_documents += 1
-            for sequence in self._encoder.encode(document):
+            for sequence in sequences:
                 self._tokens += len(sequence.token_ids)
                 yield sequence
         self.position = self._position()
         # Look one document ahead, so that the last shard knows that it is the last and no empty one follows. The
         # recorded position is the one before the look, unless there was nothing to see.
         if not self._limit_reached():
-            self._pending = next(self._documents, None)
+            self._pending = self._next_document()
         if self._pending is None:
             self.exhausted = True
             self.position = self._position()
+
+    def _next_document(self) -> list[Sequence] | None:
+        """The sequences of the next document that has any; None at the end of the corpus."""
+        for document in self._documents:
+            if sequences := self._encoder.encode(document):
+                return sequences
+            self._without_rows += 1
+        return None
 
     def shard_blocks(self, generator: Generator) -> Iterator[Block]:
         """The rows of the next shard where documents are prompts; afterwards `position` and `exhausted` say where it ended.
@@ -132,23 +148,21 @@ class SequenceStream:
         if self._pending_prompt:
             return self._pending_prompt
         limit = self._max_documents
-        while limit is None or self._corpus.position["documents"] < limit:
+        while limit is None or self._position()["documents"] < limit:
             document = next(self._documents, None)
             if document is None:
                 break
             sequence = self._encoder.encode_prompt(document)
-            if sequence is None:
-                continue
-            if len(sequence.token_ids) <= self._max_prompt_tokens:
+            if sequence and len(sequence.token_ids) <= self._max_prompt_tokens:
                 self._pending_prompt = _Prompt(
-                    sequence=sequence,
-                    position=self._corpus.position,
-                    too_long=self._too_long_ahead,
+                    sequence=sequence, position=self._position(), too_long=self._too_long_ahead
                 )
                 self._too_long_ahead = 0
                 return self._pending_prompt
-            self._too_long_ahead += 1
-            self._tell_too_long(sequence)
+            self._without_rows += 1
+            if sequence:
+                self._too_long_ahead += 1
+                self._tell_too_long(sequence)
         return None
 
     def _tell_too_long(self, sequence: Sequence) -> None:
@@ -161,7 +175,13 @@ class SequenceStream:
         self._has_told = True
 
     def _position(self) -> Position:
-        return {**self._corpus.position, "tokens": self._tokens}
+        position = self._corpus.position
+        moved = self._without_rows  # from those that the corpus yielded to those that were skipped
+        counts = {
+            "documents": position["documents"] - moved,
+            "skipped": position["skipped"] + moved,
+        }
+        return {**position, **counts, "tokens": self._tokens}
 
     def _limit_reached(self) -> bool:
         documents, tokens = self._max_documents, self._max_tokens
@@ -171,29 +191,33 @@ class SequenceStream:
 
 
 def open_corpus(
-    recipe: CorpusRecipe,
+    corpus: CorpusRecipe,
     source: CorpusSource,
     *,
+    are_prompts: bool = False,
     partition: int = 0,
     num_partitions: int = 1,
     start: Position | None = None,
 ) -> Corpus:
     """The documents of one partition of a resolved corpus, from a position on."""
-    id_column = "id" if recipe.embedded else recipe.id_column
+    id_column = "id" if corpus.embedded else corpus.id_column
+    content_column = corpus.messages_column or corpus.text_column
     if source.format == "hub":
-        assert recipe.repo
+        assert corpus.repo
         assert source.commit
-        rows = open_hub(recipe.repo, commit=source.commit, config=recipe.config, split=recipe.split)
+        rows = open_hub(corpus.repo, commit=source.commit, config=corpus.config, split=corpus.split)
     else:
         rows = open_local(
             source.files,
             format=source.format,
-            text_unit=recipe.text_unit,
-            columns=tuple(dict.fromkeys(filter(None, (recipe.text_column, id_column)))),
+            text_unit=corpus.text_unit,
+            columns=tuple(dict.fromkeys(filter(None, (content_column, id_column)))),
         )
     return Corpus(
         rows,
-        text_column=recipe.text_column,
+        text_column=corpus.text_column,
+        messages_column=corpus.messages_column,
+        without_last_answer=are_prompts,
         id_column=id_column,
         format=source.format,
         file_names=tuple(path.name for path in source.files),
@@ -203,14 +227,23 @@ def open_corpus(
     )
 
 
-def make_encoder(recipe: SequencesRecipe, tokenizer: Any) -> Encoder:
-    """The encoder that a recipe asks for."""
+def make_encoder(recipe: Recipe, tokenizer: Any, template: str | None = None) -> Encoder:
+    """The encoder that a recipe asks for, with the chat template that it names, if any.
+
+    Raises:
+        ValueError: as `Encoder` and, where the corpus is one of chats, `ChatTemplate`.
+    """
+    sequences, is_of_prompts = recipe.sequences, recipe.generation is not None
+    chats = None
+    if recipe.corpus.messages_column:
+        chats = ChatTemplate(tokenizer, template, is_of_prompts=is_of_prompts)
     return Encoder(
         tokenizer,
-        max_length=recipe.max_length,
-        long_documents=recipe.long_documents,
-        bos=recipe.bos,
-        eos=recipe.eos,
+        max_length=sequences.max_length,
+        long_documents=sequences.long_documents,
+        bos=sequences.bos,
+        eos="never" if is_of_prompts else sequences.eos,
+        chats=chats,
     )
 
 

@@ -17,21 +17,11 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 # A module may import those before it; `demo` prepares a teacher, so it stands after `teacher`.
 ORDER = [
-    *["schema", "recipe", "corpus", "sequences", "teacher", "draws", "distribution", "demo"],
-    *[
-        "sources",
-        "shards",
-        "pipeline",
-        "decoding",
-        "generation",
-        "manifest",
-        "charts",
-        "markdown",
-        "licences",
-        "card",
-    ],
-    *["state", "stream", "build", "recompute", "invariants", "verify", "versions", "remote"],
-    *["release", "hub", "info", "estimate", "cli"],
+    *["schema", "recipe", "messages", "corpus", "sequences", "chats", "teacher", "draws"],
+    *["distribution", "demo", "sources", "shards", "pipeline", "decoding", "generation"],
+    *["manifest", "charts", "markdown", "licences", "card", "state", "stream", "build"],
+    *["recompute", "invariants", "verify", "versions", "remote", "release", "hub", "info"],
+    *["estimate", "cli"],
 ]
 # The package for trainers knows of the others the schema only; its modules have an order of their own.
 STUDENT_ORDER = [

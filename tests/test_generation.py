@@ -179,6 +179,11 @@ CHOICES = {
         'tail_samples = 3\ntemperatures = [2.0]\nhidden_states = true\nprofile = "compact"\ntext = false',
     ),
     "drawn, all": (f"{DRAWN}\nsamples = 2", 'top_k = "all"\nhidden_states = true'),
+    "greedy, completions only": (
+        GREEDY,
+        "completions_only = true\ntail_samples = 2\nhidden_states = true",
+    ),
+    "drawn, all, completions only": (DRAWN, 'top_k = "all"\ncompletions_only = true'),
     "one token": ("max_new_tokens = 1\nsamples = 2", ""),
 }
 
@@ -273,6 +278,57 @@ def test_only_completions_that_were_drawn_from_what_is_stored_are_as_surprising_
     assert all("the completions were not drawn from the stored distributions" in p for p in found)
 
 
+# Chats
+
+TEMPLATE = (
+    "{% for message in messages %}[{{ message.role }}]{{ message.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_a_chat_is_completed_where_the_assistant_is_asked(
+    make_recipe, tmp_path, tiny_teacher_dir, tiny_tokenizer
+):
+    user, answer = (
+        {"role": "user", "content": "Hi <eos> fox"},
+        {"role": "assistant", "content": "Yes."},
+    )
+    again = {"role": "user", "content": "lazy dog"}
+    write_jsonl(
+        tmp_path / "corpus.jsonl",
+        [
+            {"id": "asked", "messages": [user]},
+            {"id": "answered", "messages": [user, answer]},
+            {"id": "longer", "messages": [user, answer, again]},
+            {"id": "nothing", "messages": [answer]},
+        ],
+    )
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    recipe = make_recipe(
+        corpus='messages_column = "messages"',
+        sequences='chat_template = "chat.jinja"\nmax_length = 120',
+        generation=GREEDY,
+    )
+    run(recipe, tmp_path / "out")
+    asked, answered, longer = read_rows(tmp_path / "out")
+    first = "[user]Hi <eos> fox<eos>[assistant]"
+    assert asked["text"].startswith(first)
+    # An answer that is there gives way to the teacher's own, and earlier ones belong to the prompt.
+    assert asked["input_ids"] == answered["input_ids"]
+    assert longer["text"].startswith(f"{first}Yes.<eos>[user]lazy dog<eos>[assistant]")
+    for row, ends in ((asked, 1), (longer, 3)):
+        num_prompt = row["completion_mask"].index(True)
+        assert all(row["completion_mask"][num_prompt:])
+        assert tiny_tokenizer.decode(row["input_ids"][:num_prompt]).endswith("[assistant]")
+        # Only the template's are special tokens.
+        assert row["input_ids"][:num_prompt].count(tiny_tokenizer.eos_token_id) == ends
+    totals = read_manifest(tmp_path / "out")["totals"]
+    assert (totals["documents"], totals["documents_skipped"]) == (3, 1)
+    assert not_the_captured_choice(tmp_path / "out") == []
+    report = verify(tmp_path / "out", recompute=9, teacher_path=tiny_teacher_dir, seed=0)
+    assert report.problems == []
+
+
 # Limits
 
 
@@ -320,7 +376,7 @@ def test_prompts_that_leave_no_room_are_skipped_counted_and_named_once(make_reci
     assert list(written(tmp_path / "out")) == [f"p-{i}" for i in range(6)]
     totals = read_manifest(tmp_path / "out")["totals"]
     assert totals["completions"]["prompts_too_long"] == 3
-    assert totals["documents"] == 9
+    assert (totals["documents"], totals["documents_skipped"]) == (6, 3)
     while run(recipe, tmp_path / "parts", max_shards=1).status == "stopped early":
         pass
     assert data_bytes(tmp_path / "parts") == data_bytes(tmp_path / "out")
