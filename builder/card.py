@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from builder import demo
+from builder import authorship, demo
 from builder.charts import Curves, entropy_svg, marks, mass_svg, measure
 from builder.licences import licence_head, licence_text
 from builder.manifest import data_digest, mean_topk_mass, records_of
@@ -29,7 +29,7 @@ from builder.recipe import (
     SequencesRecipe,
     TeacherRecipe,
 )
-from builder.schema import Layout, card_features, columns
+from builder.schema import Layout, card_features, columns, is_generated
 from builder.shards import atomic_file
 
 README, VERIFICATION, RELEASE = "README.md", "verification.json", "release.json"
@@ -107,16 +107,16 @@ def render_card(
         tokens=f"{totals['tokens']:,}",
         corpus=_corpus_name(manifest["corpus"]),
         teacher=_teacher_name(teacher),
-        kept=_what_is_kept(layout),
+        kept=_what_is_kept(manifest, layout),
         is_whole=layout.top_k == "all",
-        document="chat" if layout.completion_mask else "document",
+        document=_documents(totals).removesuffix("s"),
         rows="C" if layout.completions_only else "T",
         at_wide="[kept]" if layout.completion_mask and not layout.completions_only else "",
         layout=layout,
         load_arguments=_load_arguments(release),
         columns=columns(layout),
         end_of_document=_end_of_document(manifest),
-        writing=_writing(manifest),
+        writing=authorship.sentences(manifest),
         statistics=_statistics(manifest),
         marks=[(k, f"{curves.mass[k - 1]:.1%}") for k in marks(len(curves.mass))] if curves else [],
         mass_alt="Probability inside the k most probable tokens, against k",
@@ -217,39 +217,6 @@ def _end_of_document(manifest: dict[str, Any]) -> str:
     return f"the end-of-sequence token (id {manifest['teacher']['eos_token_id']})"
 
 
-def _writing(manifest: dict[str, Any]) -> list[str]:
-    """How the teacher wrote completions, in sentences; none where it did not."""
-    how, totals = manifest["recipe"].get("generation"), manifest["totals"]
-    if not how:
-        return []
-    counts = totals["completions"]
-    if how["temperature"] == 0:
-        chosen = "always took the most probable token, which is the first of the stored ones at its position"
-        if counts["corrected"]:
-            chosen += f" (at {counts['corrected']:,} near-ties, writing had rounded the other way, and the stored distribution decided)"
-    else:
-        among = "all tokens"
-        if how["top_p"] < 1:
-            among = f"as few of the most probable tokens as have a probability of {how['top_p']:g} together (top_p)"
-        chosen = f"drew each token at temperature {how['temperature']:g} from {among}, with seed {how['seed']}"
-    each = f", {how['samples']:,} for each" if how["samples"] > 1 else ""
-    skipped = ""
-    if counts["prompts_too_long"]:
-        skipped = f" {counts['prompts_too_long']:,} prompts left no room for a completion, and are not in it."
-    ends = " or ".join(f"{token}" for token in manifest["teacher"]["generation_eos_ids"])
-    ended = (
-        f"{counts['ended']:,} ended by themselves (with id {ends})"
-        if ends
-        else "none could end by itself"
-    )
-    return [
-        f"The teacher wrote {counts['completions']:,} completions of {counts['prompts']:,} prompts{each}: it {chosen}.",
-        f"Of them, {ended}, the others were cut after {how['max_new_tokens']:,} tokens.{skipped}",
-        "However they were written, the stored distributions are those of the teacher at temperature 1 over its whole vocabulary, "
-        "from a forward pass over prompt and completion like that over any other text.",
-    ]
-
-
 def _corpus_name(corpus: dict[str, Any]) -> str:
     if repo := corpus.get("repo"):
         return _link(repo, f"datasets/{repo}")
@@ -269,11 +236,14 @@ def _link(text: str, path: str) -> str:
     return f"[{plain(text)}](https://huggingface.co/{path})"
 
 
-def _what_is_kept(layout: Layout) -> str:
+def _what_is_kept(manifest: dict[str, Any], layout: Layout) -> str:
     """Of each distribution, in words."""
     if layout.completions_only:
         everything = replace(layout, completions_only=False)
-        return f"where the assistant speaks, {_what_is_kept(everything)}"
+        where = (
+            "in completions" if is_generated(manifest["recipe"]) else "where the assistant speaks"
+        )
+        return f"{where}, {_what_is_kept(manifest, everything)}"
     if layout.top_k == "all":
         return (
             f"the log-probabilities of all {layout.vocab_size:,} tokens, and the partition function"

@@ -132,6 +132,10 @@ def _count_tokens(
         if num_documents == corpus.max_documents or num_tokens >= (corpus.max_tokens or math.inf):
             return num_tokens, num_kept / max(num_tokens, 1)
     else:
+        if not num_tokens and recipe.generation:
+            raise ValueError(
+                "the corpus has no prompt that leaves room for generation.max_new_tokens; choose a larger sequences.max_length"
+            )
         if not num_tokens:
             column = "messages_column" if corpus.messages_column else "text_column"
             what = "chat with an answer" if corpus.messages_column else "text"

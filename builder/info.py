@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from builder import authorship
 from builder.manifest import read_manifest, records_of
 from builder.recompute import dataset_tokenizer, read_row, what_follows
 from builder.schema import Layout, columns, is_generated, kept_positions
@@ -63,7 +64,8 @@ def describe(directory: Path) -> str:
     skipped = (
         f", {totals['documents_skipped']:,} {what} skipped" if totals["documents_skipped"] else ""
     )
-    layout = _layout(read_manifest(directory))
+    manifest = read_manifest(directory)
+    layout, written = _layout(manifest), authorship.line(manifest)
     lines = {
         "dataset": f"{summary['name']}  (schema {summary['schema_version']}, fingerprint {summary['fingerprint'][:12]})",
         "teacher": f"{teacher_name} @ {teacher_pin}, {teacher['parameters']:,} parameters, {teacher['dtype']}, "
@@ -71,7 +73,7 @@ def describe(directory: Path) -> str:
         "corpus": f"{corpus_name} @ {corpus_pin}",
         "size": f"{totals['tokens']:,} tokens in {totals['rows']:,} rows of {totals['documents']:,} documents{skipped}",
         **_completions(totals),
-        **_written(summary),
+        **({"written": written} if written else {}),
         "disk": f"{totals['bytes'] / 1e6:,.1f} MB in {summary['shards']} files, {totals['bytes_per_token']} bytes a token",
         "stored": _stored(layout),
         **_share(summary),
@@ -96,20 +98,6 @@ def _stored(layout: Layout) -> str:
     if layout.completions_only:
         parts[0] += ", for completions only"
     return "; ".join(parts)
-
-
-def _written(summary: dict[str, Any]) -> dict[str, str]:
-    """What the teacher wrote, and how."""
-    how = summary.get("generation")
-    if not how:
-        return {}
-    counts = summary["totals"]["completions"]
-    manner = f"temperature {how['temperature']:g}" if how["temperature"] else "greedily"
-    if how["top_p"] < 1:
-        manner += f", top_p {how['top_p']:g}"
-    return {
-        "written": f"{counts['completions']:,} completions of {counts['prompts']:,} prompts, {manner}; {counts['ended']:,} ended by themselves, others after {how['max_new_tokens']:,} tokens"
-    }
 
 
 def _completions(totals: dict[str, Any]) -> dict[str, str]:

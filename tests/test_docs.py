@@ -19,7 +19,17 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 ORDER = [
     *["schema", "recipe", "messages", "corpus", "sequences", "chats", "teacher", "draws"],
     *["distribution", "demo", "sources", "shards", "pipeline", "decoding", "generation"],
-    *["manifest", "charts", "markdown", "licences", "card", "state", "stream", "build"],
+    *[
+        "manifest",
+        "charts",
+        "markdown",
+        "licences",
+        "authorship",
+        "card",
+        "state",
+        "stream",
+        "build",
+    ],
     *["recompute", "invariants", "verify", "versions", "remote", "release", "hub", "info"],
     *["estimate", "cli"],
 ]

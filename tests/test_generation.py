@@ -615,54 +615,59 @@ def test_an_unfinished_build_goes_on_with_its_own_settings_only(make_recipe, tmp
 
 
 def test_card_and_info_say_who_wrote_what_and_how(make_recipe, tmp_path, tiny_teacher_dir):
+    write_jsonl(
+        tmp_path / "corpus.jsonl", [*prompts(), {"id": "long", "text": " ".join(TRAINING_TEXT)}]
+    )
     recipe = make_recipe(
         generation=f"{DRAWN}\ntemperature = 0.8\ntop_p = 0.9\nsamples = 2\nseed = 7"
     )
     run(recipe, tmp_path / "drawn")
     counts = read_manifest(tmp_path / "drawn")["totals"]["completions"]
     card = " ".join((tmp_path / "drawn" / "README.md").read_text().split())
-    assert (
-        "The teacher wrote 28 completions of 14 prompts, 2 for each: it drew each token at" in card
-    )
-    assert (
-        "at temperature 0.8 from as few of the most probable tokens as have a probability of 0.9"
-        in card
-    )
-    assert "together (top_p), with seed 7." in card
-    assert (
-        f"{counts['ended']:,} ended by themselves (with id 0), the others were cut after 24" in card
-    )
-    assert (
-        "the stored distributions are those of the teacher at temperature 1 over its whole" in card
-    )
-    assert (
-        "What would follow the last token of a row is not known, and `target_logprob` is NaN"
-        in card
-    )
-    assert f"28 with {counts['tokens']:,} tokens" in card
-    assert (
-        "[generation] max_new_tokens = 24 temperature = 0.8 top_p = 0.9 samples = 2 seed = 7"
-        in card
-    )
+    for sentence in (
+        "tokens of prompts from 1 local file and of completions by the teacher itself, each with",
+        "The teacher wrote 28 completions of 14 prompts, 2 for each: it drew tokens at temperature 0.8 from as few of the most "
+        "probable ones as have a probability of 0.9 together (top_p), with seed 7.",
+        f"{counts['ended']} of them {'ends' if counts['ended'] == 1 else 'end'} with a token that ends a text (id 0); the others "
+        "were cut after 24 tokens.",
+        "The `id` of a row is that of its prompt with /0, /1, … behind it.",
+        "Without room for a completion, and so not in it: 1 prompt.",
+        "the stored distributions are those of the teacher at temperature 1 over its whole vocabulary",
+        "What would follow the last token of a row is not known, and `target_logprob` is NaN there.",
+        f"28 of {counts['tokens'] / 28:.1f} tokens on average",
+        "from 14 prompts",
+        "[generation] max_new_tokens = 24 temperature = 0.8 top_p = 0.9 samples = 2 seed = 7",
+    ):
+        assert sentence in card
     text = describe(tmp_path / "drawn")
-    assert (
-        f"{counts['tokens']:,} tokens in 28 completions of 14 prompts, temperature 0.8, top_p 0.9; "
-        in text
-    )
+    assert f"28 completions of 14 prompts, temperature 0.8, top_p 0.9; {counts['ended']} en" in text
+    assert "of 14 documents, 1 too long or blank ones skipped" in text
 
     recipe = make_recipe(generation=GREEDY)
     recipe.write_text(recipe.read_text().replace('"float32"', '"bfloat16"'))
     run(recipe, tmp_path / "greedy")
     card = " ".join((tmp_path / "greedy" / "README.md").read_text().split())
+    assert "14 completions of 14 prompts: it always took the most probable token, the first" in card
     assert (
-        "14 completions of 14 prompts: it always took the most probable token, which is the first"
-        in card
+        f"(at {read_manifest(tmp_path / 'greedy')['totals']['completions']['corrected']} ne" in card
     )
-    corrected = read_manifest(tmp_path / "greedy")["totals"]["completions"]["corrected"]
-    assert f"(at {corrected} near-ties, writing had rounded the other way" in card
     assert "14 prompts, greedily; " in describe(tmp_path / "greedy")
     shown = describe_row(tmp_path / "greedy", 0, teacher_path=tiny_teacher_dir)
     assert "(not known)" in shown.splitlines()[-1]
+
+
+@pytest.mark.parametrize("output", ["", "completions_only = true", 'top_k = "all"'])
+def test_the_python_of_the_card_runs_as_pasted(output, make_recipe, tmp_path):
+    run(make_recipe(generation=DRAWN, output=output), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    snippets = [part.split("```")[0] for part in card.split("```python\n")[1:]]
+    assert len(snippets) == 2
+    code = "\n".join(snippets).replace("path/to/this/directory", str(tmp_path / "out"))
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    row = names["row"]
+    assert len(names["kept"]) == row["completion_mask"].sum()
+    assert torch.isfinite(names["loss"])
 
 
 def test_the_recipe_in_the_card_builds_the_same(make_recipe, tmp_path):
