@@ -67,9 +67,10 @@ class ChatTemplate:
         }
         self._stand_ins = stand_ins
         self._renamed = backend_copy(tokenizer, match_special=True, renamed=stand_ins)
-        self._ids_of_stand_ins = {
-            self._renamed.token_to_id(stand_ins[content]): token
-            for token, content in self._controls.items()
+        # Renaming some tokens moves the ids of others.
+        self._ids_of_renamed = {
+            self._renamed.token_to_id(stand_ins.get(added.content, added.content)): token
+            for token, added in tokenizer.added_tokens_decoder.items()
         }
         longest_first = sorted(self._controls.values(), key=len, reverse=True)
         self._looks_special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -217,7 +218,7 @@ class ChatTemplate:
             )
         with_stand_ins, origin = self._stand_in(marked)
         encoding = self._renamed.encode(with_stand_ins, add_special_tokens=False)
-        ids = [self._ids_of_stand_ins.get(token, token) for token in encoding.ids]
+        ids = [self._ids_of_renamed.get(token, token) for token in encoding.ids]
         found_controls = sum(token in self._controls for token in ids)
         if found_controls != len(STAND_INS.findall(with_stand_ins)):
             raise ValueError(
@@ -251,13 +252,14 @@ class ChatTemplate:
         hidden, place = "", 0
         places: list[int] = []
         for part in re.split(f"({OPEN}[^{OPEN}{CLOSE}]*{CLOSE}|[{OPEN}{CLOSE}])", marked):
-            if part.startswith((OPEN, CLOSE)):
-                length = len(part) - 2 if len(part) > 1 else 0
-                hidden += OPEN * max(length, 1)
-            else:
-                length = len(part)
-                hidden += part
-            places += range(place, place + length) if length else [place]
+            if part in (OPEN, CLOSE):
+                hidden += OPEN
+                places.append(place)
+                continue
+            is_said = part.startswith(OPEN)
+            length = len(part) - 2 if is_said else len(part)
+            hidden += OPEN * length if is_said else part
+            places += range(place, place + length)
             place += length
         places.append(place)
         text = re.sub(f"[{OPEN}{CLOSE}]", "", marked)

@@ -279,7 +279,7 @@ class _RowChecker:
         if self._layout.completion_mask:
             names.append("completion_tokens")
         for name in names:
-            found_sum, expected_sum = getattr(self._sums, name), getattr(record.sums, name) or 0
+            found_sum, expected_sum = (getattr(s, name) or 0 for s in (self._sums, record.sums))
             if not np.isclose(found_sum, expected_sum, rtol=1e-6, atol=1e-3):
                 self.problems.append(
                     f"{self._file}: sum of {name} is {found_sum:.3f}, the manifest says {expected_sum:.3f}"

@@ -7,9 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TINY_VOCAB_SIZE
+from conftest import TINY_VOCAB_SIZE, TRAINING_TEXT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from builder.distribution import concatenate
 from builder.pipeline import Pipeline
@@ -23,9 +25,9 @@ from builder.schema import (
 )
 from builder.sequences import Sequence
 from builder.shards import ShardWriter, nested_values
-from builder.student import FrequentTokens, distillation_loss, load_logits
+from builder.student import FrequentTokens, TokenizerProjection, distillation_loss, load_logits
 from builder.student.divergences import KINDS
-from builder.student.rows import EMPTY
+from builder.student.rows import EMPTY, Rows
 from builder.teacher import Teacher
 
 OPTIONS = {"top_k": 6, "tail_samples": 2, "temperatures": (2.0,), "hidden_states": True}
@@ -313,3 +315,103 @@ def test_any_masks_come_back_at_their_places(masks):
     placed = _at_their_places(values, learned, "topk_logprobs")
     assert np.array_equal(placed[learned], values)
     assert (placed[~learned] == FLOAT16_MIN).all()
+
+
+# The student's own vocabulary
+
+
+def projected(student_of, masks: list[list[bool]], ids: list[int], prompt_targets: bool):
+    """Rows of one text as the loader gives them, in another tokenizer's tokens."""
+    lengths = np.array([len(mask) for mask in masks])
+    learned = np.concatenate([kept_positions(mask) for mask in masks])
+    rng = np.random.default_rng(0)
+    n = int(lengths.sum())
+    targets = np.append(ids[1:], -100).astype(np.int32)
+    targets[lengths.cumsum() - 1] = -100
+    columns = {
+        "input_ids": np.array(ids, np.int32),
+        "completion_mask": np.concatenate(masks),
+        "mask": learned,
+        "target_ids": targets if prompt_targets else np.where(learned, targets, np.int32(-100)),
+        "topk_indices": np.where(learned[:, None], rng.permuted(np.tile(np.arange(1, 7), (n, 1)), axis=1), EMPTY).astype(np.int32),
+        "topk_logprobs": np.where(learned[:, None], -2.0, FLOAT16_MIN).repeat(6, 1).astype(np.float16),
+        "tail_logprob": np.full(n, -1.5, np.float16),
+        "entropy": np.ones(n, np.float16),
+    }  # fmt: skip
+    return student_of(Rows(lengths_R=lengths, columns=columns))
+
+
+@pytest.mark.parametrize("prompt_targets", [False, True])
+def test_the_same_tokenizer_leaves_masks_and_targets_as_they_are(tiny_tokenizer, prompt_targets):
+    ids = tiny_tokenizer.encode("The quick brown fox jumps over the lazy dog.")
+    mask = [t % 5 in (2, 3) for t in range(len(ids))]
+    same = TokenizerProjection(tiny_tokenizer, tiny_tokenizer)
+    found = projected(same, [mask], ids, prompt_targets)
+    assert found.columns["input_ids"].tolist() == ids
+    assert found.columns["completion_mask"].tolist() == mask
+    assert found.columns["mask"].tolist() == kept_positions(mask).tolist()
+    known = [True] * (len(ids) - 1) + [False] if prompt_targets else kept_positions(mask)
+    expected = np.where(known, [*ids[1:], 0], -100)
+    assert found.columns["target_ids"].tolist() == expected.tolist()
+    assert (found.columns["topk_indices"][~kept_positions(mask)] == EMPTY).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_a_student_s_token_is_the_completion_s_if_a_byte_of_it_is(
+    tiny_tokenizer, small_tokenizer, data
+):
+    text = data.draw(st.sampled_from(TRAINING_TEXT))
+    ids = tiny_tokenizer.encode(text)
+    size = st.lists(st.booleans(), min_size=len(ids), max_size=len(ids))
+    mask = data.draw(size)
+    projection = TokenizerProjection(tiny_tokenizer, small_tokenizer)
+    found = projected(projection, [mask], ids, prompt_targets=False).columns
+    spelled = [len(projection._teacher.bytes[i]) for i in ids]
+    flags = np.repeat(mask, spelled)
+    sizes = [len(projection._student.bytes[i]) for i in found["input_ids"]]
+    ends = np.cumsum(sizes)
+    expected = [bool(flags[end - size : end].any()) for size, end in zip(sizes, ends, strict=True)]
+    assert found["completion_mask"].tolist() == expected
+    teacher_ends = np.cumsum(spelled).tolist()
+    for m, end in enumerate(ends):
+        t = teacher_ends.index(end) if end in teacher_ends else None
+        assert found["mask"][m] == (t is not None and kept_positions(mask)[t])
+        if found["mask"][m]:
+            assert found["target_ids"][m] == found["input_ids"][m + 1]
+    # A target that counts is a completion's; the first token of a row is nobody's target.
+    for m, target in enumerate(found["target_ids"][:-1]):
+        assert (target != -100) == _shares(flags, spelled, mask, ends, m)
+
+
+def _shares(flags, spelled, mask, ends, m: int) -> bool:
+    """Whether the student's token m + 1 has a byte of a completion's token that has a distribution before it."""
+    known = np.repeat([mask[1] if len(mask) > 1 else False, *mask[1:]], spelled)
+    return bool(known[ends[m] : ends[m + 1]].any())
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer():
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TRAINING_TEXT[1:] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_a_special_token_within_a_row_is_refused_and_one_at_its_ends_is_not(
+    tiny_tokenizer, small_tokenizer
+):
+    projection = TokenizerProjection(tiny_tokenizer, small_tokenizer)
+    ids = tiny_tokenizer.encode("The quick brown fox")
+    mask = [False, *([True] * len(ids))]
+    found = projected(projection, [mask], [*ids, END], prompt_targets=False)
+    assert found.columns["completion_mask"].any()
+    middle = [*ids[:3], END, *ids[3:]]
+    with pytest.raises(ValueError, match=r"special tokens between others.*use FrequentTokens"):
+        projected(projection, [mask], middle, prompt_targets=False)

@@ -79,6 +79,7 @@ def test_defaults(tmp_path):
             "long_documents": "chunk",
             "bos": "tokenizer",
             "eos": "tokenizer",
+            "chat_template": None,
             "batch_tokens": 16_384,
         },
         "output": {
