@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TRAINING_TEXT, write_jsonl
+from conftest import REPOSITORY, TRAINING_TEXT, write_jsonl
 from datasets import load_dataset
 from hub import Client, serve
 from test_build import data_bytes, float64_reference, read_rows, run
@@ -738,3 +738,12 @@ def test_a_dataset_of_completions_is_published_and_loaded(tmp_path, tiny_teacher
     assert loaded.returncode == 0, loaded.stderr
     tokens = read_manifest(output)["totals"]["completions"]["tokens"]
     assert loaded.stdout.split() == [str(tokens)] * 2
+
+
+def test_the_recipe_of_the_readme_is_the_example():
+    example = REPOSITORY / "examples" / "answers"
+    text = (example / "recipe.toml").read_text(encoding="utf-8")
+    assert text in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    recipe = load_recipe(example / "recipe.toml")
+    assert recipe.generation.samples == 2
+    assert recipe.corpus.files == ("questions.jsonl",)
