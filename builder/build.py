@@ -22,8 +22,11 @@ from typing import Any
 from builder.card import keep_curves, write_card
 from builder.chats import ChatTemplate
 from builder.corpus import Position
+from builder.decoding import Decoder
+from builder.generation import Generator
 from builder.manifest import (
     FILE_NAME,
+    Completions,
     ShardRecord,
     Sums,
     environment,
@@ -273,9 +276,22 @@ class _ShardBuilder:
         """What the rows hold."""
         return Layout.of(self._recipe.published(), self.teacher.provenance())
 
+    @cached_property
+    def decoder(self) -> Decoder | None:
+        """The teacher as it writes; None where it does not."""
+        recipe = self._recipe.generation
+        if recipe is None:
+            return None
+        return Decoder(self.teacher, temperature=recipe.temperature, top_p=recipe.top_p)
+
     def teacher_provenance(self) -> dict[str, Any]:
-        """What the loaded teacher is, and what is put around its sequences."""
-        special = {"prefix_ids": self.encoder.prefix, "suffix_ids": self.encoder.suffix}
+        """What the loaded teacher is, what is put around its sequences, and where those end that it writes."""
+        special: dict[str, Any] = {
+            "prefix_ids": self.encoder.prefix,
+            "suffix_ids": self.encoder.suffix,
+        }
+        if self.decoder:
+            special["generation_eos_ids"] = sorted(self.decoder.eos_ids)
         chats = self.encoder.chats
         template = chats.source if isinstance(chats, ChatTemplate) else None
         return self.teacher.provenance() | special | template_provenance(template)
@@ -292,17 +308,20 @@ class _ShardBuilder:
             or self._stream.position != start
         ):
             self._stream = SequenceStream(
-                self._recipe, self._corpus_source, self.encoder, partition, start
+                self._recipe,
+                self._corpus_source,
+                self.encoder,
+                partition,
+                start,
+                notice=self._notice,
             )
         stream, rows, tokens, sums = self._stream, 0, 0, Sums()
-        pipeline = Pipeline(
-            self.teacher,
-            layout=self.layout,
-            seed=self._recipe.output.seed,
-            batch_tokens=self._recipe.sequences.batch_tokens,
-            progress=self._progress,
-            notice=self._notice,
-        )
+        pipeline = self._pipeline()
+        generator = self._generator(pipeline)
+        if generator:
+            blocks = stream.shard_blocks(generator)
+        else:
+            blocks = pipeline.blocks(stream.shard_sequences())
         with (
             atomic_file(output / name) as sink,
             ShardWriter(
@@ -312,7 +331,7 @@ class _ShardBuilder:
                 metadata=self._metadata,
             ) as writer,
         ):
-            for block in pipeline.blocks(stream.shard_sequences()):
+            for block in blocks:
                 writer.write(block)
                 rows += len(block.sequences)
                 tokens += len(block.distribution["logsumexp"])
@@ -330,9 +349,40 @@ class _ShardBuilder:
             position_after=stream.position,
             exhausted=stream.exhausted,
             sums=sums,
-            halved_batches=pipeline.halved_batches,
+            halved_batches=(generator or pipeline).halved_batches,
             seconds=round(time.perf_counter() - started, 3),
             environment=environment(self._device),
+            completions=Completions(**generator.counts, prompts_too_long=stream.prompts_too_long)
+            if generator
+            else None,
+        )
+
+    def _pipeline(self) -> Pipeline:
+        return Pipeline(
+            self.teacher,
+            layout=self.layout,
+            seed=self._recipe.output.seed,
+            batch_tokens=self._recipe.sequences.batch_tokens,
+            # What is written is counted while it is written.
+            progress=(lambda _: None) if self.decoder else self._progress,
+            notice=self._notice,
+        )
+
+    def _generator(self, pipeline: Pipeline) -> Generator | None:
+        recipe = self._recipe.generation
+        if recipe is None or self.decoder is None:
+            return None
+        return Generator(
+            self.decoder,
+            pipeline,
+            layout=self.layout,
+            is_greedy=recipe.temperature == 0,
+            max_new_tokens=recipe.max_new_tokens,
+            samples=recipe.samples,
+            seed=recipe.seed,
+            batch_tokens=recipe.batch_tokens,
+            progress=self._progress,
+            notice=self._notice,
         )
 
 
@@ -340,6 +390,13 @@ def _nothing_in(recipe: CorpusRecipe, stream: SequenceStream) -> str:
     """Why there is no row."""
     skipped, partition = stream.position["skipped"], stream.partition
     where = f"partition {partition} of the corpus" if partition else "the corpus"
+    if stream.prompts_too_long:
+        return (
+            f"{where} has no prompt that leaves room for generation.max_new_tokens ({stream.prompts_too_long} are too long); "
+            "choose a larger sequences.max_length"
+        )
+    if stream.is_of_prompts:
+        return f"{where} has no prompt ({skipped} are null, empty or blank); check its column in [corpus]"
     if recipe.messages_column:
         return (
             f"{where} has no chat to learn from ({skipped} without an answer, or with the first one beyond sequences.max_length); "

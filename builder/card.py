@@ -17,13 +17,19 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from builder import demo
+from builder import authorship, demo
 from builder.charts import Curves, entropy_svg, marks, mass_svg, measure
 from builder.licences import licence_head, licence_text
 from builder.manifest import data_digest, mean_topk_mass, records_of, write_json
 from builder.markdown import plain
-from builder.recipe import CorpusRecipe, OutputRecipe, SequencesRecipe, TeacherRecipe
-from builder.schema import Layout, card_features, columns
+from builder.recipe import (
+    CorpusRecipe,
+    GenerationRecipe,
+    OutputRecipe,
+    SequencesRecipe,
+    TeacherRecipe,
+)
+from builder.schema import Layout, card_features, columns, is_generated
 from builder.shards import atomic_file
 
 README, VERIFICATION, RELEASE = "README.md", "verification.json", "release.json"
@@ -112,15 +118,16 @@ def render_card(
         tokens=f"{totals['tokens']:,}",
         corpus=_corpus_name(manifest["corpus"]),
         teacher=_teacher_name(teacher),
-        kept=_what_is_kept(layout),
+        kept=_what_is_kept(manifest, layout),
         is_whole=layout.top_k == "all",
-        document="chat" if layout.completion_mask else "document",
+        document=_documents(totals).removesuffix("s"),
         rows="C" if layout.completions_only else "T",
         at_wide="[kept]" if layout.completion_mask and not layout.completions_only else "",
         layout=layout,
         load_arguments=_load_arguments(release),
         columns=columns(layout),
         end_of_document=_end_of_document(manifest),
+        writing=authorship.sentences(manifest),
         statistics=_statistics(manifest),
         marks=[(k, f"{curves.mass[k - 1]:.1%}") for k in marks(len(curves.mass))] if curves else [],
         mass_alt="Probability inside the k most probable tokens, against k",
@@ -148,11 +155,12 @@ def recipe_toml(recipe: dict[str, Any], manifest: dict[str, Any]) -> str:
         "corpus": CorpusRecipe,
         "teacher": TeacherRecipe,
         "sequences": SequencesRecipe,
+        "generation": GenerationRecipe,
         "output": OutputRecipe,
     }
     lines = [f"{key} = {_toml(recipe[key])}" for key in ("name", "description") if recipe.get(key)]
     for section, model in sections.items():
-        values = dict(recipe[section])
+        values = dict(recipe.get(section) or {})
         if commit := manifest.get(section, {}).get("commit"):
             values["revision"] = commit
         defaults = {name: field.default for name, field in model.model_fields.items()}
@@ -239,11 +247,14 @@ def _link(text: str, path: str) -> str:
     return f"[{plain(text)}](https://huggingface.co/{path})"
 
 
-def _what_is_kept(layout: Layout) -> str:
+def _what_is_kept(manifest: dict[str, Any], layout: Layout) -> str:
     """Of each distribution, in words."""
     if layout.completions_only:
         everything = replace(layout, completions_only=False)
-        return f"where the assistant speaks, {_what_is_kept(everything)}"
+        where = (
+            "in completions" if is_generated(manifest["recipe"]) else "where the assistant speaks"
+        )
+        return f"{where}, {_what_is_kept(manifest, everything)}"
     if layout.top_k == "all":
         return (
             f"the log-probabilities of all {layout.vocab_size:,} tokens, and the partition function"
@@ -276,13 +287,19 @@ def _statistics(manifest: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _completions(totals: dict[str, Any]) -> list[tuple[str, str]]:
-    count = totals.get("completion_tokens")
+    count, written = totals.get("completion_tokens"), totals.get("completions")
     if count is None:
         return []
-    return [("of completions", f"{count:,} tokens, {count / totals['tokens']:.1%}")]
+    rows = [("of completions", f"{count:,} tokens, {count / totals['tokens']:.1%}")]
+    if written:
+        mean = count / written["completions"]
+        rows.append(("completions", f"{written['completions']:,} of {mean:,.1f} tokens on average"))
+    return rows
 
 
 def _documents(totals: dict[str, Any]) -> str:
+    if "completions" in totals:
+        return "prompts"
     return "documents" if totals.get("completion_tokens") is None else "chats"
 
 

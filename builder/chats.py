@@ -43,16 +43,20 @@ Span = tuple[int, int]
 class ChatTemplate:
     """Turns chats into tokens."""
 
-    def __init__(self, tokenizer: Any, source: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, source: str | None = None, *, is_of_prompts: bool = False
+    ) -> None:
         """Prepare a tokenizer and its chat template.
 
         Args:
             tokenizer: a fast transformers tokenizer.
             source: a template in place of its own.
+            is_of_prompts: whether chats end where the assistant is asked to speak, and the template does ask it.
 
         Raises:
             ValueError: there is no template, or it is not one.
         """
+        self._is_of_prompts = is_of_prompts
         self.source = _own_template(tokenizer) if source is None else source
         self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self._check_syntax()
@@ -83,6 +87,10 @@ class ChatTemplate:
         messages = document.messages
         assert messages is not None
         try:
+            if self._is_of_prompts:
+                text = self._text(messages, add_generation_prompt=True)
+                ids, offsets = self._encode(messages, text)
+                return Tokens(text=text, ids=ids, offsets=offsets)
             text, answers = self._render_with_answers(messages)
             ids, offsets = self._encode(messages, text)
             mask = _overlaps(offsets, answers)
@@ -213,7 +221,10 @@ class ChatTemplate:
             raise ValueError(
                 "a message holds private characters beside what looks like a special token; leave out either"
             )
-        marked = self._text([_with_strings(message, self._mark) for message in messages])
+        marked = self._text(
+            [_with_strings(message, self._mark) for message in messages],
+            add_generation_prompt=self._is_of_prompts,
+        )
         if re.sub(f"[{OPEN}{CLOSE}]", "", marked) != text:
             found = next(filter(self._is_suspicious, _strings(messages)))
             raise ValueError(

@@ -28,7 +28,7 @@ from datasets import IterableDataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from zstandard import ZstdError
 
-from builder.messages import Message, canonical, has_answer, read_messages
+from builder.messages import Message, canonical, has_answer, read_messages, without_last_answer
 
 PARQUET_BATCH_ROWS = 1000
 """Documents of a local Parquet file in memory at once; by default it would be a row group, however large."""
@@ -109,6 +109,7 @@ class Corpus:
         *,
         text_column: str = "text",
         messages_column: str | None = None,
+        without_last_answer: bool = False,
         id_column: str | None,
         format: Literal["hub", "text", "json", "parquet"] = "hub",
         file_names: tuple[str, ...] = (),
@@ -122,6 +123,7 @@ class Corpus:
             stream: from `open_local` or `open_hub`.
             text_column: column of the text.
             messages_column: column of the messages, if the corpus is one of chats.
+            without_last_answer: end each chat where the assistant is to speak next, so that it is a prompt.
             id_column: column of the document's id; where it is null or there is none, ids are hashes of the text, or of the messages.
             format: what the stream's rows are; those of `json` are lines, each an object whose keys are the columns.
             file_names: names of the stream's files for messages.
@@ -139,6 +141,7 @@ class Corpus:
         self.stream = stream
         self._is_of_chats = messages_column is not None
         self._column = messages_column or text_column
+        self._without_last_answer = without_last_answer
         self._id_column = id_column
         self._format = format
         self._file_names = file_names
@@ -164,7 +167,7 @@ class Corpus:
         }
 
     def __iter__(self) -> Iterator[Document]:
-        """Yield documents that are not empty, of chats those with an answer.
+        """Yield documents that are not empty; of chats those with an answer, or with something to be answered.
 
         Raises:
             ValueError: a file cannot be read as what it should be, or a column is missing or of another type.
@@ -202,7 +205,9 @@ class Corpus:
                 f"{self._where_exactly()}: column {self._column!r} {error}; mend the corpus, or set "
                 "corpus.messages_column to another column"
             ) from None
-        if not has_answer(messages):
+        if self._without_last_answer:
+            messages = without_last_answer(messages)
+        if not messages or not (self._without_last_answer or has_answer(messages)):
             return None
         return Document(id=self._identify(row, canonical(messages)), messages=messages)
 

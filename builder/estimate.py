@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 import torch
 import zstandard
 
-from builder.corpus import Corpus
+from builder.corpus import Corpus, Document
 from builder.plan import bytes_per_token, count_parameters
 from builder.recipe import Recipe
+from builder.sequences import Encoder
 from builder.sources import (
     CorpusSource,
     KnownSources,
@@ -50,6 +51,8 @@ class Estimate:
     bytes: int | None
     seconds: float | None
     device: str
+    is_most: bool
+    """Whether it will be no more than that: completions may end early."""
 
 
 def estimate(recipe: Recipe, base: Path, *, device: str) -> Estimate:
@@ -77,8 +80,10 @@ def estimate(recipe: Recipe, base: Path, *, device: str) -> Estimate:
         bytes=None
         if tokens is None or sizes is None
         else round(tokens * bytes_per_token(recipe, kept_share=kept_share, **sizes)),
-        seconds=tokens / rate if tokens and rate else None,
+        # How fast a teacher writes depends on how many completions it writes at once, and on where they end.
+        seconds=tokens / rate if tokens and rate and not recipe.generation else None,
         device=device,
+        is_most=recipe.generation is not None,
     )
 
 
@@ -91,19 +96,23 @@ def _count_tokens(
         teacher_source.location, commit=teacher_source.commit, tokenizer=teacher_source.tokenizer
     )
     encoder = make_encoder(recipe, tokenizer, template)
-    documents = open_corpus(corpus, corpus_source)
+    documents = open_corpus(corpus, corpus_source, are_prompts=recipe.generation is not None)
     num_documents = num_rows = num_tokens = num_kept = 0
     for document in documents:
         if num_documents == SAMPLE_DOCUMENTS:
             break
         num_documents += 1
         num_rows = num_documents + documents.position["skipped"]
-        sequences = encoder.encode(document)
-        num_tokens += sum(len(sequence.token_ids) for sequence in sequences)
-        num_kept += sum(len(sequence.kept) for sequence in sequences)
+        found, kept = _tokens_of(document, encoder, recipe)
+        num_tokens += found
+        num_kept += kept
         if num_documents == corpus.max_documents or num_tokens >= (corpus.max_tokens or math.inf):
             return num_tokens, num_kept / max(num_tokens, 1)
     else:
+        if not num_tokens and recipe.generation:
+            raise ValueError(
+                "the corpus has no prompt that leaves room for generation.max_new_tokens; choose a larger sequences.max_length"
+            )
         if not num_tokens:
             column = "messages_column" if corpus.messages_column else "text_column"
             what = "chat with an answer" if corpus.messages_column else "text"
@@ -114,6 +123,19 @@ def _count_tokens(
     most = corpus.max_documents and round(num_tokens / num_documents * corpus.max_documents)
     known = [n for n in (whole, most, corpus.max_tokens) if n]
     return min(known, default=None), num_kept / max(num_tokens, 1)
+
+
+def _tokens_of(document: Document, encoder: Encoder, recipe: Recipe) -> tuple[int, int]:
+    """Tokens of the rows of a document, and kept positions among them; at most, where the teacher completes it."""
+    how = recipe.generation
+    if how is None:
+        sequences = encoder.encode(document)
+        return sum(len(s.token_ids) for s in sequences), sum(len(s.kept) for s in sequences)
+    prompt = encoder.encode_prompt(document)
+    if prompt is None or (len(prompt.token_ids) + how.max_new_tokens > recipe.sequences.max_length):
+        return 0, 0
+    length = len(prompt.token_ids) + how.max_new_tokens
+    return how.samples * length, how.samples * how.max_new_tokens
 
 
 def _share_of_corpus(

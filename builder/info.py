@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from builder import authorship
 from builder.manifest import read_manifest, records_of
 from builder.recompute import dataset_tokenizer, read_row, what_follows
-from builder.schema import Layout, columns, kept_positions
+from builder.schema import Layout, columns, is_generated, kept_positions
 from builder.sequences import NO_TOKEN
 
 Floats = npt.NDArray[np.float64]
@@ -35,6 +36,11 @@ def summarize(directory: Path) -> dict[str, Any]:
         "top_k": manifest["recipe"]["output"]["top_k"],
         "columns": [column.name for column in columns(_layout(manifest))],
         "max_length": manifest["recipe"]["sequences"]["max_length"],
+        **(
+            {"generation": manifest["recipe"]["generation"]}
+            if is_generated(manifest["recipe"])
+            else {}
+        ),
         "shards": len(manifest["shards"]),
         "environments": manifest["environments"],
     }
@@ -51,10 +57,15 @@ def describe(directory: Path) -> str:
     teacher_name = teacher.get("repo") or teacher["name"]
     teacher_pin = (teacher.get("commit") or teacher["sha256"])[:12]
     what = "without an answer to learn" if "completion_tokens" in totals else "blank ones"
+    if "completions" in totals:
+        what = (
+            "too long or blank ones" if totals["completions"]["prompts_too_long"] else "blank ones"
+        )
     skipped = (
         f", {totals['documents_skipped']:,} {what} skipped" if totals["documents_skipped"] else ""
     )
-    layout = _layout(read_manifest(directory))
+    manifest = read_manifest(directory)
+    layout, written = _layout(manifest), authorship.line(manifest)
     lines = {
         "dataset": f"{summary['name']}  (schema {summary['schema_version']}, fingerprint {summary['fingerprint'][:12]})",
         "teacher": f"{teacher_name} @ {teacher_pin}, {teacher['parameters']:,} parameters, {teacher['dtype']}, "
@@ -62,6 +73,7 @@ def describe(directory: Path) -> str:
         "corpus": f"{corpus_name} @ {corpus_pin}",
         "size": f"{totals['tokens']:,} tokens in {totals['rows']:,} rows of {totals['documents']:,} documents{skipped}",
         **_completions(totals),
+        **({"written": written} if written else {}),
         "disk": f"{totals['bytes'] / 1e6:,.1f} MB in {summary['shards']} files, {totals['bytes_per_token']} bytes a token",
         "stored": _stored(layout),
         **_share(summary),

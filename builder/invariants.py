@@ -9,7 +9,8 @@ All of it holds for every true distribution, within the rounding of the stored t
 Shape suffixes: N positions, K top-k (or the whole vocabulary), M draws from the tail.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +68,78 @@ def broken(stored: dict[str, Array], targets_N: Ints, layout: Layout) -> Iterato
         yield from _draws(columns, ids, targets_N, layout)
     for temperature in layout.temperatures:
         yield _temperature(columns, temperature, layout)
+
+
+def broken_completions(
+    stored: dict[str, Array],
+    starts_R: Ints,
+    ends_R: Ints,
+    *,
+    generation: Mapping[str, Any],
+    eos_ids: Sequence[int],
+) -> Iterator[tuple[Mask, str]]:
+    """What is wrong, and where, with completions that the teacher wrote.
+
+    Args:
+        stored: every column of one or several values a token, of whole rows.
+        starts_R: where each row begins.
+        ends_R: where each row ends.
+        generation: the recipe's section.
+        eos_ids: tokens that end a completion.
+    """
+    ids_N, mask_N = stored["input_ids"], stored["completion_mask"].astype(bool)
+    is_last_N = np.zeros(len(ids_N), bool)
+    is_last_N[ends_R - 1] = True
+    is_first_N = np.zeros(len(ids_N), bool)
+    is_first_N[starts_R] = True
+    next_is_written_N = np.append(mask_N[1:], False) & ~is_last_N
+    yield is_first_N & mask_N, "the row begins with its completion"
+    yield is_last_N & ~mask_N, "the row does not end with its completion"
+    yield mask_N & ~next_is_written_N & ~is_last_N, "the completion is interrupted"
+    known_N = ~np.isnan(stored["target_logprob"].astype(np.float64))
+    yield is_last_N & known_N, "target_logprob is there, but nothing follows a completion"
+
+    limit = generation["max_new_tokens"]
+    lengths_N = np.repeat(np.add.reduceat(mask_N.astype(np.int64), starts_R), ends_R - starts_R)
+    yield is_last_N & (lengths_N > limit), f"the completion is longer than {limit} tokens"
+    is_end_N = np.isin(ids_N, eos_ids) & mask_N
+    yield is_end_N & ~is_last_N, "the completion goes on after the token that ends it"
+    is_cut_N = is_last_N & ~is_end_N & (lengths_N < limit)
+    yield is_cut_N, f"the completion ends before {limit} tokens, and with none that ends it"
+
+    if generation["temperature"] == 0:
+        positions = np.flatnonzero(next_is_written_N)
+        wrong_N = np.zeros(len(ids_N), bool)
+        wrong_N[positions] = ~_is_choice(stored, positions, ids_N[positions + 1])
+        yield wrong_N, "the completion was written greedily, but not with the most probable token"
+
+
+def surprise_beyond_entropy(stored: dict[str, Array]) -> Floats:
+    """How much more surprising than the entropy says each token of the completions was, in nats; of whole rows that begin with a prompt.
+
+    Of tokens that are drawn from the stored distribution itself, this is 0 on average.
+    """
+    before_N = np.append(stored["completion_mask"][1:].astype(bool), False)
+    target_C, entropy_C = (
+        stored[name][before_N].astype(np.float64) for name in ("target_logprob", "entropy")
+    )
+    surplus: Floats = -target_C - entropy_C
+    return surplus
+
+
+def _is_choice(stored: dict[str, Array], positions: Ints, following_C: Array) -> Mask:
+    """Whether the token that follows each position is the first of the stored distribution there."""
+    name = "logprobs" if "logprobs" in stored else "topk_indices"
+    values_CK = stored[name]
+    if len(values_CK) == len(stored["input_ids"]):  # else they are of these positions only
+        values_CK = values_CK[positions]
+    if name == "topk_indices":
+        found: Mask = values_CK[:, 0] == following_C
+        return found
+    # Several may be the first once they are rounded.
+    at_following_C = np.take_along_axis(values_CK, following_C[:, None].astype(np.int64), -1)[:, 0]
+    highest: Mask = at_following_C == values_CK.max(-1)
+    return highest
 
 
 def sampled_entropy(stored: dict[str, Array]) -> Floats:

@@ -34,6 +34,14 @@ def has_answer(messages: list[Message]) -> bool:
     return any(message["role"] == ASSISTANT for message in messages)
 
 
+def without_last_answer(messages: list[Message]) -> list[Message]:
+    """The messages up to the last that is not the assistant's; none, if all are."""
+    end = len(messages)
+    while end and messages[end - 1]["role"] == ASSISTANT:
+        end -= 1
+    return messages[:end]
+
+
 def canonical(messages: list[Message]) -> str:
     """The messages as JSON that is the same for equal ones."""
     return json.dumps(messages, ensure_ascii=False, sort_keys=True, separators=(",", ":"))

@@ -8,7 +8,7 @@ import hashlib
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -28,6 +28,10 @@ License = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]{0,63}$")]
 Language = Annotated[str, Field(pattern=r"^([a-z]{2,3}|code|multilingual)$")]
 """ISO 639 code, or one of the Hub's two special values."""
 Temperature = Annotated[float, Field(ge=0.1, le=100)]
+
+
+MIN_SAMPLER_TEMPERATURE = 0.01
+"""Below it, logits would leave the range of float32."""
 
 
 def _top_k(value: Any) -> Any:
@@ -158,6 +162,40 @@ class SequencesRecipe(_Section):
     """Positions in a batch, padding included. Part of the recipe, for the shape of a batch changes last bits."""
 
 
+class GenerationRecipe(_Section):
+    """How the teacher writes completions, where the rows of the corpus are prompts."""
+
+    max_new_tokens: Positive
+    """Where a completion ends that has not come to an end-of-sequence token."""
+    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """Of the distribution that tokens are drawn from; 0 takes the most probable token. What is stored is that of temperature 1."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the most probable tokens only, as few as have this probability together."""
+    samples: Annotated[int, Field(gt=0, le=10_000)] = 1
+    """Completions of each prompt."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the draws, together with the document's id: change it to draw others."""
+    batch_tokens: Annotated[int, Field(ge=8)] = 16_384
+    """Positions of the sequences that are written at the same time, padding included: more are faster on a GPU."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if 0 < self.temperature < MIN_SAMPLER_TEMPERATURE:
+            raise ValueError(
+                f"temperature is {self.temperature:g}, expected at least {MIN_SAMPLER_TEMPERATURE:g}, or 0 for the most "
+                "probable token"
+            )
+        for name in ("top_p", "samples", "seed"):
+            if (
+                not self.temperature
+                and getattr(self, name) != type(self).model_fields[name].default
+            ):
+                raise ValueError(
+                    f"{name} means something only where tokens are drawn, and temperature is 0; leave it out"
+                )
+        return self
+
+
 class OutputRecipe(_Section):
     """What is stored."""
 
@@ -210,6 +248,8 @@ class Recipe(_Section):
     corpus: CorpusRecipe
     teacher: TeacherRecipe
     sequences: SequencesRecipe = SequencesRecipe()
+    generation: GenerationRecipe | None = None
+    """Have the teacher complete each document; without it, documents are captured as they are."""
     output: OutputRecipe = OutputRecipe()
 
     @model_validator(mode="after")
@@ -219,6 +259,23 @@ class Recipe(_Section):
             raise ValueError(
                 f"output.partitions is {self.output.partitions}, which is more than the corpus's limit can be divided into"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_fit(self) -> Self:
+        if self.generation is None:
+            return self
+        if self.generation.max_new_tokens >= self.sequences.max_length:
+            raise ValueError(
+                f"generation.max_new_tokens is {self.generation.max_new_tokens}, which leaves no room for a prompt in "
+                f"sequences.max_length = {self.sequences.max_length}; choose a larger max_length"
+            )
+        for name, value in (("long_documents", "truncate"), ("eos", "always")):
+            if getattr(self.sequences, name) == value:
+                raise ValueError(
+                    f"sequences.{name} is {value!r}, but prompts are neither cut nor ended; leave it out, or leave out "
+                    "[generation]"
+                )
         return self
 
     @model_validator(mode="after")
@@ -232,15 +289,18 @@ class Recipe(_Section):
             raise ValueError(
                 "sequences.chat_template means something only with corpus.messages_column; leave it out"
             )
-        if self.output.completions_only and not is_of_chats:
+        if self.output.completions_only and not (is_of_chats or self.generation):
             raise ValueError(
-                "output.completions_only needs a corpus that says what a completion is: give corpus.messages_column"
+                "output.completions_only needs completions: of a corpus of chats (give corpus.messages_column), or by the teacher "
+                "(give [generation])"
             )
         return self
 
     def published(self) -> dict[str, Any]:
         """The recipe as plain JSON values for manifest and card, paths that lead elsewhere cut to their last part."""
         values = self.model_dump(mode="json")
+        if self.generation is None:
+            del values["generation"]  # so that recipes that know nothing of it are the same as ever
         if self.output.top_k == "all":
             values["output"]["tail_samples"] = 0  # the default of a recipe that says nothing of it
         values["corpus"]["files"] = [_portable(path) for path in self.corpus.files]
@@ -370,7 +430,10 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         section: Any = Recipe
         for part in problem["loc"][:-1]:
-            section = section.model_fields[part].annotation
+            annotation = section.model_fields[part].annotation
+            section = next(
+                iter(get_args(annotation)), annotation
+            )  # of a section that may be absent
         names = list(section.model_fields)
         near = difflib.get_close_matches(problem["loc"][-1], names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"

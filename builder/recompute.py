@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from builder.corpus import Document
+from builder.generation import spell_completion
 from builder.manifest import ShardRecord
 from builder.recipe import SequencesRecipe, TeacherRecipe, differences
 from builder.schema import (
@@ -28,6 +29,7 @@ from builder.schema import (
     Layout,
     columns,
     float16_rounding,
+    is_generated,
     kept_positions,
     shortest_cut,
     temperature_column,
@@ -120,6 +122,8 @@ def recompute_rows(
             problems.append(
                 f"{where}: input_ids are not what the teacher's tokenizer makes of the text"
             )
+        if row.text is not None and is_generated(manifest["recipe"]):
+            problems += _check_prompt(row, spells, teacher, where)
         errors.append(_compare(row, teacher, layout, where, recipe.dtype, problems, totals))
     all_errors = torch.cat(errors)
     if recipe.dtype != "float32" and abs(bias := float(all_errors.mean())) > MAX_BIAS:
@@ -140,7 +144,7 @@ def recompute_rows(
 
 
 def _spelling_of(manifest: dict[str, Any], tokenizer: Any) -> Callable[[str, list[int]], bool]:
-    """Whether some token ids are those of a whole document's text.
+    """Whether some token ids are those of a whole document's text, or of a prompt's.
 
     Of a chat, special tokens in the text are these, unless a message holds what looks like one: then the text alone does not tell,
     and any ids are taken.
@@ -162,7 +166,14 @@ def _spelling_of(manifest: dict[str, Any], tokenizer: Any) -> Callable[[str, lis
         bos=sequences.bos,
         eos=sequences.eos,
     )
+    if is_generated(manifest["recipe"]):
+        return lambda text, ids: _prompt_ids(encoder, text) == ids
     return lambda text, ids: encoder.encode(Document(id="", text=text))[0].token_ids == ids
+
+
+def _prompt_ids(encoder: Encoder, text: str) -> list[int]:
+    prompt = encoder.encode_prompt(Document(id="", text=text))
+    return prompt.token_ids if prompt else []
 
 
 def teacher_source(manifest: dict[str, Any], teacher_path: Path | None = None) -> TeacherSource:
@@ -219,6 +230,20 @@ def what_follows(
         return NO_TOKEN, False
     eos = manifest["teacher"]["eos_token_id"]
     return NO_TOKEN if eos is None else int(eos), True
+
+
+def _check_prompt(
+    row: _Row, spells: Callable[[str, list[int]], bool], teacher: Teacher, where: str
+) -> list[str]:
+    """Whether a prompt and its completion by the teacher are what the text says."""
+    num_prompt = int((~row.columns["completion_mask"].bool()).sum())
+    written = spell_completion(teacher.tokenizer, row.input_ids, num_prompt)
+    assert row.text is not None
+    if not row.text.endswith(written):
+        return [f"{where}: the text does not end with what the completion's tokens spell"]
+    if not spells(row.text[: len(row.text) - len(written)], row.input_ids[:num_prompt]):
+        return [f"{where}: input_ids are not what the teacher's tokenizer makes of the prompt"]
+    return []
 
 
 def _choose_rows(

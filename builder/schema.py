@@ -14,7 +14,8 @@ Nothing is shifted on disk. So for the text "The capital of France is Paris":
 
 At the last position, the target is the document's next token where the sequence is cut from a longer
 document, else the tokenizer's end-of-sequence token. If the tokenizer has none, nothing follows, and
-target_logprob is NaN there (the only NaN that is ever stored).
+target_logprob is NaN there (the only NaN that is ever stored). Nor is it known what follows a completion that the teacher wrote,
+whether an end-of-sequence token or a limit ended it: target_logprob is NaN at the last position of all such rows.
 
 COMPLETIONS. completion_mask says of each token whether it was written by the assistant of a chat, or by the teacher itself: it
 is about input_ids[t] and not about what follows. So a completion is learned from the distributions at the positions t with
@@ -199,7 +200,7 @@ class Layout:
             tail_samples=output.get("tail_samples", 0),
             temperatures=tuple(map(float, output.get("temperatures", ()))),
             hidden_states=output.get("hidden_states", False),
-            completion_mask=bool(recipe["corpus"].get("messages_column")),
+            completion_mask=bool(recipe["corpus"].get("messages_column") or is_generated(recipe)),
             completions_only=output.get("completions_only", False),
             vocab_size=teacher["vocab_size"],
             hidden_size=teacher.get("hidden_size") or 0,
@@ -278,8 +279,18 @@ def float16_rounding(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]
     return rounding
 
 
+def is_generated(recipe: Mapping[str, Any]) -> bool:
+    """Whether the corpus holds prompts, which the teacher completes."""
+    return bool(recipe.get("generation"))
+
+
 def shortest_cut(manifest: Mapping[str, Any]) -> float:
-    """The length from which on a row may be the beginning of a longer document, the rest of which was left out."""
+    """The length from which on a row may be the beginning of a longer document, the rest of which was left out.
+
+    Any, where the teacher wrote the end of a row, for what would follow is not known.
+    """
+    if is_generated(manifest["recipe"]):
+        return 0
     sequences = manifest["recipe"]["sequences"]
     if sequences["long_documents"] != "truncate":
         return float("inf")

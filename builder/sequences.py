@@ -136,6 +136,23 @@ class Encoder:
             return []
         return sequences
 
+    def encode_prompt(self, document: Document) -> Sequence | None:
+        """A document as it stands before its completion: whole, and not ended; None if it has no tokens.
+
+        Raises:
+            ValueError: it is a chat of which no tokens can be made.
+        """
+        tokens = self.chats(document) if self.chats else self._tokens(document.text)
+        if not tokens.ids:
+            return None
+        return Sequence(
+            document_id=document.id,
+            chunk_index=0,
+            text=tokens.text,
+            token_ids=[*([] if self.chats else self.prefix), *tokens.ids],
+            next_token=NO_TOKEN,
+        )
+
     def _tokens(self, text: str) -> Tokens:
         encoding = self._backend.encode(text, add_special_tokens=False)
         return Tokens(text=text, ids=encoding.ids, offsets=encoding.offsets)

@@ -162,7 +162,7 @@ class BuildState:
                     f"{record.file} was built again but ends elsewhere in the corpus ({'; '.join(changes)}); "
                     "the corpus or a library has changed: start anew in another directory"
                 )
-        write_json(path, asdict(record))
+        write_json(path, record.to_json())
 
     def remove(self) -> None:
         """Forget everything: the manifest has taken over."""

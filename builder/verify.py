@@ -20,7 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from builder.card import VERIFICATION, read_release, write_card
-from builder.invariants import Array, broken, sampled_entropy
+from builder.invariants import (
+    Array,
+    broken,
+    broken_completions,
+    sampled_entropy,
+    surprise_beyond_entropy,
+)
 from builder.manifest import (
     ShardRecord,
     Sums,
@@ -37,6 +43,10 @@ VALUES_AT_ONCE = 2**22
 """Values of a column whose invariants are checked together: 32 MB in float64."""
 DRAWS_SIGMAS, DRAWS_TOLERANCE = 6.0, 2e-3
 """How far the entropy by draws may be off in a file: standard errors, and nats a token for the rounding to float16."""
+
+SURPRISE_TOLERANCE = 0.02
+"""Nats a token by which completions may be more or less surprising than the entropy says: a teacher in 16 bits writes with other
+rounding than it is captured with."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -203,9 +213,12 @@ class _RowChecker:
         self._sums = Sums()
         self._layout = layout
         self._surplus = self._surplus_squares = 0.0
-        self._kept = 0
+        self._surprise = self._surprise_squares = 0.0
+        self._kept = self._written = 0
         self._eos: int | None = manifest["teacher"]["eos_token_id"]
         self._prefix: list[int] = manifest["teacher"]["prefix_ids"]
+        self._generation: dict[str, Any] | None = manifest["recipe"].get("generation")
+        self._generation_eos_ids: list[int] = manifest["teacher"].get("generation_eos_ids", [])
         self._shortest_cut = shortest_cut(manifest)
         self._previous: tuple[str, int] | None = None
         self._seen: set[tuple[int, str]] = set()
@@ -217,6 +230,19 @@ class _RowChecker:
             return
         ids, chunks = table["id"].to_pylist(), table["chunk_index"].to_pylist()
         self._check_order(ids, chunks)
+        if self._generation:
+            for wrong, message in broken_completions(
+                rows.columns,
+                rows.starts,
+                rows.ends,
+                generation=self._generation,
+                eos_ids=self._generation_eos_ids,
+            ):
+                self._add_where(rows, np.flatnonzero(wrong), message)
+            surprise = surprise_beyond_entropy(rows.columns)
+            self._surprise += float(np.nansum(surprise))
+            self._surprise_squares += float(np.nansum(surprise**2))
+            self._written += len(surprise)
         targets = self._targets(rows, ids, chunks)
         size = max(1, VALUES_AT_ONCE // self._layout.widest)
         with np.errstate(invalid="ignore", over="ignore"):  # of forged values
@@ -265,6 +291,7 @@ class _RowChecker:
                 f"{self._file}: the draws are not from the tail: with them the entropy is {self._surplus / self._kept:+.3f} nats "
                 f"off on average, where chance explains {limit / self._kept:.3f}"
             )
+        self._check_surprise()
         names = ["entropy", "topk_mass", "target_nll"]
         if self._layout.completion_mask:
             names.append("completion_tokens")
@@ -274,6 +301,19 @@ class _RowChecker:
                 self.problems.append(
                     f"{self._file}: sum of {name} is {found_sum:.3f}, the manifest says {expected_sum:.3f}"
                 )
+
+    def _check_surprise(self) -> None:
+        """Completions that were drawn from the stored distribution itself are as surprising as its entropy says."""
+        generation = self._generation
+        if not generation or generation["temperature"] != 1 or generation["top_p"] != 1:
+            return
+        limit = DRAWS_SIGMAS * self._surprise_squares**0.5 + SURPRISE_TOLERANCE * self._written
+        if not abs(self._surprise) <= limit:
+            self.problems.append(
+                f"{self._file}: the completions were not drawn from the stored distributions: their tokens are "
+                f"{self._surprise / self._written:+.3f} nats more surprising than the entropy says, where chance explains "
+                f"{limit / self._written:.3f}"
+            )
 
     def _add(self, row: int, message: str) -> None:
         self.problems.append(f"{self._file} row {self._first_row + row}: {message}")
