@@ -9,46 +9,25 @@ How:  shard i of a partition is a pure function of the recipe, the sources and t
       are the same bytes. When the manifest stands, `.build/` is removed.
 """
 
-import itertools
 import shutil
 import sys
-import time
-from contextlib import suppress
+from collections import deque
+from collections.abc import Generator
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from builder.card import write_card
-from builder.corpus import Position
-from builder.distribution import Distribution
-from builder.manifest import (
-    FILE_NAME,
-    ShardRecord,
-    Sums,
-    environment,
-    make_manifest,
-    read_manifest,
-    write_json,
-)
-from builder.pipeline import Notice, Pipeline, Progress
-from builder.recipe import Recipe, deciding, differences, row_fingerprint, without_description
-from builder.schema import SCHEMA_VERSION, Layout
-from builder.sequences import Encoder
-from builder.shards import MAX_ROW_VALUES, ShardWriter, atomic_file, file_sha256
-from builder.sources import (
-    CorpusSource,
-    KnownSources,
-    TeacherSource,
-    resolve_corpus,
-    resolve_teacher,
-)
-from builder.state import BuildState
-from builder.stream import SequenceStream, make_encoder
-from builder.teacher import Teacher, load_teacher
+from builder.manifest import FILE_NAME, ShardRecord, make_manifest, read_manifest, write_json
+from builder.pipeline import Notice, Progress
+from builder.recipe import Recipe, deciding, differences, without_description
+from builder.sources import KnownSources, resolve_corpus, resolve_teacher
+from builder.state import DISK_FULL, BuildState
+from builder.worker import Task, Worker
 
-SUM_VALUES = 2**22
-"""Log-probabilities that are summed at once: 32 MB in float64."""
+Computed = tuple[Task, ShardRecord | Exception]
+"""A shard that was to be computed, and how that ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +83,9 @@ def build(
         }
         state.settle("plan", deciding(plan))
         state.remember(known)
-        work = _ShardBuilder(
+        state.sweep()
+        chains = _Chains(state, recipe, max_shards=max_shards, found=found, notice=notice)
+        worker = Worker(
             recipe,
             plan,
             corpus_source,
@@ -113,31 +94,115 @@ def build(
             progress=progress,
             notice=notice,
         )
-        built, records = 0, []
-        for partition in range(recipe.output.partitions):
-            position: Position | None = None
-            for index in itertools.count():
-                record = state.intact_record(partition, index, notice)
-                if record is None:
-                    if built == max_shards:
-                        return BuildResult(
-                            status="stopped early", shards_built=built, manifest=None
-                        )
-                    state.settle("teacher", work.teacher_provenance())
-                    record = work.shard(output, partition, index, position)
-                    state.add(record)
-                    built += 1
-                else:
-                    found(record.tokens)
-                records.append(record)
-                position = record.position_after
-                if record.exhausted:
-                    break
-        manifest = make_manifest(plan, state.read("teacher"), records)
+        with closing(_compute_here(worker, output, chains)) as computed:
+            for task, outcome in computed:
+                chains.take(task, outcome)
+        if chains.failure is not None:
+            raise chains.failure
+        if chains.stopped:
+            return BuildResult(status="stopped early", shards_built=chains.built, manifest=None)
+        state.sweep()
+        manifest = make_manifest(plan, state.read("teacher"), chains.records())
         write_card(output, manifest)
         write_json(output / FILE_NAME, manifest)
         state.remove()
-        return BuildResult(status="complete", shards_built=built, manifest=manifest)
+        return BuildResult(status="complete", shards_built=chains.built, manifest=manifest)
+
+
+class _Chains:
+    """Which shards are there, and which can be computed next.
+
+    Partitions are independent of each other. The shards of one are a chain: each starts where the one before ended.
+    """
+
+    def __init__(
+        self,
+        state: BuildState,
+        recipe: Recipe,
+        *,
+        max_shards: int | None,
+        found: Progress,
+        notice: Notice,
+    ) -> None:
+        self._state, self._max_shards = state, max_shards
+        self._found, self._notice = found, notice
+        partitions = range(recipe.output.partitions)
+        self._waiting = deque(Task(partition=p, index=0, start=None) for p in partitions)
+        self._records: list[list[ShardRecord]] = [[] for _ in partitions]
+        self._unfinished = set(partitions)
+        self._given_out = self.built = 0
+        self.stopped = False
+        """Whether a shard was not given out because there were to be no more than `max_shards`."""
+        self.failure: Exception | None = None
+        """The last one; the user was told of those before."""
+
+    def next_task(self) -> Task | None:
+        """A shard to compute, of the partition that was worked on last; None if all others wait for one under way."""
+        while self._waiting and not self.stopped:
+            task = self._waiting.popleft()
+            record = self._state.intact_record(task.partition, task.index, self._notice)
+            if record is not None:
+                self._found(record.tokens)
+                self._follow(record)
+            elif self._given_out == self._max_shards:
+                self.stopped = True
+            else:
+                self._given_out += 1
+                return task
+        return None
+
+    def loaded(self, teacher: dict[str, Any]) -> None:
+        """Hear what the teacher of a worker turned out to be.
+
+        Raises:
+            ValueError: shards were built with another one.
+        """
+        self._state.settle("teacher", teacher)
+
+    def take(self, task: Task, outcome: ShardRecord | Exception) -> None:
+        """Make a computed shard count; where it failed, its partition is left and the others go on.
+
+        Raises:
+            OSError: the disk is full, which no other partition would survive either.
+        """
+        if isinstance(outcome, ShardRecord):
+            self._state.add(outcome)
+            self.built += 1
+            self._follow(outcome)
+            return
+        if isinstance(outcome, OSError) and outcome.errno in DISK_FULL:
+            raise outcome
+        self.failure = outcome
+        self._unfinished.remove(task.partition)
+        if self._unfinished:
+            self._notice(f"{task.file} failed ({outcome}); the other partitions go on")
+
+    def records(self) -> list[ShardRecord]:
+        """The records of all shards, in order."""
+        return [record for chain in self._records for record in chain]
+
+    def _follow(self, record: ShardRecord) -> None:
+        self._records[record.partition].append(record)
+        if record.exhausted:
+            self._unfinished.remove(record.partition)
+            return
+        self._waiting.appendleft(
+            Task(partition=record.partition, index=record.index + 1, start=record.position_after)
+        )
+
+
+def _compute_here(worker: Worker, output: Path, chains: _Chains) -> Generator[Computed]:
+    """Compute shards in this process, one after the other."""
+    if task := chains.next_task():
+        chains.loaded(worker.prepare(task))
+    while task:
+        outcome: ShardRecord | Exception
+        try:
+            outcome = worker.shard(output, task)
+        except Exception as error:
+            outcome = error
+        yield task, outcome
+        task = chains.next_task()
 
 
 def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
@@ -164,159 +229,3 @@ def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
         write_json(output / FILE_NAME, manifest)
     shutil.rmtree(output / ".build", ignore_errors=True)
     return BuildResult(status=status, shards_built=0, manifest=manifest)
-
-
-class _ShardBuilder:
-    """Computes shards. Holds what is worth keeping between them: the teacher, and the open corpus."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        plan: dict[str, Any],
-        corpus_source: CorpusSource,
-        teacher_source: TeacherSource,
-        *,
-        device: str,
-        progress: Progress,
-        notice: Notice,
-    ) -> None:
-        self._recipe = recipe
-        self._corpus_source = corpus_source
-        self._teacher_source = teacher_source
-        self._device = device
-        self._progress = progress
-        self._notice = notice
-        self._metadata = {
-            "logit_dataset.schema": SCHEMA_VERSION,
-            "logit_dataset.row_fingerprint": row_fingerprint(plan),
-        }
-        self._stream: SequenceStream | None = None
-
-    @cached_property
-    def teacher(self) -> Teacher:
-        """The teacher, loaded when first needed."""
-        recipe, source = self._recipe.teacher, self._teacher_source
-        teacher = load_teacher(
-            source.location,
-            commit=source.commit,
-            tokenizer=source.tokenizer,
-            dtype=recipe.dtype,
-            attention=recipe.attention,
-            device=self._device,
-            trust_remote_code=recipe.trust_remote_code,
-        )
-        _check_fit(self._recipe, teacher)
-        return teacher
-
-    @cached_property
-    def encoder(self) -> Encoder:
-        """The way from documents to sequences of the recipe and the teacher's tokenizer."""
-        return make_encoder(self._recipe.sequences, self.teacher.tokenizer)
-
-    @cached_property
-    def layout(self) -> Layout:
-        """What the rows hold."""
-        return Layout.of(self._recipe.published()["output"], self.teacher.provenance())
-
-    def teacher_provenance(self) -> dict[str, Any]:
-        """What the loaded teacher is, and what is put around its sequences."""
-        special = {"prefix_ids": self.encoder.prefix, "suffix_ids": self.encoder.suffix}
-        return self.teacher.provenance() | special
-
-    def shard(
-        self, output: Path, partition: int, index: int, start: Position | None
-    ) -> ShardRecord:
-        """Compute one shard and write its file."""
-        started = time.perf_counter()
-        name = f"data/train-{partition:03d}-{index:05d}.parquet"
-        if (
-            self._stream is None
-            or self._stream.partition != partition
-            or self._stream.position != start
-        ):
-            self._stream = SequenceStream(
-                self._recipe, self._corpus_source, self.encoder, partition, start
-            )
-        stream, rows, tokens, sums = self._stream, 0, 0, Sums()
-        pipeline = Pipeline(
-            self.teacher,
-            layout=self.layout,
-            seed=self._recipe.output.seed,
-            batch_tokens=self._recipe.sequences.batch_tokens,
-            progress=self._progress,
-            notice=self._notice,
-        )
-        with (
-            atomic_file(output / name) as sink,
-            ShardWriter(
-                sink,
-                layout=self.layout,
-                profile=self._recipe.output.profile,
-                metadata=self._metadata,
-            ) as writer,
-        ):
-            for block in pipeline.blocks(stream.shard_sequences()):
-                writer.write(block)
-                rows += len(block.sequences)
-                tokens += len(block.distribution["logsumexp"])
-                sums += _sums(block.distribution)
-            if not rows:
-                skipped = stream.position["skipped"]
-                where = f"partition {partition} of the corpus" if partition else "the corpus"
-                raise ValueError(
-                    f"{where} has no text ({skipped} null, empty or blank documents); "
-                    "check corpus.text_column"
-                )
-        return ShardRecord(
-            file=name,
-            sha256=file_sha256(output / name),
-            bytes=(output / name).stat().st_size,
-            rows=rows,
-            tokens=tokens,
-            partition=partition,
-            index=index,
-            position_after=stream.position,
-            exhausted=stream.exhausted,
-            sums=sums,
-            halved_batches=pipeline.halved_batches,
-            seconds=round(time.perf_counter() - started, 3),
-            environment=environment(self._device),
-        )
-
-
-def _check_fit(recipe: Recipe, teacher: Teacher) -> None:
-    output, max_length = recipe.output, recipe.sequences.max_length
-    if output.top_k != "all" and output.top_k > teacher.vocab_size:
-        raise ValueError(
-            f"output.top_k is {output.top_k}, but the teacher's vocabulary has {teacher.vocab_size} tokens; "
-            "choose a smaller top_k"
-        )
-    if teacher.max_length and max_length > teacher.max_length:
-        raise ValueError(
-            f"sequences.max_length is {max_length}, but the teacher was made for {teacher.max_length} "
-            "positions; choose a smaller max_length"
-        )
-    if output.hidden_states and not teacher.head_only:
-        raise ValueError(
-            f"output.hidden_states is true, but {type(teacher.model).__name__} does not come apart into a body and a head; "
-            "set it to false"
-        )
-    widest = Layout.of(recipe.published()["output"], teacher.provenance()).widest
-    if max_length * widest > MAX_ROW_VALUES:
-        raise ValueError(
-            f"a row of sequences.max_length = {max_length} tokens would hold {max_length * widest:,} values in one column, more "
-            f"than the {MAX_ROW_VALUES:,} that Arrow's lists can; choose a smaller max_length or top_k"
-        )
-
-
-def _sums(distribution: Distribution) -> Sums:
-    nll = -distribution["target_logprob"].double()
-    logprobs = distribution.get("topk_logprobs", distribution.get("logprobs"))
-    assert logprobs is not None
-    rows = max(1, SUM_VALUES // logprobs.shape[1])
-    return Sums(
-        entropy=float(distribution["entropy"].double().sum()),
-        topk_mass=sum(float(part.double().exp().sum()) for part in logprobs.split(rows)),
-        target_nll=float(nll.nansum()),
-        targets=int((~nll.isnan()).sum()),
-    )

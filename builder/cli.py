@@ -3,7 +3,6 @@
 Everything heavy is imported inside the commands, so that `--help` answers at once.
 """
 
-import errno
 import os
 import shlex
 import shutil
@@ -313,11 +312,14 @@ def _explain(error: Exception) -> str:
             context.command_path if (context := getattr(error, "ctx", None)) else "logit-dataset"
         )
         return f"{error.format_message().rstrip('.')}; see {command} --help"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return (
-            f"cannot write ({os.strerror(error.errno)}); finished shards are safe: make room, and run the same command "
-            "to go on"
-        )
+    if isinstance(error, OSError) and error.errno:
+        from builder.state import DISK_FULL
+
+        if error.errno in DISK_FULL:
+            return (
+                f"cannot write ({os.strerror(error.errno)}); finished shards are safe: make room, and run the same "
+                "command to go on"
+            )
     if isinstance(error, ValueError | OSError):
         return str(error)
     return f"{type(error).__name__}: {error} (not expected: LOGIT_DATASET_TRACEBACK=1 shows where it comes from)"

@@ -19,7 +19,17 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 ORDER = [
     *["schema", "recipe", "corpus", "sequences", "teacher", "draws", "distribution", "demo"],
     *["sources", "shards", "pipeline", "manifest", "charts", "markdown", "licences", "card"],
-    *["state", "stream", "build", "recompute", "invariants", "verify", "versions", "remote"],
+    *[
+        "state",
+        "stream",
+        "worker",
+        "build",
+        "recompute",
+        "invariants",
+        "verify",
+        "versions",
+        "remote",
+    ],
     *["release", "hub", "info", "estimate", "cli"],
 ]
 # The package for trainers knows of the others the schema only; its modules have an order of their own.
