@@ -9,6 +9,7 @@ How:  shard i of a partition is a pure function of the recipe, the sources and t
       are the same bytes. When the manifest stands, `.build/` is removed.
 """
 
+import importlib.util
 import shutil
 import sys
 from collections import deque
@@ -24,10 +25,7 @@ from builder.pipeline import Notice, Progress
 from builder.recipe import Recipe, deciding, differences, without_description
 from builder.sources import KnownSources, resolve_corpus, resolve_teacher
 from builder.state import DISK_FULL, BuildState
-from builder.worker import Task, Worker
-
-Computed = tuple[Task, ShardRecord | Exception]
-"""A shard that was to be computed, and how that ended."""
+from builder.worker import Computed, Pool, Task, Worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +45,7 @@ def build(
     *,
     device: str = "cpu",
     max_shards: int | None = None,
+    pool: Pool | None = None,
     progress: Progress = lambda _: None,
     found: Progress = lambda _: None,
     notice: Notice = lambda message: print(message, file=sys.stderr),
@@ -57,8 +56,9 @@ def build(
         recipe: what to build.
         base: directory at which the recipe's relative paths start.
         output: directory of the dataset.
-        device: a torch device.
+        device: a torch device; with a pool `auto`, `cpu` or `cuda`, which is settled where the workers are.
         max_shards: stop after this many new shards.
+        pool: several workers, on this machine or a cluster; None computes in this process.
         progress: told of captured tokens.
         found: told of the tokens of shards that an earlier run has finished.
         notice: told, in a line, of what the user should know (a damaged shard that is built again).
@@ -69,6 +69,11 @@ def build(
     """
     if (output / FILE_NAME).exists():
         return _already_complete(recipe, base, output)
+    if pool is not None and importlib.util.find_spec("ray") is None:
+        raise ValueError(
+            "several workers need Ray, which is not installed; run: pip install 'ray>=2.60', or leave out --workers and "
+            "--ray-address"
+        )
     state = BuildState(output)
     with state.locked():
         if (output / FILE_NAME).exists():
@@ -85,16 +90,18 @@ def build(
         state.remember(known)
         state.sweep()
         chains = _Chains(state, recipe, max_shards=max_shards, found=found, notice=notice)
-        worker = Worker(
-            recipe,
-            plan,
-            corpus_source,
-            teacher_source,
-            device=device,
-            progress=progress,
-            notice=notice,
-        )
-        with closing(_compute_here(worker, output, chains)) as computed:
+        sources = corpus_source, teacher_source
+        if pool is None:
+            worker = Worker(recipe, plan, *sources, device=device, progress=progress, notice=notice)
+            computed = _compute_here(worker, output, chains)
+        else:
+            from builder import workers  # needs Ray
+
+            order = workers.make_order(recipe, plan, *sources, output)
+            computed = workers.compute(
+                pool, order, chains, device=device, progress=progress, notice=notice
+            )
+        with closing(computed):
             for task, outcome in computed:
                 chains.take(task, outcome)
         if chains.failure is not None:

@@ -73,6 +73,17 @@ def build(
     max_shards: Annotated[
         int | None, typer.Option(min=0, help="Stop after this many new shards.")
     ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, help="Partitions that are built at the same time, by Ray."),
+    ] = 1,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="A Ray cluster for the workers, such as auto; this machine by default."),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="GPUs that each worker has to itself.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option(help="Show the resolved recipe and an estimate; write nothing.")
     ] = False,
@@ -83,21 +94,33 @@ def build(
     loaded = load_recipe(recipe)
     base = recipe.parent
     _quiet_libraries()
-    torch_device = _torch_device(device)
+    with_ray = workers > 1 or ray_address is not None or gpus_per_worker is not None
+    # Where the workers are, there may be GPUs though there is none here.
+    torch_device = device.value if with_ray and not dry_run else _torch_device(device)
     if dry_run:
         from builder.estimate import estimate
 
         print(_format_estimate(estimate(loaded, base, device=torch_device)))
         return
     from builder.build import build as run
+    from builder.worker import Pool
 
     with _progress("build", loaded.corpus.max_tokens) as bar:
+        pool = None
+        if with_ray:
+            pool = Pool(
+                workers=workers,
+                address=ray_address,
+                gpus_per_worker=gpus_per_worker,
+                told=bar.set_postfix_str,
+            )
         result = run(
             loaded,
             base,
             output,
             device=torch_device,
             max_shards=max_shards,
+            pool=pool,
             progress=bar.update,
             found=partial(_start_from, bar),
             notice=_notice,

@@ -9,6 +9,7 @@ How:  a shard is a pure function of the recipe, the sources and its start. So it
 
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +44,23 @@ class Task:
     def file(self) -> str:
         """Path of its file below the dataset's directory."""
         return f"data/train-{self.partition:03d}-{self.index:05d}.parquet"
+
+
+Computed = tuple[Task, ShardRecord | Exception]
+"""A shard that was to be computed, and how that ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Several workers that Ray runs."""
+
+    workers: int
+    address: str | None = None
+    """Of a Ray cluster, as `ray.init` takes it; None for this machine alone."""
+    gpus_per_worker: float | None = None
+    """None for what device and teacher need."""
+    told: Callable[[str], None] = lambda _: None
+    """Called, again and again, with a few words on what each worker does."""
 
 
 class Worker:
