@@ -9,7 +9,6 @@ How:  shard i of a partition is a pure function of the recipe, the sources and t
       are the same bytes. When the manifest stands, `.build/` is removed.
 """
 
-import importlib.util
 import shutil
 import sys
 from collections import deque
@@ -69,11 +68,8 @@ def build(
     """
     if (output / FILE_NAME).exists():
         return _already_complete(recipe, base, output)
-    if pool is not None and importlib.util.find_spec("ray") is None:
-        raise ValueError(
-            "several workers need Ray, which is not installed; run: pip install 'ray>=2.60', or leave out --workers and "
-            "--ray-address"
-        )
+    if pool is not None:
+        _need_ray()
     state = BuildState(output)
     with state.locked():
         if (output / FILE_NAME).exists():
@@ -95,7 +91,7 @@ def build(
             worker = Worker(recipe, plan, *sources, device=device, progress=progress, notice=notice)
             computed = _compute_here(worker, output, chains)
         else:
-            from builder import workers  # needs Ray
+            from builder import workers
 
             order = workers.make_order(recipe, plan, *sources, output)
             computed = workers.compute(
@@ -210,6 +206,18 @@ def _compute_here(worker: Worker, output: Path, chains: _Chains) -> Generator[Co
             outcome = error
         yield task, outcome
         task = chains.next_task()
+
+
+def _need_ray() -> None:
+    try:
+        import builder.workers  # noqa: F401
+    except ImportError as error:
+        if error.name != "ray":
+            raise
+        raise ValueError(
+            "several workers need Ray, which is not installed; run: pip install 'ray>=2.60', or leave out --workers, "
+            "--ray-address and --gpus-per-worker"
+        ) from None
 
 
 def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:

@@ -4,18 +4,21 @@ In:   chains of shards, and how many workers.
 Out:  each shard's record, or the error with which it failed for the last time, in the order in which they end.
 
 How:  a worker is a Ray actor that loads the teacher once and then computes one shard after the other, with the code that a
-      single process runs. Ray restarts an actor whose process or machine dies, and gives it the same shard again; a shard
-      that fails is tried RETRIES more times. The driver alone writes records. So whatever dies, and whenever, what counts
-      is a whole file; two workers that compute the same shard, because one was given up too early, write the same bytes.
+      single process runs. One whose process or machine dies is replaced, and its shard is tried again, RETRIES times at
+      most, by whichever worker is free. The driver alone writes records. So whatever dies, and whenever, what counts is a
+      whole file; two workers that compute the same shard, because one was given up too early, write the same bytes.
+
+      Ray's own retries are not used: the last of them fails at once if the actor is still being restarted.
 
 Cost: a worker needs its own teacher in memory, and about five seconds to start.
 """
 
 import os
+from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +29,7 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from builder.manifest import LIBRARIES, ShardRecord
 from builder.pipeline import Notice, Progress
@@ -104,9 +107,10 @@ def make_order(
 class Status:
     """How far a worker is."""
 
-    process: int
+    file: str | None
+    """Of the shard that it computes, or computed last."""
     tokens: int
-    """Captured of the shard under way."""
+    """Captured of that."""
     notices: list[str]
     """New ones."""
 
@@ -115,10 +119,11 @@ class Actor:
     """A worker in a process of its own, which says how far it is while it computes."""
 
     def __init__(self, order: Order, device: str, threads: int) -> None:
-        """Do as little as possible: a failure here would be tried again for ever."""
+        """Do nothing that can fail: what `prepare` raises reaches the user as it is."""
         torch.set_num_threads(threads)
         self._order = order
         self._device = device
+        self._file: str | None = None
         self._tokens = 0
         self._notices: list[str] = []
 
@@ -152,13 +157,13 @@ class Actor:
 
     def shard(self, task: Task) -> ShardRecord:
         """As `Worker.shard`."""
-        self._tokens = 0
+        self._file, self._tokens = task.file, 0
         return self._worker.shard(self._order.output, task)
 
     def status(self) -> Status:
         """Answers while a shard is computed."""
         notices, self._notices[:] = list(self._notices), []
-        return Status(process=os.getpid(), tokens=self._tokens, notices=notices)
+        return Status(file=self._file, tokens=self._tokens, notices=notices)
 
     def _count(self, tokens: int) -> None:
         self._tokens += tokens
@@ -207,38 +212,43 @@ class _Crew:
         self._told, self._progress, self._notice = pool.told, progress, notice
         device, cpus, gpus = _resources(pool, order.recipe, device, notice)
         threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cpus))
-        start = ray.remote(
-            num_cpus=cpus,
-            num_gpus=gpus,
-            max_restarts=-1,
-            concurrency_groups={"status": 1},
-        )(Actor)
-        self._actors = [start.remote(order, device, threads) for _ in range(pool.workers)]
-        self._heard: dict[int, Status] = {}
-        self._asked: dict[int, Any] = {}
-        self._counted = [0] * pool.workers
-        """Tokens of the shard under way that were reported as progress."""
+        start = ray.remote(num_cpus=cpus, num_gpus=gpus, concurrency_groups={"status": 1})(Actor)
+        self._new_actor = partial(start.remote, order, device, threads)
+        self._actors = [self._new_actor() for _ in range(pool.workers)]
         self._under_way: dict[Any, tuple[int, Task | None]] = {}
         """Result to come → (worker, its shard); no shard while it loads the teacher."""
+        self._again: deque[Task] = deque()
+        """Shards to try again."""
+        self._tries: Counter[str] = Counter()
+        """Failures by file; under "" those to load the teacher since it was loaded last."""
+        self._questions: dict[int, Any] = {}
+        """Worker → its status to come."""
+        self._counted = [0] * pool.workers
+        """Tokens of the shard under way that were reported as progress."""
 
     def compute(self, chains: Chains, first: Task) -> Generator[Computed]:
-        waiting: Task | None = first
-        for worker, actor in enumerate(self._actors):
-            call = actor.prepare.options(max_task_retries=RETRIES)
-            self._under_way[call.remote(first)] = (worker, None)
+        """Compute the shards that `chains` gives out, `first` before all others."""
+        self._again.append(first)
         idle: list[int] = []
+        for worker in range(len(self._actors)):
+            self._prepare(worker, first)
         while self._under_way:
             done, _ = ray.wait(list(self._under_way), timeout=POLL_SECONDS)
             for result in done:
                 worker, task = self._under_way.pop(result)
-                idle.insert(0, worker)  # it has the place open at which its partition goes on
-                if task is None:
-                    chains.loaded(_get(result, "a worker died while it loaded the teacher"))
+                outcome = self._outcome(result, worker, task)
+                if isinstance(outcome, _Died):
+                    self._actors[worker] = self._new_actor()
+                    self._prepare(worker, task or first)
                 else:
-                    yield task, self._outcome(result, worker, task)
-            while idle and (task := waiting or chains.next_task()):
-                waiting = None
-                self._start(idle.pop(0), task)
+                    idle.insert(0, worker)  # it has the place open at which its partition goes on
+                if task is None:
+                    self._take_loaded(chains, outcome)
+                elif isinstance(outcome, ShardRecord) or not self._try_again(task, outcome):
+                    yield task, outcome
+            while idle and (task := self._next_task(chains)):
+                worker = idle.pop(0)
+                self._under_way[self._actors[worker].shard.remote(task)] = (worker, task)
             if idle and not any(task for _, task in self._under_way.values()):
                 return  # there is nothing left to do for workers that still load
             self._look_around()
@@ -248,41 +258,70 @@ class _Crew:
         for actor in self._actors:
             ray.kill(actor)
 
-    def _start(self, worker: int, task: Task) -> None:
-        self._counted[worker] = 0
-        call = self._actors[worker].shard.options(max_task_retries=RETRIES, retry_exceptions=True)
-        self._under_way[call.remote(task)] = (worker, task)
+    def _prepare(self, worker: int, task: Task) -> None:
+        self._under_way[self._actors[worker].prepare.remote(task)] = (worker, None)
 
-    def _outcome(self, result: Any, worker: int, task: Task) -> ShardRecord | Exception:
+    def _next_task(self, chains: Chains) -> Task | None:
+        return self._again.popleft() if self._again else chains.next_task()
+
+    def _outcome(self, result: Any, worker: int, task: Task | None) -> Any:
+        """What a worker returned, or the exception with which it ended."""
+        outcome: Any
         try:
-            record: ShardRecord = _get(result, f"the worker that computed {task.file} died")
-        except Exception as error:
-            self._count(worker, 0)
-            return error
-        self._count(worker, record.tokens)
-        return record
+            outcome = ray.get(result)
+        except RayTaskError as error:
+            cause = error.cause
+            outcome = cause if isinstance(cause, Exception) else RuntimeError(str(error))
+        except RayError as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            doing = f"computing {task.file}" if task else "loading the teacher"
+            outcome = _Died(f"a worker died {doing}, perhaps for want of memory ({reason})")
+        self._count(worker, outcome.tokens if isinstance(outcome, ShardRecord) else 0)
+        self._counted[worker] = 0
+        return outcome
+
+    def _take_loaded(self, chains: Chains, outcome: Any) -> None:
+        """Hear of a worker that has loaded the teacher, or could not.
+
+        Raises:
+            Exception: it could not; only the death of a worker is tried again.
+        """
+        if not isinstance(outcome, Exception):
+            self._tries[""] = 0
+            chains.loaded(outcome)
+        elif not isinstance(outcome, _Died) or not self._count_try("", outcome):
+            raise outcome
+
+    def _try_again(self, task: Task, error: Exception) -> bool:
+        """Put a shard that failed back, unless that was its last try."""
+        if again := self._count_try(task.file, error):
+            self._again.append(task)
+        return again
+
+    def _count_try(self, name: str, error: Exception) -> bool:
+        self._tries[name] += 1
+        if self._tries[name] > RETRIES:
+            return False
+        self._notice(f"{error}; trying again")
+        return True
 
     def _look_around(self) -> None:
         """Ask every worker how far it is, without waiting for the answers."""
         tasks = dict(self._under_way.values())
         for worker, actor in enumerate(self._actors):
-            question = self._asked.get(worker)
+            question = self._questions.get(worker)
             if question is not None:
                 if not ray.wait([question], timeout=0)[0]:
                     continue
-                with suppress(RayActorError):  # it has died, and Ray will restart it
+                with suppress(RayError):  # it has died, which is heard from its shard
                     self._hear(worker, tasks.get(worker), ray.get(question))
-            self._asked[worker] = actor.status.options(concurrency_group="status").remote()
+            self._questions[worker] = actor.status.options(concurrency_group="status").remote()
         self._told(self._describe(tasks))
 
     def _hear(self, worker: int, task: Task | None, status: Status) -> None:
-        before, self._heard[worker] = self._heard.get(worker), status
-        if before and before.process != status.process:
-            again = f"; {task.file} is computed again" if task else ""
-            self._notice(f"worker {worker} died and was started anew{again}")
         for line in status.notices:
             self._notice(f"worker {worker}: {line}")
-        if task:
+        if task and task.file == status.file:
             self._count(worker, status.tokens)
 
     def _count(self, worker: int, tokens: int) -> None:
@@ -293,38 +332,18 @@ class _Crew:
     def _describe(self, tasks: dict[int, Task | None]) -> str:
         doing = []
         for worker in range(len(self._actors)):
-            if worker not in tasks:
-                doing.append("idle")
-            elif task := tasks[worker]:
-                doing.append(Path(task.file).stem.removeprefix("train-"))
-            else:
-                doing.append("loading" if worker in self._heard else "starting")
+            task = tasks.get(worker)
+            name = Path(task.file).stem.removeprefix("train-") if task else ""
+            doing.append(name or ("loading" if worker in tasks else "idle"))
         if len(doing) <= LISTED_WORKERS:
             return " ".join(doing)
-        names = ["starting", "loading", "idle"]
-        numbers = {name: doing.count(name) for name in names}
+        numbers = {name: doing.count(name) for name in ("loading", "idle")}
         numbers["computing"] = len(doing) - sum(numbers.values())
         return ", ".join(f"{number} {name}" for name, number in numbers.items() if number)
 
 
-def _get(result: Any, death: str) -> Any:
-    """A worker's result.
-
-    Raises:
-        Exception: what the worker raised.
-        ValueError: it did not survive its retries.
-    """
-    try:
-        return ray.get(result)
-    except RayTaskError as error:
-        cause = error.cause
-        raise cause if isinstance(cause, Exception) else RuntimeError(str(cause)) from None
-    except RayError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{death} {RETRIES + 1} times, perhaps for want of memory ({reason}); use fewer --workers, or a smaller "
-            "sequences.batch_tokens in a new dataset"
-        ) from None
+class _Died(ValueError):
+    """The process or machine of a worker died."""
 
 
 @contextmanager
