@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder.card import write_card
+from builder.card import keep_curves, write_card
 from builder.manifest import FILE_NAME, ShardRecord, make_manifest, read_manifest, write_json
+from builder.outbox import Outbox
 from builder.pipeline import Notice, Progress
 from builder.recipe import Recipe, deciding, differences, without_description
 from builder.sources import KnownSources, resolve_corpus, resolve_teacher
@@ -45,6 +46,7 @@ def build(
     device: str = "cpu",
     max_shards: int | None = None,
     pool: Pool | None = None,
+    outbox: Outbox | None = None,
     progress: Progress = lambda _: None,
     found: Progress = lambda _: None,
     notice: Notice = lambda message: print(message, file=sys.stderr),
@@ -55,9 +57,10 @@ def build(
         recipe: what to build.
         base: directory at which the recipe's relative paths start.
         output: directory of the dataset.
-        device: a torch device; with a pool `auto`, `cpu` or `cuda`, which is settled where the workers are.
+        device: a torch device, where there is no pool.
         max_shards: stop after this many new shards.
         pool: several workers, on this machine or a cluster; None computes in this process.
+        outbox: sends finished shards away; those that have arrived need not be in the directory.
         progress: told of captured tokens.
         found: told of the tokens of shards that an earlier run has finished.
         notice: told, in a line, of what the user should know (a damaged shard that is built again).
@@ -75,6 +78,9 @@ def build(
         if (output / FILE_NAME).exists():
             return _already_complete(recipe, base, output)
         known = state.known_sources()
+        state.check_repository(outbox.repo.id if outbox else None)
+        if outbox:
+            outbox.open(output, state, known)
         corpus_source = resolve_corpus(recipe.corpus, base, known)
         teacher_source = resolve_teacher(recipe.teacher, base, known)
         plan = {
@@ -85,7 +91,7 @@ def build(
         state.settle("plan", deciding(plan))
         state.remember(known)
         state.sweep()
-        chains = _Chains(state, recipe, max_shards=max_shards, found=found, notice=notice)
+        chains = _Chains(state, recipe, outbox, max_shards=max_shards, found=found, notice=notice)
         sources = corpus_source, teacher_source
         if pool is None:
             worker = Worker(recipe, plan, *sources, device=device, progress=progress, notice=notice)
@@ -94,18 +100,21 @@ def build(
             from builder import workers
 
             order = workers.make_order(recipe, plan, *sources, output)
-            computed = workers.compute(
-                pool, order, chains, device=device, progress=progress, notice=notice
-            )
+            computed = workers.compute(pool, order, chains, progress=progress, notice=notice)
         with closing(computed):
             for task, outcome in computed:
                 chains.take(task, outcome)
+        if outbox:
+            outbox.drain()
         if chains.failure is not None:
             raise chains.failure
         if chains.stopped:
             return BuildResult(status="stopped early", shards_built=chains.built, manifest=None)
         state.sweep()
-        manifest = make_manifest(plan, state.read("teacher"), chains.records())
+        records = chains.records()
+        manifest = make_manifest(plan, state.read("teacher"), records)
+        if outbox and not all((output / record.file).exists() for record in records):
+            keep_curves(output, manifest, outbox.curves(records))
         write_card(output, manifest)
         write_json(output / FILE_NAME, manifest)
         state.remove()
@@ -122,18 +131,20 @@ class _Chains:
         self,
         state: BuildState,
         recipe: Recipe,
+        outbox: Outbox | None,
         *,
         max_shards: int | None,
         found: Progress,
         notice: Notice,
     ) -> None:
-        self._state, self._max_shards = state, max_shards
+        self._state, self._outbox, self._max_shards = state, outbox, max_shards
         self._found, self._notice = found, notice
         partitions = range(recipe.output.partitions)
         self._waiting = deque(Task(partition=p, index=0, start=None) for p in partitions)
         self._records: list[list[ShardRecord]] = [[] for _ in partitions]
         self._unfinished = set(partitions)
-        self._given_out = self.built = 0
+        self._given_out = self._under_way = self.built = 0
+        self._teacher: dict[str, Any] = {}
         self.stopped = False
         """Whether a shard was not given out because there were to be no more than `max_shards`."""
         self.failure: Exception | None = None
@@ -141,16 +152,26 @@ class _Chains:
 
     def next_task(self) -> Task | None:
         """A shard to compute, of the partition that was worked on last; None if all others wait for one under way."""
+        outbox = self._outbox
         while self._waiting and not self.stopped:
             task = self._waiting.popleft()
-            record = self._state.intact_record(task.partition, task.index, self._notice)
+            record = outbox.held(task.partition, task.index) if outbox else None
             if record is not None:
                 self._found(record.tokens)
                 self._follow(record)
+            elif record := self._state.intact_record(task.partition, task.index, self._notice):
+                self._found(record.tokens)
+                if outbox:
+                    outbox.put(record)
+                self._follow(record)
             elif self._given_out == self._max_shards:
                 self.stopped = True
+            elif outbox and not outbox.room(self._under_way):
+                self._waiting.appendleft(task)
+                return None
             else:
                 self._given_out += 1
+                self._under_way += 1
                 return task
         return None
 
@@ -158,8 +179,13 @@ class _Chains:
         """Hear what the teacher of a worker turned out to be.
 
         Raises:
-            ValueError: shards were built with another one.
+            ValueError: another worker's is another one, or shards were built with another one.
         """
+        if self._teacher and (changes := differences(self._teacher, teacher)):
+            raise ValueError(
+                f"two workers have loaded different teachers ({'; '.join(changes)}); install the same versions on all machines"
+            )
+        self._teacher = teacher
         self._state.settle("teacher", teacher)
 
     def take(self, task: Task, outcome: ShardRecord | Exception) -> None:
@@ -168,9 +194,12 @@ class _Chains:
         Raises:
             OSError: the disk is full, which no other partition would survive either.
         """
+        self._under_way -= 1
         if isinstance(outcome, ShardRecord):
             self._state.add(outcome)
             self.built += 1
+            if self._outbox:
+                self._outbox.put(outcome)
             self._follow(outcome)
             return
         if isinstance(outcome, OSError) and outcome.errno in DISK_FULL:
@@ -222,21 +251,12 @@ def _need_ray() -> None:
 
 def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
     manifest = read_manifest(output)
-    published = recipe.published()
-    for section in ("corpus", "teacher"):  # the branch that was resolved then, or its commit
-        if published[section]["revision"] == manifest[section].get("commit"):
-            published[section]["revision"] = manifest["recipe"][section]["revision"]
-    old, new = (without_description(values) for values in (manifest["recipe"], published))
-    changes = differences(old, new)
-    if not changes and recipe.corpus.files:
-        with suppress(ValueError):  # files that are gone do not make the dataset less finished
-            source = resolve_corpus(recipe.corpus, base, KnownSources())
-            changes = differences(manifest["corpus"], source.provenance, "corpus")
-    if changes:
+    if changes := changes_since(manifest, recipe, base):
         raise ValueError(
             f"{output} holds a finished dataset of another recipe ({'; '.join(changes)}); choose another directory"
         )
     status = "already complete"
+    published = _published_as(manifest, recipe)
     if differences(manifest["recipe"], published):
         status = "already complete, with a new description"
         manifest["recipe"] = published
@@ -244,3 +264,24 @@ def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
         write_json(output / FILE_NAME, manifest)
     shutil.rmtree(output / ".build", ignore_errors=True)
     return BuildResult(status=status, shards_built=0, manifest=manifest)
+
+
+def changes_since(manifest: dict[str, Any], recipe: Recipe, base: Path) -> list[str]:
+    """In what the data of a finished dataset differ from what a recipe asks for, one line for each field."""
+    published = _published_as(manifest, recipe)
+    old, new = (without_description(values) for values in (manifest["recipe"], published))
+    changes = differences(old, new)
+    if not changes and recipe.corpus.files:
+        with suppress(ValueError):  # files that are gone do not make the dataset less finished
+            source = resolve_corpus(recipe.corpus, base, KnownSources())
+            changes = differences(manifest["corpus"], source.provenance, "corpus")
+    return changes
+
+
+def _published_as(manifest: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """A recipe's plain values, with the branch that was resolved then where it names its commit."""
+    published = recipe.published()
+    for section in ("corpus", "teacher"):
+        if published[section]["revision"] == manifest[section].get("commit"):
+            published[section]["revision"] = manifest["recipe"][section]["revision"]
+    return published

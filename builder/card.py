@@ -10,6 +10,7 @@ TOML is quoted by a library.
 import functools
 import json
 import re
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from pydantic import BaseModel
 from builder import demo
 from builder.charts import Curves, entropy_svg, marks, mass_svg, measure
 from builder.licences import licence_head, licence_text
-from builder.manifest import data_digest, records_of
+from builder.manifest import data_digest, records_of, write_json
 from builder.markdown import plain
 from builder.recipe import CorpusRecipe, OutputRecipe, SequencesRecipe, TeacherRecipe
 from builder.schema import Layout, card_features, columns
@@ -27,6 +28,8 @@ from builder.shards import atomic_file
 
 README, VERIFICATION, RELEASE = "README.md", "verification.json", "release.json"
 PICTURES = ("assets/mass.svg", "assets/entropy.svg")
+CURVES = ".curves.json"
+"""What the pictures show of data that are no longer in the directory; stays there."""
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
@@ -37,11 +40,16 @@ def card_files(
     """The card of a dataset and its pictures: name → content.
 
     Args:
-        directory: holds the data files and, if random rows were recomputed, `verification.json`.
+        directory: holds the data files (or what `keep_curves` wrote) and, if random rows were recomputed,
+            `verification.json`.
         manifest: of the dataset, which need not be written yet.
         release: what `publish` says of this version and those before; None for a dataset that is not published.
     """
-    curves = _curves(directory, tuple((r.file, r.sha256) for r in records_of(manifest)))
+    kept = _about(directory / CURVES, manifest)
+    if kept:
+        curves = Curves(**{key: value for key, value in kept.items() if key != "data"})
+    else:
+        curves = _curves(directory, tuple((r.file, r.sha256) for r in records_of(manifest)))
     verification = read_verification(directory, manifest)
     card = render_card(manifest, curves=curves, verification=verification, release=release)
     pictures = (mass_svg(curves), entropy_svg(curves))
@@ -55,6 +63,11 @@ def card_files(
 def _curves(directory: Path, files_and_hashes: tuple[tuple[str, str], ...]) -> Curves:
     """Measured once, though a plan, its description and the upload all need the card."""
     return measure(directory / file for file, _ in files_and_hashes)
+
+
+def keep_curves(directory: Path, manifest: dict[str, Any], curves: Curves) -> None:
+    """Write down what the pictures show, for a directory whose data files are elsewhere."""
+    write_json(directory / CURVES, {"data": data_digest(manifest), **asdict(curves)})
 
 
 def write_card(
@@ -74,8 +87,7 @@ def read_release(directory: Path) -> dict[str, Any] | None:
 
 def read_verification(directory: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
     """The recorded result of `verify --recompute`, if it is about these data files."""
-    record = _read_json(directory / VERIFICATION)
-    return record if record and record.get("data") == data_digest(manifest) else None
+    return _about(directory / VERIFICATION, manifest)
 
 
 def render_card(
@@ -338,6 +350,12 @@ def _changelog(release: dict[str, Any] | None) -> list[dict[str, Any]]:
 def _toml(value: Any) -> str:
     """A string, number, truth value or list as TOML, whose strings are JSON's but for the character DEL."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _about(path: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """A JSON file that says something of data files, if they are those of the manifest."""
+    values = _read_json(path)
+    return values if values and values.get("data") == data_digest(manifest) else None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -10,7 +10,9 @@ Cost: two columns are read once, about 1 M tokens/s, in row groups.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -39,31 +41,63 @@ class Curves:
     """Nats."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Sums over the positions of some files, from which the curves follow: plain JSON values."""
+
+    mass: list[float]
+    """Probability of each rank."""
+    entropies: list[int]
+    """Positions whose entropy lies in [i, i + 1) · BIN_NATS."""
+    entropy: float
+    """Nats."""
+    tokens: int
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(
+            mass=[a + b for a, b in zip_longest(self.mass, other.mass, fillvalue=0.0)],
+            entropies=[a + b for a, b in zip_longest(self.entropies, other.entropies, fillvalue=0)],
+            entropy=self.entropy + other.entropy,
+            tokens=self.tokens + other.tokens,
+        )
+
+
+NOTHING = Measured(mass=[], entropies=[], entropy=0.0, tokens=0)
+
+
 def measure(files: Iterable[Path]) -> Curves:
     """The curves over all positions of some Parquet files."""
-    mass, counts, tokens, entropy_sum = np.zeros(0), np.zeros(0, np.int64), 0, 0.0
-    for path in files:
-        file = pq.ParquetFile(path)
-        for group in range(file.num_row_groups):
-            whole = "logprobs" in file.schema_arrow.names
-            name = "logprobs" if whole else "topk_logprobs"
-            table = file.read_row_group(group, columns=[name, "entropy"])
-            logprobs_NK = nested_values(table[name])
-            if whole:
-                logprobs_NK = np.sort(logprobs_NK, axis=-1)[:, : -MAX_K - 1 : -1]
-            probabilities_NK = np.exp(logprobs_NK.astype(np.float64))
-            entropy = nested_values(table["entropy"]).astype(np.float64)
-            mass = probabilities_NK.sum(0) + (mass if tokens else 0)
-            found = np.bincount((entropy.clip(0) / BIN_NATS).astype(np.int64))
-            counts = np.pad(counts, (0, max(0, len(found) - len(counts))))
-            counts[: len(found)] += found
-            tokens += len(entropy)
-            entropy_sum += float(entropy.sum())
+    return curves_of(map(measure_file, files))
+
+
+def curves_of(parts: Iterable[Measured]) -> Curves:
+    """The curves over all positions of files that were measured one by one."""
+    total = sum(parts, NOTHING)
     return Curves(
-        mass=[float(value) for value in mass.cumsum() / tokens],
-        entropy_shares=[float(value) for value in counts / tokens],
-        mean_entropy=entropy_sum / tokens,
+        mass=[float(value) for value in np.cumsum(total.mass) / total.tokens],
+        entropy_shares=[count / total.tokens for count in total.entropies],
+        mean_entropy=total.entropy / total.tokens,
     )
+
+
+def measure_file(path: Path) -> Measured:
+    """The sums over one Parquet file."""
+    file, total = pq.ParquetFile(path), NOTHING
+    whole = "logprobs" in file.schema_arrow.names
+    name = "logprobs" if whole else "topk_logprobs"
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group, columns=[name, "entropy"])
+        logprobs_NK = nested_values(table[name])
+        if whole:
+            logprobs_NK = np.sort(logprobs_NK, axis=-1)[:, : -MAX_K - 1 : -1]
+        entropy = nested_values(table["entropy"]).astype(np.float64)
+        total += Measured(
+            mass=np.exp(logprobs_NK.astype(np.float64)).sum(0).tolist(),
+            entropies=np.bincount((entropy.clip(0) / BIN_NATS).astype(np.int64)).tolist(),
+            entropy=float(entropy.sum()),
+            tokens=len(entropy),
+        )
+    return total
 
 
 def mass_svg(curves: Curves) -> str:

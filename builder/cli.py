@@ -63,6 +63,13 @@ RevisionOption = Annotated[
 ]
 
 
+TagOption = Annotated[
+    str | None, typer.Option(help="A version like v1.2.3; the next one by default.")
+]
+PrivateOption = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
+MessageOption = Annotated[str | None, typer.Option(help="A line for the changelog.")]
+
+
 @app.command(epilog="Example: logit-dataset build recipe.toml --output out/mine --dry-run")
 def build(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as dataset_cards/*/recipe.toml.")],
@@ -87,22 +94,44 @@ def build(
     dry_run: Annotated[
         bool, typer.Option(help="Show the resolved recipe and an estimate; write nothing.")
     ] = False,
+    publish_to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORG/NAME",
+            help="Send shards there while they are built, go on with what is there, and publish in the end.",
+        ),
+    ] = None,
+    discard_local: Annotated[
+        bool,
+        typer.Option(
+            "--discard-local",
+            help="Delete each shard here once it is there: four stay at most, and one more for each further worker.",
+        ),
+    ] = False,
+    tag: TagOption = None,
+    private: PrivateOption = False,
+    message: MessageOption = None,
 ) -> None:
     """Build a dataset from a recipe, or go on with an unfinished one."""
-    from builder.recipe import expand_home, load_recipe
+    from builder.recipe import load_recipe
 
+    if not publish_to and (discard_local or tag or private or message):
+        raise ValueError(
+            "--discard-local, --tag, --private and --message mean something only with --publish-to"
+        )
     loaded = load_recipe(recipe)
     base = recipe.parent
     _quiet_libraries()
     with_ray = workers > 1 or ray_address is not None or gpus_per_worker is not None
     # Where the workers are, there may be GPUs though there is none here.
-    torch_device = device.value if with_ray and not dry_run else _torch_device(device)
+    torch_device = _torch_device(Device.AUTO if with_ray and device is Device.CUDA else device)
     if dry_run:
         from builder.estimate import estimate
 
         print(_format_estimate(estimate(loaded, base, device=torch_device)))
         return
     from builder.build import build as run
+    from builder.delivery import deliver, local_teacher
     from builder.worker import Pool
 
     with _progress("build", loaded.corpus.max_tokens) as bar:
@@ -110,21 +139,33 @@ def build(
         if with_ray:
             pool = Pool(
                 workers=workers,
+                device=device.value,
                 address=ray_address,
                 gpus_per_worker=gpus_per_worker,
                 told=bar.set_postfix_str,
             )
-        result = run(
-            loaded,
-            base,
-            output,
-            device=torch_device,
-            max_shards=max_shards,
-            pool=pool,
-            progress=bar.update,
-            found=partial(_start_from, bar),
-            notice=_notice,
-        )
+        options: dict[str, Any] = {
+            "device": torch_device,
+            "pool": pool,
+            "max_shards": max_shards,
+            "progress": bar.update,
+            "found": partial(_start_from, bar),
+            "notice": _notice,
+        }
+        if publish_to:
+            result, published = deliver(
+                loaded,
+                base,
+                output,
+                publish_to,
+                discard=discard_local,
+                tag=tag,
+                private=private,
+                message=message,
+                **options,
+            )
+        else:
+            result, published = run(loaded, base, output, **options), None
     if result.manifest is None:
         print(
             f"stopped early after {result.shards_built} new shards; run the same command to go on"
@@ -135,9 +176,12 @@ def build(
         f"{output}: {result.status}, {totals['tokens']:,} tokens in {totals['rows']:,} rows, "
         f"{totals['bytes_per_token']} bytes a token"
     )
+    if publish_to and published:
+        _say_published(publish_to, *published)
+        return
     following = [_program(), "verify", str(output), "--recompute", "5"]
-    if local_teacher := loaded.teacher.path or loaded.teacher.gguf:
-        following += ["--teacher", str(base / expand_home(local_teacher))]
+    if teacher := local_teacher(loaded, base):
+        following += ["--teacher", str(teacher)]
     print(f"next: {shlex.join(following)}")
 
 
@@ -255,13 +299,9 @@ def card(
 def publish(
     name: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Dataset repository on the Hub.")],
     directory: Annotated[Path, typer.Argument(help="Directory of a finished dataset.")],
-    tag: Annotated[
-        str | None, typer.Option(help="A version like v1.2.3; the next one by default.")
-    ] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="Make a new repository private.")
-    ] = False,
-    message: Annotated[str | None, typer.Option(help="A line for the changelog.")] = None,
+    tag: TagOption = None,
+    private: PrivateOption = False,
+    message: MessageOption = None,
     recompute: Annotated[
         int,
         typer.Option(
@@ -301,9 +341,7 @@ def publish(
             notice=_notice,
             progress=bar.update,
         )
-    status = "was published already" if plan.is_published else "is published"
-    print(f"{name} {plan.version.tag} {status}, commit {commit}")
-    print(f'next: load_dataset("{name}", revision="{plan.version.tag}", split="train")')
+    _say_published(name, plan.version.tag, commit, not plan.is_published)
 
 
 def main() -> None:
@@ -360,6 +398,11 @@ def _local(dataset: str, revision: str | None, *files: str) -> Path:
         return Path(dataset)  # and let the command say that it is not there
     _quiet_libraries()
     return fetch(dataset, revision or "main", *files)
+
+
+def _say_published(name: str, tag: str, commit: str, is_new: bool) -> None:
+    print(f"{name} {tag} {'is published' if is_new else 'was published already'}, commit {commit}")
+    print(f'next: load_dataset("{name}", revision="{tag}", split="train")')
 
 
 def _notice(message: str) -> None:

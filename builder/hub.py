@@ -6,12 +6,16 @@ How:  1. The build is verified, and random rows are run through the teacher agai
       4. One commit copies it to main, on the server and only if main is still what it was; one tag names that commit.
 
       Until step 4, users see the former version. Killed anywhere, the same command goes on; a tag is never moved.
+
+      Data files that are not in the directory any more, but on the branch or in the former version just as the manifest says, need
+      not be sent. They were verified before they were (`outbox`); rows to recompute and to read back come from the Hub.
 """
 
 import hashlib
 import random
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +28,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOpera
 
 from builder.card import read_verification
 from builder.manifest import records_of
-from builder.release import Plan, holds, stale
-from builder.remote import LocalFile, Notice, Tree
+from builder.release import Plan, stale
+from builder.remote import FILES_PER_COMMIT, LocalFile, Notice, Tree, holds
 from builder.shards import atomic_file
 from builder.verify import record_recomputation, verify
 
-FILES_PER_COMMIT = 50
-"""The Hub asks for fewer than 100, and for no more than about 128 commits an hour."""
 READ_BACK_BYTES = 2 * 10**9
 """Of the data files whose rows are read back and compared; beyond it, a choice of files. All hashes are compared."""
 
@@ -73,10 +75,9 @@ def publish(
         try:
             _read_back(plan, files, work)
         except ValueError:
-            with suppress(ValueError):
-                repo.delete_branch(
-                    plan.branch
-                )  # to be gathered anew; whole files are not sent again
+            if not plan.elsewhere():  # else the branch holds what is nowhere else
+                with suppress(ValueError):
+                    repo.delete_branch(plan.branch)  # to be gathered anew; what is whole stays sent
             raise
         main = _put_on_main(plan, files, main, work)
     except ValueError as error:
@@ -110,13 +111,22 @@ def check(
     """
     known = read_verification(plan.directory, plan.manifest)
     count = 0 if known and known["rows"] >= min(recompute, plan.manifest["totals"]["rows"]) else recompute  # fmt: skip
-    report = verify(
-        plan.directory,
-        recompute=count,
-        device=device,
-        teacher_path=teacher_path,
-        progress=progress,
-    )
+    try:
+        report = verify(
+            plan.directory,
+            recompute=count,
+            device=device,
+            teacher_path=teacher_path,
+            progress=progress,
+            elsewhere={
+                path: partial(plan.repo.open, path, commit)
+                for path, commit in plan.elsewhere().items()
+            },
+        )
+    except (httpx2.HTTPError, pa.ArrowException) as error:
+        raise ValueError(
+            f"rows to recompute cannot be read from {plan.repo.id} ({type(error).__name__}); try again later"
+        ) from None
     if report.problems:
         more = f" (and {len(report.problems) - 3} more)" if len(report.problems) > 3 else ""
         raise ValueError(
@@ -235,11 +245,22 @@ def _compare_rows(plan: Plan, commit: str) -> None:
     dataset = dataset.with_format("arrow")
     if dataset.num_shards != len(records):
         raise ValueError(f"load_dataset finds {dataset.num_shards} files, not {len(records)}")
+    elsewhere = plan.elsewhere()
     for index in _chosen(records):
+        record = records[index]
+        if record.file in elsewhere:
+            with plan.repo.open(record.file, commit) as content:
+                if hashlib.file_digest(content, "sha256").hexdigest() != record.sha256:
+                    raise ValueError(f"{record.file} has arrived with other bytes than were sent")
+        opened = (
+            plan.repo.open(record.file, commit)
+            if record.file in elsewhere
+            else plan.directory / record.file
+        )
         rows = dataset.shard(len(records), index).iter(batch_size=64)
-        local = pq.ParquetFile(plan.directory / records[index].file).iter_batches(batch_size=64)
-        if _digests(rows) != _digests(pa.Table.from_batches([batch]) for batch in local):
-            raise ValueError(f"{records[index].file} has arrived with other rows than were sent")
+        expected = pq.ParquetFile(opened).iter_batches(batch_size=64)
+        if _digests(rows) != _digests(pa.Table.from_batches([batch]) for batch in expected):
+            raise ValueError(f"{record.file} has arrived with other rows than were sent")
 
 
 def _chosen(records: list[Any]) -> list[int]:

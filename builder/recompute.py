@@ -8,8 +8,9 @@ Shape suffixes: T positions, V vocabulary, K top-k, M draws from the tail, D hid
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def recompute_rows(
     seed: int,
     device: str,
     teacher_path: Path | None,
+    elsewhere: Mapping[str, Callable[[], Any]] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Run the teacher on `count` random rows: (statistics over all of them, one line for each problem).
 
@@ -97,7 +99,7 @@ def recompute_rows(
     problems: list[str] = []
     errors: list[Tensor] = []
     totals: dict[str, float] = defaultdict(float)
-    for row in _choose_rows(directory, manifest, records, count, seed):
+    for row in _choose_rows(directory, manifest, records, count, seed, elsewhere or {}):
         where = f"{row.file} row {row.number}"
         if row.text is not None and row.is_whole_document:
             encoded = encoder.encode(Document(id="", text=row.text))
@@ -162,14 +164,14 @@ def dataset_tokenizer(manifest: dict[str, Any], teacher_path: Path | None = None
 
 
 def what_follows(
-    manifest: dict[str, Any], path: Path, number: int, row: dict[str, Any]
+    manifest: dict[str, Any], file: Any, number: int, row: dict[str, Any]
 ) -> tuple[int, bool]:
     """The token after the last one of a row, and whether the document certainly ends with the row.
 
     The token is NO_TOKEN where nothing follows, or where it is not known because the document may have been cut short.
     """
     try:
-        following = read_row(path, number + 1, columns=["id", "chunk_index", "input_ids"])
+        following = read_row(file, number + 1, columns=["id", "chunk_index", "input_ids"])
     except IndexError:  # a file ends with a document
         following = {"id": None}
     if (following["id"], following.get("chunk_index")) == (row["id"], row["chunk_index"] + 1):
@@ -186,6 +188,7 @@ def _choose_rows(
     records: list[ShardRecord],
     count: int,
     seed: int,
+    elsewhere: Mapping[str, Callable[[], Any]],
 ) -> list[_Row]:
     total = sum(record.rows for record in records)
     chosen = sorted(random.Random(seed).sample(range(total), min(count, total)))
@@ -194,9 +197,9 @@ def _choose_rows(
         numbers = [number - first for number in chosen if first <= number < first + record.rows]
         first += record.rows
         for number in numbers:
-            path = directory / record.file
-            values = read_row(path, number)
-            next_token, is_end = what_follows(manifest, path, number, values)
+            opened = elsewhere.get(record.file, partial(Path, directory / record.file))
+            values = read_row(opened(), number)
+            next_token, is_end = what_follows(manifest, opened(), number, values)
             rows.append(
                 _Row(
                     file=record.file,
@@ -215,17 +218,17 @@ def _choose_rows(
     return rows
 
 
-def read_row(path: Path, number: int, columns: list[str] | None = None) -> dict[str, Any]:
-    """One row of a Parquet file: strings and numbers as such, token ids as a list, the rest as arrays.
+def read_row(file: Any, number: int, columns: list[str] | None = None) -> dict[str, Any]:
+    """One row of a Parquet file (a path or an open file): strings and numbers as such, token ids as a list, the rest as arrays.
 
     Raises:
         IndexError: the file has no such row.
     """
-    file = pq.ParquetFile(path)
-    for group in range(file.num_row_groups):
-        if number < file.metadata.row_group(group).num_rows:
-            return _row_values(file.read_row_group(group, columns=columns).slice(number, 1))
-        number -= file.metadata.row_group(group).num_rows
+    parquet = pq.ParquetFile(file)
+    for group in range(parquet.num_row_groups):
+        if number < parquet.metadata.row_group(group).num_rows:
+            return _row_values(parquet.read_row_group(group, columns=columns).slice(number, 1))
+        number -= parquet.metadata.row_group(group).num_rows
     raise IndexError(number)
 
 

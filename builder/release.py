@@ -1,6 +1,5 @@
 """A finished build and a repository on the Hub → what publishing the one to the other would do, without doing anything."""
 
-import hashlib
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +17,7 @@ from builder.card import (
 )
 from builder.licences import licences
 from builder.manifest import FILE_NAME, data_digest, json_bytes, read_manifest, records_of
-from builder.remote import REPO_ID, LocalFile, Notice, Repository, Tree
+from builder.remote import REPO_ID, LocalFile, Notice, Repository, Tree, holds
 from builder.versions import Step, Version, choose, compare
 
 MAX_FILE_BYTES = 20 * 10**9
@@ -48,21 +47,90 @@ class Plan:
     """Commit of main; None where the repository does not exist."""
     remote: Tree
     """What main holds."""
+    branch: str
+    """Where the files are gathered."""
+    gathered: tuple[str, Tree] | None = None
+    """The commit at which that branch stands, and what it holds, if it is there already."""
     is_published: bool = False
     """Whether the tag is there already, with just these files."""
-
-    @property
-    def branch(self) -> str:
-        """Where the files are gathered."""
-        return f"publish-{self.version.tag}"
 
     def files(self) -> dict[str, LocalFile]:
         """All that the repository will hold: the manifest's files, the manifest itself, and what is said about them."""
         return local_files(self.directory, self.manifest, self.release)
 
+    def elsewhere(self) -> dict[str, str]:
+        """Data files that are not in the directory but in the repository, just as the manifest says: path → commit."""
+        commits = [self.gathered, (self.main, self.remote) if self.main else None]
+        found: dict[str, str] = {}
+        for record in records_of(self.manifest):
+            if (self.directory / record.file).exists():
+                continue
+            for commit, tree in filter(None, commits):
+                there = tree.get(record.file)
+                if there and (there.sha256, there.size) == (record.sha256, record.bytes):
+                    found.setdefault(record.file, commit)
+        return found
+
     def to_send(self, files: dict[str, LocalFile]) -> list[str]:
         """Of those, the ones that main does not hold."""
         return [path for path, file in files.items() if not holds(self.remote, path, file)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Destination:
+    """A repository to which a dataset may be published, as far as its recipe and the user's wishes tell."""
+
+    repo: Repository
+    branches: dict[str, str]
+    taken: set[str]
+    """All tags."""
+    former: Version | None
+    """The highest version among them."""
+    remote: Tree
+    """What main holds."""
+
+    def former_manifest(self) -> dict[str, Any] | None:
+        """The manifest of the highest version, if there is one that can be read."""
+        path = self.former and self.repo.download(FILE_NAME, self.former.tag)
+        try:
+            return read_manifest(path.parent) if path else None
+        except ValueError:
+            return None
+
+
+def look_at(
+    repo_id: str,
+    recipe: dict[str, Any],
+    *,
+    private: bool,
+    message: str,
+    notice: Notice,
+) -> Destination:
+    """Ask the Hub what is there, and refuse what cannot be published there, however it is built; changes nothing.
+
+    Args:
+        repo_id: ORG/NAME.
+        recipe: plain values of what is to be published.
+        private: whether a new repository is to be private.
+        message: a line for the changelog.
+        notice: told, in a line, of retries.
+
+    Raises:
+        ValueError: it cannot be published as asked; says why.
+    """
+    if not REPO_ID.fullmatch(repo_id):
+        raise ValueError(f"{repo_id!r} is not a name on the Hub; expected ORG/NAME")
+    if len(message) > MAX_MESSAGE:
+        raise ValueError(f"the message has {len(message)} characters, at most {MAX_MESSAGE} fit")
+    _check_licences(recipe)
+    repo = Repository(repo_id, notice)
+    refs = repo.refs()
+    branches, taken = (refs.branches, set(refs.tags)) if refs else ({}, set())
+    versions = sorted(filter(None, map(Version.parse, taken)))
+    former = versions[-1] if versions else None
+    remote = repo.tree(branches["main"]) if "main" in branches else {}
+    _check_repository(repo, private, exists=refs is not None, former=former, remote=remote)
+    return Destination(repo=repo, branches=branches, taken=taken, former=former, remote=remote)
 
 
 def prepare(
@@ -72,6 +140,7 @@ def prepare(
     tag: str | None = None,
     private: bool = False,
     message: str | None = None,
+    branch: str | None = None,
     notice: Notice,
 ) -> Plan:
     """Find out what publishing would do; asks the Hub, and changes nothing.
@@ -82,39 +151,30 @@ def prepare(
         tag: a version like v1.2.3; the next one by default.
         private: whether a new repository is to be private.
         message: a line for the changelog.
+        branch: where the files are gathered, or were already; one of the version by default.
         notice: told, in a line, of retries.
 
     Raises:
         ValueError: it cannot be published as asked; says why, and what can.
     """
-    if not REPO_ID.fullmatch(repo_id):
-        raise ValueError(f"{repo_id!r} is not a name on the Hub; expected ORG/NAME")
     message = " ".join((message or "").split())
-    if len(message) > MAX_MESSAGE:
-        raise ValueError(f"the message has {len(message)} characters, at most {MAX_MESSAGE} fit")
     manifest = read_manifest(directory)
-    _check_licences(manifest)
+    there = look_at(repo_id, manifest["recipe"], private=private, message=message, notice=notice)
     _check_limits(manifest)
-    repo = Repository(repo_id, notice)
-    refs = repo.refs()
-    taken = set(refs.tags) if refs else set()
-    main = refs.branches.get("main") if refs else None
-    versions = sorted(filter(None, map(Version.parse, taken)))
-    former = versions[-1] if versions else None
-    remote = repo.tree(main) if main else {}
-    _check_repository(repo, private, exists=refs is not None, former=former, remote=remote)
+    repo, former, main = there.repo, there.former, there.branches.get("main")
 
     known = _known_release(directory, manifest, repo_id, message)
     if known and former and known["version"] == str(former) and tag in (None, former.tag):
-        there = repo.tree(former.tag)
+        tagged = repo.tree(former.tag)
         files = local_files(directory, manifest, known)
-        if all(holds(there, path, file) for path, file in files.items()):
+        if all(holds(tagged, path, file) for path, file in files.items()):
             return Plan(
                 repo=repo, directory=directory, manifest=manifest, version=former, former=former, reasons=[],
-                release=known, private=private, main=main, remote=remote, is_published=True,
+                release=known, private=private, main=main, remote=there.remote, is_published=True,
+                branch=branch or _branch(former),
             )  # fmt: skip
     step, reasons, changelog = _since(repo, former, manifest)
-    version = choose(tag, taken, former, step, reasons)
+    version = choose(tag, there.taken, former, step, reasons)
     release = known if known and known["version"] == str(version) else None
     if release is None or release["changelog"][1:] != changelog:
         changes = [*([message] if message else []), *reasons]
@@ -127,10 +187,17 @@ def prepare(
             "message": message,
             "changelog": [entry, *changelog],
         }
+    branch = branch or _branch(version)
+    head = there.branches.get(branch)
     return Plan(
         repo=repo, directory=directory, manifest=manifest, version=version, former=former, reasons=reasons,
-        release=release, private=private, main=main, remote=remote,
+        release=release, private=private, main=main, remote=there.remote, branch=branch,
+        gathered=(head, repo.tree(head)) if head else None,
     )  # fmt: skip
+
+
+def _branch(version: Version) -> str:
+    return f"publish-{version.tag}"
 
 
 def describe(plan: Plan, *, with_card: bool = False) -> str:
@@ -166,10 +233,7 @@ def local_files(
     }
     if read_verification(directory, manifest):
         small[VERIFICATION] = (directory / VERIFICATION).read_bytes()
-    files = {
-        path: LocalFile(content, len(content), hashlib.sha256(content).hexdigest())
-        for path, content in small.items()
-    }
+    files = {path: LocalFile.of(content) for path, content in small.items()}
     for record in records_of(manifest):
         files[record.file] = LocalFile(directory / record.file, record.bytes, record.sha256)
     return files
@@ -181,13 +245,9 @@ def stale(tree: Tree, files: dict[str, LocalFile]) -> list[str]:
     return [path for path in tree if path not in files and (path in ours or _OURS.fullmatch(path))]
 
 
-def holds(tree: Tree, path: str, file: LocalFile) -> bool:
-    """Whether a path of the repository has the size and hash of a local file."""
-    return path in tree and tree[path].equals(file)
-
-
-def _check_licences(manifest: dict[str, Any]) -> None:
-    missing = [f"{section}.license" for section, name in licences(manifest).items() if not name]
+def _check_licences(recipe: dict[str, Any]) -> None:
+    stated = licences({"recipe": recipe})
+    missing = [f"{section}.license" for section, name in stated.items() if not name]
     if missing:
         raise ValueError(
             f"the recipe does not state {' and '.join(missing)}, without which nobody may use the dataset; add it to the "

@@ -6,16 +6,23 @@ safe because each says what it starts from: after an answer was lost, the reposi
 No message holds a URL, for the addresses to which files are sent are signed.
 """
 
+import hashlib
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import httpx2
-from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    HfFileSystem,
+    get_token,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -33,6 +40,10 @@ Notice = Callable[[str], None]
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 WAIT_SECONDS = (1, 2, 4)
 """Before each new try of a call that huggingface_hub does not retry, unless the Hub says how long to wait."""
+PATIENT_SECONDS = (*WAIT_SECONDS, 8, 16, 32, 64, 128, *[300] * 14)
+"""The same for a build of days: it outlives more than an hour without the Hub, and what the Hub counts by the hour."""
+FILES_PER_COMMIT = 50
+"""The Hub asks for fewer than 100, and for no more than about 128 commits an hour."""
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 
@@ -44,8 +55,15 @@ class LocalFile:
     size: int
     sha256: str
 
+    @classmethod
+    def of(cls, content: bytes) -> Self:
+        """A small file that is in memory."""
+        return cls(content, len(content), hashlib.sha256(content).hexdigest())
+
     def blob_id(self) -> str:
-        """Git's hash, by which the Hub names files that are not in large file storage."""
+        """Git's hash, by which the Hub names files that are not in large file storage; of a file that is gone, none."""
+        if isinstance(self.content, Path) and not self.content.exists():
+            return ""
         content = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
         return str(sha.git_hash(content))
 
@@ -67,6 +85,11 @@ class RemoteFile:
 
 
 Tree = dict[str, RemoteFile]
+
+
+def holds(tree: Tree, path: str, file: LocalFile) -> bool:
+    """Whether a path of the repository has the size and hash of a local file."""
+    return path in tree and tree[path].equals(file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +134,18 @@ def fetch(repo_id: str, revision: str, *files: str) -> Path:
 class Repository:
     """A dataset repository that is written to."""
 
-    def __init__(self, repo_id: str, notice: Notice) -> None:
+    def __init__(
+        self, repo_id: str, notice: Notice, *, waits: Sequence[int] = WAIT_SECONDS
+    ) -> None:
+        """Look at nothing yet.
+
+        Args:
+            repo_id: ORG/NAME.
+            notice: told, in a line, of retries.
+            waits: seconds before each new try.
+        """
         self.id = repo_id
+        self._waits = waits
         self._api = HfApi()
         self._notice = notice
 
@@ -143,15 +176,16 @@ class Repository:
         """Whether only some can see it."""
         return bool(self._try(lambda: self._api.dataset_info(self.id)).private)
 
-    def tree(self, revision: str) -> Tree:
-        """All files of a revision."""
-        entries = self._try(
-            lambda: list(
-                self._api.list_repo_tree(
-                    self.id, repo_type="dataset", revision=revision, recursive=True
-                )
-            )
-        )
+    def tree(self, revision: str, paths: list[str] | None = None) -> Tree:
+        """All files of a revision, or those of some paths that are there."""
+
+        def attempt() -> list[Any]:
+            where: dict[str, Any] = {"repo_type": "dataset", "revision": revision}
+            if paths is not None:
+                return self._api.get_paths_info(self.id, paths, **where)
+            return list(self._api.list_repo_tree(self.id, recursive=True, **where))
+
+        entries = self._try(attempt)
         return {
             entry.path: RemoteFile(
                 entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None
@@ -172,6 +206,10 @@ class Repository:
             )
         except RemoteEntryNotFoundError:
             return None
+
+    def open(self, path: str, revision: str) -> Any:
+        """A file of a revision to read from anywhere in it, without fetching all of it."""
+        return HfFileSystem().open(f"datasets/{self.id}@{revision}/{path}", "rb")
 
     def create(self, *, private: bool) -> None:
         """Make it, where it does not exist."""
@@ -200,6 +238,14 @@ class Repository:
 
         self._try(attempt)
 
+    def send(self, addition: CommitOperationAdd, branch: str) -> None:
+        """Send the content of a large file; a commit can bring it into the branch afterwards."""
+        self._try(
+            lambda: self._api.preupload_lfs_files(
+                self.id, [addition], repo_type="dataset", revision=branch, free_memory=False
+            )
+        )
+
     def commit(
         self,
         branch: str,
@@ -219,7 +265,8 @@ class Repository:
             landed: whether the tree of another commit shows that this one was made, and only its answer lost.
 
         Raises:
-            ValueError: somebody else has moved the branch, or the Hub refuses; nothing was changed.
+            Moved: somebody else has moved the branch.
+            ValueError: the Hub refuses. In both cases, nothing was changed.
         """
         operations = list(operations)
 
@@ -227,7 +274,7 @@ class Repository:
             if (head := self.head(branch)) != parent:
                 if landed(self.tree(head)):
                     return head
-                raise ValueError(
+                raise Moved(
                     f"branch {branch} of {self.id} was moved by someone else in the meantime"
                 )
             made = self._api.create_commit(
@@ -273,7 +320,7 @@ class Repository:
         return refs.branches[branch]
 
     def _try(self, call: Callable[[], Result], *, retried: tuple[int, ...] = TRANSIENT) -> Result:
-        for wait_seconds in (*WAIT_SECONDS, None):
+        for wait_seconds in (*self._waits, None):
             try:
                 return call()
             except RemoteEntryNotFoundError:
@@ -293,6 +340,10 @@ class Repository:
                 self._notice(f"{_symptom(cause)}: trying again in {wait_seconds} s")
                 time.sleep(wait_seconds)
         raise AssertionError
+
+
+class Moved(ValueError):
+    """A branch is not where it was left."""
 
 
 class _NoRepository(ValueError):

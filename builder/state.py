@@ -30,6 +30,8 @@ class BuildState:
     def __init__(self, output: Path) -> None:
         self._output = output
         self._directory = output / ".build"
+        self._elsewhere: str | None = None
+        """Where there are shards of this build besides those in the directory."""
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -81,13 +83,44 @@ class BuildState:
         Raises:
             ValueError: an earlier run wrote down something else, and built with it.
         """
-        has_shards = any((self._directory / "records").glob("*.json"))
+        has_shards = self._elsewhere or any((self._directory / "records").glob("*.json"))
         if not has_shards or not self._path(name).exists():
             write_json(self._path(name), values)
         elif changes := differences(self.read(name), values):
             raise ValueError(
-                f"{self._output} holds an unfinished build with another {name} ({'; '.join(changes)}); "
-                "go on with that one, or choose another directory"
+                f"{self._elsewhere or self._output} holds an unfinished build with another {name} ({'; '.join(changes)}); "
+                f"go on with that one, {'delete it, ' if self._elsewhere else ''}or choose another "
+                f"{'repository' if self._elsewhere else 'directory'}"
+            )
+
+    def adopt(self, elsewhere: str, settled: dict[str, dict[str, Any]]) -> None:
+        """Go on with a build whose shards, or some of them, are elsewhere.
+
+        Args:
+            elsewhere: where, for messages.
+            settled: what was settled there, by name.
+
+        Raises:
+            ValueError: the directory holds shards of another build.
+        """
+        for name, values in settled.items():
+            self.settle(name, values)
+        self._elsewhere = elsewhere
+
+    def note_repository(self, repo: str) -> None:
+        """Remember that shards will be deleted here, because a repository holds them."""
+        write_json(self._path("repository"), {"repo": repo})
+
+    def check_repository(self, repo: str | None) -> None:
+        """See that a build goes on where its shards are.
+
+        Raises:
+            ValueError: they are in a repository that was not named.
+        """
+        if self._path("repository").exists() and (there := self.read("repository")["repo"]) != repo:
+            raise ValueError(
+                f"shards of {self._output} are in {there}, and no longer here; add --publish-to {there} --discard-local, or "
+                "build in another directory"
             )
 
     def read(self, name: str) -> dict[str, Any]:
@@ -113,6 +146,11 @@ class BuildState:
             return record
         notice(f"{record.file} {problem}: building it again")
         return None
+
+    def recorded_files(self) -> set[str]:
+        """The files of all records here, intact or not."""
+        paths = (self._directory / "records").glob("*.json")
+        return {_read(path, "delete it, and its shard is built again")["file"] for path in paths}
 
     def add(self, record: ShardRecord) -> None:
         """Make a shard count.

@@ -8,7 +8,7 @@ Cost: about 1 M tokens/s for hashes and invariants; recomputing costs what captu
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,6 +58,7 @@ def verify(
     teacher_path: Path | None = None,
     seed: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
+    elsewhere: Mapping[str, Callable[[], Any]] | None = None,
 ) -> Report:
     """Check a dataset against its manifest, the schema's invariants and, on request, its teacher.
 
@@ -68,18 +69,22 @@ def verify(
         teacher_path: directory or GGUF file of the teacher, where the recipe names a local one.
         seed: chooses the random rows; a new one each time, if None.
         progress: told of checked tokens.
+        elsewhere: opens data files that are not in the directory, of which only rows to recompute are read: somebody else
+            compares their hashes, and has checked all of their rows when they were there.
 
     Raises:
         ValueError: there is no readable manifest, or the teacher at hand is not the dataset's.
     """
     manifest = read_manifest(directory)
     records = records_of(manifest)
+    elsewhere = elsewhere or {}
+    here = [record for record in records if record.file not in elsewhere]
     report = Report(files=len(records))
-    _check_files(directory, records, report)
+    _check_files(directory, records, here, report)
     _check_card(directory, manifest, report)
-    for record in records:
+    for record in here:
         if (directory / record.file).exists():
-            _check_shard(directory, record, manifest, report, progress)
+            check_shard(directory, record, manifest, report, progress)
     if recompute and not report.problems:
         from builder.recompute import recompute_rows
 
@@ -92,6 +97,7 @@ def verify(
             seed=seed,
             device=device,
             teacher_path=teacher_path,
+            elsewhere=elsewhere,
         )
         report.problems += problems
     return report
@@ -110,12 +116,14 @@ def record_recomputation(directory: Path, report: Report, device: str) -> None:
     write_card(directory, manifest, release=read_release(directory))
 
 
-def _check_files(directory: Path, records: list[ShardRecord], report: Report) -> None:
+def _check_files(
+    directory: Path, records: list[ShardRecord], here: list[ShardRecord], report: Report
+) -> None:
     listed = {record.file for record in records}
     for path in sorted((directory / "data").glob("*.parquet")):
         if f"data/{path.name}" not in listed:
             report.problems.append(f"data/{path.name}: is not in the manifest")
-    for record in records:
+    for record in here:
         path = directory / record.file
         if not path.exists():
             report.problems.append(f"{record.file}: is missing")
@@ -148,13 +156,22 @@ def _check_card(directory: Path, manifest: dict[str, Any], report: Report) -> No
         )
 
 
-def _check_shard(
+def check_shard(
     directory: Path,
     record: ShardRecord,
-    manifest: dict[str, Any],
+    manifest: Mapping[str, Any],
     report: Report,
-    progress: Callable[[int], None],
+    progress: Callable[[int], None] = lambda _: None,
 ) -> None:
+    """Check the rows of one data file, and add what is found to a report.
+
+    Args:
+        directory: of the dataset.
+        record: of the file, whose hash is not looked at.
+        manifest: sections `recipe` and `teacher` of one.
+        report: added to.
+        progress: told of checked tokens.
+    """
     layout = Layout.of(manifest["recipe"]["output"], manifest["teacher"])
     try:
         file = pq.ParquetFile(directory / record.file)
@@ -178,7 +195,7 @@ def _check_shard(
 class _RowChecker:
     """Checks the rows of one file, row group by row group."""
 
-    def __init__(self, file: str, manifest: dict[str, Any], layout: Layout) -> None:
+    def __init__(self, file: str, manifest: Mapping[str, Any], layout: Layout) -> None:
         self.problems: list[str] = []
         self.tokens = 0
         self._file = file

@@ -55,6 +55,8 @@ class Pool:
     """Several workers that Ray runs."""
 
     workers: int
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`: settled where the workers are."""
     address: str | None = None
     """Of a Ray cluster, as `ray.init` takes it; None for this machine alone."""
     gpus_per_worker: float | None = None

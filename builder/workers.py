@@ -170,7 +170,7 @@ class Actor:
 
 
 def compute(
-    pool: Pool, order: Order, chains: Chains, *, device: str, progress: Progress, notice: Notice
+    pool: Pool, order: Order, chains: Chains, *, progress: Progress, notice: Notice
 ) -> Generator[Computed]:
     """Compute shards with the workers of a pool.
 
@@ -178,7 +178,6 @@ def compute(
         pool: how many workers, and where.
         order: what they build.
         chains: what gives out the shards.
-        device: `auto`, `cpu` or `cuda`.
         progress: told of captured tokens, and of lost ones as a negative number.
         notice: told of workers that died, and what workers have to say.
 
@@ -196,7 +195,7 @@ def compute(
     if first is None:
         return
     with _ray(pool):
-        crew = _Crew(pool, order, device=device, progress=progress, notice=notice)
+        crew = _Crew(pool, order, progress=progress, notice=notice)
         try:
             yield from crew.compute(chains, first)
         finally:
@@ -206,11 +205,9 @@ def compute(
 class _Crew:
     """The workers of a pool, and what each is doing."""
 
-    def __init__(
-        self, pool: Pool, order: Order, *, device: str, progress: Progress, notice: Notice
-    ) -> None:
+    def __init__(self, pool: Pool, order: Order, *, progress: Progress, notice: Notice) -> None:
         self._told, self._progress, self._notice = pool.told, progress, notice
-        device, cpus, gpus = _resources(pool, order.recipe, device, notice)
+        device, cpus, gpus = _resources(pool, notice)
         threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cpus))
         start = ray.remote(num_cpus=cpus, num_gpus=gpus, concurrency_groups={"status": 1})(Actor)
         self._new_actor = partial(start.remote, order, device, threads)
@@ -371,7 +368,7 @@ def _ray(pool: Pool) -> Iterator[None]:
         ray.shutdown()
 
 
-def _resources(pool: Pool, recipe: Recipe, device: str, notice: Notice) -> tuple[str, int, float]:
+def _resources(pool: Pool, notice: Notice) -> tuple[str, int, float]:
     """Device, CPUs and GPUs of each worker.
 
     Raises:
@@ -379,6 +376,7 @@ def _resources(pool: Pool, recipe: Recipe, device: str, notice: Notice) -> tuple
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus_there = sum(node.get("GPU", 0) for node in nodes)
+    device = pool.device
     if device == "auto":
         device = (
             "cuda"

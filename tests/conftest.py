@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this tiny, a second 
 
 import pytest
 import torch
+from hub import Client, Hub, serve
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -168,6 +169,33 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]
         return status, out, err
 
     return call
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Hub]:
+    """A stand-in of the Hub on this machine."""
+    with serve() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(running: Hub) -> Iterator[Hub]:
+    """The Hub, empty and in good health."""
+    running.repos.clear()
+    for events in (running.requests, running.arrived):
+        events.clear()
+    yield running
+    for troubles in (running.faults, running.losses, running.damage):
+        troubles.clear()
+    running.part_bytes, running.is_token_valid = None, True
+
+
+@pytest.fixture(scope="module")
+def client(running: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A process that knows this Hub only, and runs commands."""
+    client = Client(running.endpoint, tmp_path_factory.mktemp("home"))
+    yield client
+    client.close()
 
 
 @pytest.fixture(scope="session")

@@ -687,7 +687,7 @@ def _serve_commands() -> None:
     """What the process of a Client does."""
     import tempfile
 
-    for name in ("builder.build", "builder.cli", "builder.estimate", "builder.hub"):
+    for name in ("builder.build", "builder.cli", "builder.delivery", "builder.estimate"):
         importlib.import_module(name)
     from transformers import LlamaForCausalLM  # noqa: F401 – a lazy import made now
 

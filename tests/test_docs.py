@@ -19,18 +19,8 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 ORDER = [
     *["schema", "recipe", "corpus", "sequences", "teacher", "draws", "distribution", "demo"],
     *["sources", "shards", "pipeline", "manifest", "charts", "markdown", "licences", "card"],
-    *[
-        "state",
-        "stream",
-        "worker",
-        "build",
-        "recompute",
-        "invariants",
-        "verify",
-        "versions",
-        "remote",
-    ],
-    *["release", "hub", "info", "estimate", "cli"],
+    *["state", "stream", "worker", "workers", "invariants", "verify", "remote", "outbox"],
+    *["build", "recompute", "versions", "release", "hub", "delivery", "info", "estimate", "cli"],
 ]
 # The package for trainers knows of the others the schema only; its modules have an order of their own.
 STUDENT_ORDER = [

@@ -14,7 +14,7 @@ import hub as stand_in
 import pyarrow.parquet as pq
 import pytest
 from conftest import recipe_text, sample_documents, write_jsonl
-from hub import TOKEN, USER, Client, Cut, Refusal
+from hub import TOKEN, USER, Cut, Refusal
 
 from builder.build import build
 from builder.manifest import read_manifest
@@ -50,31 +50,6 @@ def small(tiny_teacher_dir, tmp_path_factory):
 def large(tiny_teacher_dir, tmp_path_factory):
     """Rows of all 40. Read only."""
     return build_dataset(tmp_path_factory.mktemp("large") / "x", tiny_teacher_dir)
-
-
-@pytest.fixture(scope="module")
-def running():
-    with stand_in.serve() as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(running):
-    """The Hub, empty and in good health."""
-    running.repos.clear()
-    for events in (running.requests, running.arrived):
-        events.clear()
-    yield running
-    for troubles in (running.faults, running.losses, running.damage):
-        troubles.clear()
-    running.part_bytes, running.is_token_valid = None, True
-
-
-@pytest.fixture(scope="module")
-def client(running, tmp_path_factory):
-    client = Client(running.endpoint, tmp_path_factory.mktemp("home"))
-    yield client
-    client.close()
 
 
 @pytest.fixture

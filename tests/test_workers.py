@@ -62,7 +62,6 @@ def test_two_workers_make_the_files_of_one(ray, recipe, tmp_path, monkeypatch):
         run(
             recipe,
             output,
-            device="auto",
             pool=Pool(workers=2, told=doing.append),
             max_shards=3,
             found=found.append,
@@ -160,9 +159,8 @@ def test_a_teacher_that_cannot_be_loaded_ends_the_build_at_once(
     ],
 )  # fmt: skip
 def test_what_cannot_be_had_is_said(ray, recipe, tmp_path, options, message):
-    device = options.pop("device", "auto")
     with pytest.raises(ValueError, match=message):
-        run(recipe, tmp_path / "out", device=device, pool=Pool(**options))
+        run(recipe, tmp_path / "out", pool=Pool(**options))
 
 
 @pytest.mark.parametrize(
