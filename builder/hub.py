@@ -74,10 +74,11 @@ def publish(
         notice(f"reading {len(files)} files back")
         try:
             _read_back(plan, files, work)
-        except ValueError:
-            if not plan.elsewhere():  # else the branch holds what is nowhere else
-                with suppress(ValueError):
-                    repo.delete_branch(plan.branch)  # to be gathered anew; what is whole stays sent
+        except ValueError as error:
+            if plan.elsewhere():  # the branch holds what is nowhere else
+                raise ValueError(_how_to_mend(plan, error)) from None
+            with suppress(ValueError):
+                repo.delete_branch(plan.branch)  # to be gathered anew; what is whole stays sent
             raise
         main = _put_on_main(plan, files, main, work)
     except ValueError as error:
@@ -124,9 +125,8 @@ def check(
             },
         )
     except (httpx2.HTTPError, pa.ArrowException) as error:
-        raise ValueError(
-            f"rows to recompute cannot be read from {plan.repo.id} ({type(error).__name__}); try again later"
-        ) from None
+        found = f"rows to recompute cannot be read from {plan.repo.id} ({type(error).__name__})"
+        raise ValueError(_how_to_mend(plan, found)) from None
     if report.problems:
         more = f" (and {len(report.problems) - 3} more)" if len(report.problems) > 3 else ""
         raise ValueError(
@@ -134,6 +134,13 @@ def check(
         )
     if report.recomputed:
         record_recomputation(plan.directory, report, device)
+
+
+def _how_to_mend(plan: Plan, problem: object) -> str:
+    return (
+        f"{problem}; if it stays so, delete damaged files from branch {plan.branch}, and let the build go on in an empty "
+        "directory, where it makes them anew"
+    )
 
 
 def _clean_up(plan: Plan, notice: Notice) -> None:

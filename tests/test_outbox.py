@@ -1,45 +1,549 @@
 """Shards go to the Hub while they are built: few on the disk, none lost, and a new machine goes on from the branch."""
 
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import time
 from pathlib import Path
 
+import hub as stand_in
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import recipe_text, sample_documents, write_jsonl
-from test_publish import LICENSED
+from hub import Cut, Refusal
+from test_publish import (
+    LICENSED,
+    TROUBLES,
+    assert_nothing_planted,
+    assert_one_line,
+    dataset_files,
+    once,
+)
+
+from builder.build import build
+from builder.manifest import read_manifest, records_of
+from builder.outbox import BRANCH
+from builder.recipe import load_recipe
+
+STEPS = {
+    "branch": ("POST", f"/branch/{BRANCH}$"),
+    "preupload": ("POST", f"/preupload/{BRANCH}$"),
+    "batch": ("POST", "/objects/batch$"),
+    "put": ("PUT", "/storage/"),
+    "verify": ("POST", "/verify/"),
+    "commit": ("POST", f"/commit/{BRANCH}$"),
+    "reading back": ("POST", "/paths-info/"),
+    "rows to recompute": ("GET", r"/resolve/.*\.parquet$"),
+    "commit on main": ("POST", "/commit/main$"),
+    "tag": ("POST", "/tag/"),
+    "removal of the branch": ("DELETE", "/branch/"),
+}
+
+
+SHARDS = 10
+
+
+def write_recipe(base: Path, teacher_dir: Path, **changes: str) -> Path:
+    """A recipe of SHARDS shards."""
+    base.mkdir(exist_ok=True)
+    write_jsonl(base / "corpus.jsonl", sample_documents(26))
+    sections = {**LICENSED, "output": "shard_tokens = 200", **changes}
+    path = base / "recipe.toml"
+    path.write_text(recipe_text(teacher_dir, "corpus.jsonl", **sections))
+    return path
 
 
 @pytest.fixture(scope="module")
 def recipe(tiny_teacher_dir, tmp_path_factory) -> Path:
-    """Of a dozen shards."""
-    base = tmp_path_factory.mktemp("recipe")
-    write_jsonl(base / "corpus.jsonl", sample_documents(40))
-    sections = {**LICENSED, "output": "shard_tokens = 200"}
-    path = base / "recipe.toml"
-    path.write_text(recipe_text(tiny_teacher_dir, "corpus.jsonl", **sections))
-    return path
+    return write_recipe(tmp_path_factory.mktemp("recipe"), tiny_teacher_dir)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory) -> Path:
+    """The dataset as a plain build makes it."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    build(load_recipe(recipe), recipe.parent, output)
+    return output
 
 
 @pytest.fixture
 def deliver(client, recipe):
-    def run(output: Path, *options: object, repo: str = "org/set"):
+    """`logit-dataset build … --publish-to …`, with shards discarded."""
+
+    def run(output: Path, *options: object, repo: str = "org/set", recipe: Path = recipe):
         command = ("build", recipe, "--output", output, "--publish-to", repo, "--discard-local")
         return client.cli(*command, "--device", "cpu", *options)
 
     return run
 
 
-def test_x(hub, deliver, tmp_path):
-    import time
+def assert_delivered(hub, whole: Path, output: Path, repo: str = "org/set") -> None:
+    """One tag on main, whose data are those of a plain build; nothing of `.build`, and no data in the directory."""
+    found = hub.repos["dataset", repo]
+    assert list(found.tags) == ["v1.0.0"]
+    assert found.tags["v1.0.0"] == found.branches["main"]
+    assert list(found.branches) == ["main"]
+    files = dataset_files(hub, "v1.0.0", repo)
+    assert {p: c for p, c in files.items() if p.startswith("data/")} == data_files(whole)
+    expected = {*stand_in.directory_files(whole), "release.json", "verification.json"}
+    assert files.keys() == expected
+    left = stand_in.directory_files(output)
+    assert left.pop(".curves.json")
+    assert left == {p: c for p, c in files.items() if not p.startswith("data/")}
 
-    t = time.time()
-    result = deliver(tmp_path / "out")
-    print(time.time() - t, len(hub.requests))
+
+def data_files(directory: Path) -> dict[str, bytes]:
+    return stand_in.directory_files(directory / "data", "data/")
+
+
+def on_branch(hub, repo: str = "org/set") -> dict[str, bytes]:
+    return dataset_files(hub, BRANCH, repo)
+
+
+def records_on_branch(hub, repo: str = "org/set") -> list[dict]:
+    files = sorted(p for p in on_branch(hub, repo) if p.startswith(".build/records/"))
+    return [entry["record"] for p in files for entry in json.loads(on_branch(hub, repo)[p])]
+
+
+def assert_branch_is_consistent(hub, whole: Path, repo: str = "org/set") -> None:
+    """Every file has its record and every record its file, and the files are those of a plain build."""
+    files = {p: c for p, c in on_branch(hub, repo).items() if p.startswith("data/")}
+    assert {record["file"] for record in records_on_branch(hub, repo)} == files.keys()
+    expected = data_files(whole)
+    assert {p: c for p, c in expected.items() if p in files} == files
+
+
+def commits(hub, branch: str, repo: str = "org/set") -> list[str]:
+    requests = [r for r in hub.requests if r.method == "POST" and f"{repo}/commit/" in r.path]
+    return [r.path for r in requests if r.path.endswith(f"/commit/{branch}")]
+
+
+WATCHED = """
+import os, sys
+from builder.cli import main
+from builder import outbox
+peak = 0
+
+def watch(event, arguments):
+    # The moment before a finished shard gets its name is the one at which the directory is fullest.
+    global peak
+    if event == "os.rename" and os.path.basename(folder := os.path.dirname(arguments[0])) == "data":
+        peak = max(peak, len(os.listdir(folder)))
+
+sys.addaudithook(watch)
+sys.argv = ["logit-dataset", *ARGUMENTS]
+try:
+    main()
+finally:
+    print("peak", peak, file=sys.stderr)
+"""
+
+
+def test_there_are_never_more_than_four_shards_on_the_disk(hub, client, recipe, whole, tmp_path):
+    def slow(request):
+        if request.method == "PUT":
+            time.sleep(0.1)  # several times what computing a shard takes
+
+    hub.faults.append(slow)
+    arguments = ["build", recipe, "--output", tmp_path / "out", "--publish-to", "org/set"]
+    arguments += ["--discard-local", "--device", "cpu"]
+    result = client.python(f"ARGUMENTS = {[str(a) for a in arguments]!r}\n{WATCHED}")
     assert result.returncode == 0, result.stderr
-    print(result.stdout, result.stderr)
+    assert_delivered(hub, whole, tmp_path / "out")
+    assert int(re.search(r"peak (\d+)", result.stderr)[1]) == 4
+    assert len(data_files(whole)) == SHARDS
+    assert len(commits(hub, BRANCH)) <= SHARDS / 2 + 1  # two or more at a time, and the card
+    assert len(commits(hub, "main")) == 1
+    out, done, following = result.stdout.splitlines()
+    assert re.match(r".*: complete, [\d,]+ tokens in \d+ rows, ", out)
+    sha = hub.repos["dataset", "org/set"].tags["v1.0.0"]
+    assert done == f"org/set v1.0.0 is published, commit {sha}"
+    assert following == 'next: load_dataset("org/set", revision="v1.0.0", split="train")'
+    assert_nothing_planted(hub, tmp_path / "out", result)
+    record = json.loads((tmp_path / "out" / "verification.json").read_text())
+    assert record["rows"] == 5
+    assert record["max_abs_error"] < 0.01
+
+
+def test_the_card_is_that_of_a_dataset_that_was_published_whole(hub, client, deliver, recipe, tmp_path):  # fmt: skip
+    assert deliver(tmp_path / "sent").returncode == 0
+    plain = tmp_path / "plain"
+    shutil.copytree(tmp_path / "sent", plain)
+    (plain / ".curves.json").unlink()
+    for path, content in dataset_files(hub, "v1.0.0").items():
+        (plain / path).write_bytes(content)
+    before = stand_in.directory_files(plain)
+    for directory in (plain, tmp_path / "sent"):
+        assert client.cli("card", directory).returncode == 0
+        after = stand_in.directory_files(directory)
+        assert {p: before[p] for p in after if p != ".curves.json"} == {
+            p: c for p, c in after.items() if p != ".curves.json"
+        }
+
+
+def test_a_new_machine_goes_on_from_the_branch_alone(hub, deliver, whole, tmp_path):
+    built = []
+    for number, shards in enumerate((1, 3, 4)):
+        result = deliver(tmp_path / f"machine-{number}", "--max-shards", shards)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == f"stopped early after {shards} new shards; run the same command to go on\n"  # fmt: skip
+        assert_branch_is_consistent(hub, whole)
+        built.append(len(records_on_branch(hub)))
+        assert not data_files(tmp_path / f"machine-{number}")
+        shutil.rmtree(tmp_path / f"machine-{number}")
+    assert built == [1, 4, 8]
+    assert not hub.repos["dataset", "org/set"].tags
+    assert deliver(tmp_path / "last").returncode == 0
+    assert_delivered(hub, whole, tmp_path / "last")
+    assert len(hub.arrived) == len(set(hub.arrived)) == SHARDS
+
+
+def test_a_new_machine_takes_the_commits_that_the_branch_knows(
+    hub, deliver, tiny_teacher_dir, tmp_path
+):
+    """The corpus and the teacher have moved on since."""
+
+    def corpus(text: str) -> dict[str, bytes]:
+        rows = [{"id": row["id"], "text": row["text"] + text} for row in sample_documents(26)]
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows), sink)
+        return {"data/train-00000-of-00001.parquet": sink.getvalue()}
+
+    first = hub.commit("dataset", "org/corpus", corpus(""))
+    hub.commit("model", "org/tiny", stand_in.directory_files(tiny_teacher_dir))
+    recipe = write_recipe(tmp_path, tiny_teacher_dir)
+    text = re.sub(r"^files = .*", 'repo = "org/corpus"', recipe.read_text(), flags=re.M)
+    recipe.write_text(re.sub(r"^path = .*", 'repo = "org/tiny"', text, flags=re.M))
+    assert deliver(tmp_path / "one", "--max-shards", 2, recipe=recipe).returncode == 0
+    assert_nothing_planted(hub, tmp_path / "one")
+    hub.commit("dataset", "org/corpus", corpus(" And more."))
+    hub.commit("model", "org/tiny", {"config.json": b"{}"})
+    result = deliver(tmp_path / "two", recipe=recipe)
+    assert result.returncode == 0, result.stderr
+    manifest = read_manifest(tmp_path / "two")
+    assert manifest["corpus"]["commit"] == first
+    assert manifest["totals"]["documents"] == 26
+
+
+def test_when_all_is_done_the_same_command_says_so_anywhere(hub, deliver, client, recipe, tmp_path):
+    assert deliver(tmp_path / "out", "--tag", "v1.0.0").returncode == 0
     repo = hub.repos["dataset", "org/set"]
-    print(repo.branches, repo.tags, repo.messages, list(repo.commits[repo.tags["v1.0.0"]]))
-    for c in repo.commits.values():
-        print(sorted(c))
-    print([str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")])
-    for r in hub.requests:
-        print(r.method, r.path[:110])
-    assert 0
+    before = (dict(repo.tags), dict(repo.branches), list(hub.arrived))
+    hub.commit("dataset", "org/set", dataset_files(hub, "v1.0.0"), branch=BRANCH)  # left over
+    for output in (tmp_path / "out", tmp_path / "new"):
+        for options in ((), ("--tag", "v1.0.0")):
+            result = deliver(output, *options)
+            assert result.returncode == 0, result.stderr
+            assert f"org/set v1.0.0 was published already, commit {repo.tags['v1.0.0']}" in result.stdout  # fmt: skip
+    assert (dict(repo.tags), dict(repo.branches), list(hub.arrived)) == before
+    assert not (tmp_path / "new").exists()
+    # A new description is a new version, for which the data are not needed here.
+    text = recipe.read_text().replace('name = "tiny"', 'name = "tiny"\ndescription = "Anew."')
+    described = recipe.with_name("described.toml")
+    described.write_text(text)
+    assert client.cli("build", described, "--output", tmp_path / "out").returncode == 0
+    result = client.cli("publish", "org/set", tmp_path / "out", "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    assert "org/set v1.0.1 is published" in result.stdout
+    assert "Anew." in dataset_files(hub, "v1.0.1")["README.md"].decode()
+    assert list(hub.arrived) == before[2]
+
+
+def test_what_would_fail_in_the_end_fails_at_once(
+    hub, deliver, client, recipe, tiny_teacher_dir, tmp_path
+):
+    output = tmp_path / "out"
+    unlicensed = write_recipe(tmp_path / "unlicensed", tiny_teacher_dir, corpus="")
+    refusals = [
+        (deliver(output, recipe=unlicensed), r"the recipe does not state corpus\.license"),
+        (deliver(output, repo="somewhere"), "'somewhere' is not a name on the Hub"),
+        (deliver(output, "--tag", "1.0"), r"'1\.0' is not a version like v1\.2\.3"),
+        (deliver(output, repo="other/set"), "the token may not write to other/set"),
+        (deliver(output, "--message", "x" * 501), "the message has 501 characters"),
+    ]
+    many = write_recipe(
+        tmp_path / "many", tiny_teacher_dir, corpus=f"{LICENSED['corpus']}\nmax_tokens = 2_000_001"
+    )
+    refusals.append((deliver(output, recipe=many), "more than the 10,000 files that the Hub takes"))
+    hub.is_token_valid = False
+    refusals.append((deliver(output), "the Hub does not accept the token"))
+    hub.is_token_valid = True
+    for result, message in refusals:
+        assert_one_line(result, message)
+    assert not hub.repos
+    for option in ("--discard-local", "--private"):
+        result = client.cli("build", recipe, "--output", output, option)
+        assert_one_line(result, r"--discard-local, .* mean something only with --publish-to")
+    hub.commit("dataset", "org/set", {"data.csv": b"1"})
+    assert_one_line(deliver(output), r"org/set holds something else .*data\.csv")
+    hub.commit("dataset", "org/set", {})
+    hub.commit("dataset", "org/set", {"notes.txt": b"1"}, branch=BRANCH)
+    assert_one_line(deliver(output), f"branch {BRANCH} of org/set holds something else")
+    assert on_branch(hub) == {"notes.txt": b"1"}
+    assert not data_files(output) if output.exists() else True
+
+
+def test_another_recipe_is_refused_with_the_fields(hub, deliver, tiny_teacher_dir, tmp_path):
+    assert deliver(tmp_path / "out", "--max-shards", 2).returncode == 0
+    before = on_branch(hub)
+    other = write_recipe(tmp_path / "other", tiny_teacher_dir, output="top_k = 10")
+    message = (
+        rf"branch {BRANCH} of org/set holds an unfinished build with another plan \(recipe\.output\.shard_tokens: 200 → "
+        r"300; recipe\.output\.top_k: 20 → 10\); go on with that one, delete it, or choose another repository"
+    )
+    assert_one_line(deliver(tmp_path / "new", recipe=other), message)
+    assert_one_line(deliver(tmp_path / "out", recipe=other), r"another plan \(recipe\.output")
+    assert on_branch(hub) == before
+
+
+def test_shards_that_are_elsewhere_are_not_built_again_by_mistake(
+    hub, deliver, client, recipe, whole, tmp_path
+):
+    output = tmp_path / "out"
+    assert deliver(output, "--max-shards", 2).returncode == 0
+    message = r"shards of .* are in org/set, and no longer here; add --publish-to org/set"
+    assert_one_line(client.cli("build", recipe, "--output", output), message)
+    assert_one_line(deliver(output, repo="org/another"), message)
+    assert deliver(output).returncode == 0
+    assert_delivered(hub, whole, output)
+
+
+def test_a_build_that_was_begun_here_is_sent_and_kept_if_asked(hub, client, recipe, whole, tmp_path):  # fmt: skip
+    output = tmp_path / "out"
+    command = ("build", recipe, "--output", output, "--device", "cpu")
+    assert client.cli(*command, "--max-shards", 6).returncode == 0
+    before = data_files(output)
+    assert len(before) == 6
+    result = client.cli(*command, "--publish-to", "org/set")
+    assert result.returncode == 0, result.stderr
+    assert len(commits(hub, BRANCH)) <= 3
+    assert data_files(output) == data_files(whole)
+    assert stand_in.directory_files(output) == dataset_files(hub, "v1.0.0")
+    assert len(hub.arrived) == len(set(hub.arrived)) == SHARDS
+    # And where all is here already, nothing but publishing is left.
+    assert client.cli(*command, "--publish-to", "org/set").returncode == 0
+
+
+def test_two_machines_at_one_branch(hub, deliver, whole, tmp_path):
+    """The second one comes while the first one builds: it is the first that has to stop."""
+    theirs = []
+
+    def intrude(request):
+        if request.path.endswith(f"/commit/{BRANCH}") and not theirs:
+            theirs.append(True)
+            files = {**on_branch(hub), ".build/plan.json": b"{}"}
+            hub.commit("dataset", "org/set", files, branch=BRANCH)
+
+    hub.faults.append(intrude)
+    result = deliver(tmp_path / "out")
+    assert_one_line(
+        result,
+        rf"branch {BRANCH} of org/set was moved by someone else .*another machine building the same\? Let only one of them "
+        r"go on\. Finished shards are safe",
+    )
+    assert on_branch(hub)[".build/plan.json"] == b"{}"
+    assert not records_on_branch(hub)
+    assert data_files(tmp_path / "out")
+
+
+PATIENT = """
+import sys, time
+from builder.cli import main
+time.sleep = lambda seconds: sys.stderr.write(f"slept {seconds}\\n")  # in one piece
+sys.argv = ["logit-dataset", *ARGUMENTS]
+main()
+"""
+
+
+@pytest.fixture
+def deliver_fast(client, recipe):
+    """The same command, where waiting takes no time but is told."""
+
+    def run(output: Path):
+        arguments = ["build", recipe, "--output", output, "--publish-to", "org/set"]
+        arguments += ["--discard-local", "--device", "cpu"]
+        return client.python(f"ARGUMENTS = {[str(a) for a in arguments]!r}\n{PATIENT}")
+
+    return run
+
+
+def happening(step: str, answer):
+    return once(STEPS[step], answer)
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_trouble_that_passes_is_survived_at_every_step(hub, deliver_fast, whole, tmp_path, trouble):
+    faults = {step: happening(step, TROUBLES[trouble]) for step in STEPS}
+    hub.faults += faults.values()
+    result = deliver_fast(tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert [step for step, fault in faults.items() if not fault.seen] == []
+    assert_delivered(hub, whole, tmp_path / "out")
+    assert len(hub.arrived) == len(set(hub.arrived)) == SHARDS
+    slept = [float(line.split()[1]) for line in result.stderr.splitlines() if "slept" in line]
+    assert len(slept) >= len(STEPS)
+    if trouble == "429":
+        assert min(slept) >= 7
+
+
+def test_an_answer_that_is_lost_is_not_a_thing_done_twice(hub, deliver_fast, whole, tmp_path):
+    losses = {step: happening(step, Cut) for step in STEPS}
+    hub.losses += losses.values()
+    result = deliver_fast(tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert [step for step, loss in losses.items() if not loss.seen] == []
+    assert_delivered(hub, whole, tmp_path / "out")
+    assert len(set(hub.arrived)) == SHARDS
+    assert len(hub.arrived) <= SHARDS + 1  # the one whose arrival nobody heard of
+
+
+def test_it_outlives_an_hour_without_commits_and_then_says_so(hub, deliver_fast, whole, tmp_path):
+    """As where the Hub's hourly limit is reached."""
+    refused: list = []
+
+    def limit(request):
+        if request.path.endswith(f"/commit/{BRANCH}") and len(refused) < limit.times:
+            refused.append(request)
+            return Refusal(429, {})
+        return None
+
+    hub.faults.append(limit)
+    limit.times = 12
+    result = deliver_fast(tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert_delivered(hub, whole, tmp_path / "out")
+    assert "the Hub answers 429: trying again in 300 s" in result.stderr
+
+    refused.clear()
+    hub.repos.clear()
+    limit.times = 10**6
+    result = deliver_fast(tmp_path / "other")
+    assert_one_line(result, "the Hub's rate limit is reached; wait some minutes.*Finished shards are safe; the same command goes on")  # fmt: skip
+    waited = [int(s) for s in re.findall(r"trying again in (\d+) s", result.stderr)]
+    assert sum(waited) > 3600
+    assert data_files(tmp_path / "other")
+
+
+def test_a_shard_that_changes_before_it_is_sent_stops_the_build_and_is_built_again(
+    hub, deliver, whole, tmp_path
+):
+    output = tmp_path / "out"
+
+    def change(request):
+        # Its upload has been announced: its rows were checked, and are now changed on the disk.
+        if request.path.endswith(f"/preupload/{BRANCH}") and not change.victim:
+            change.victim = min((output / "data").glob("*.parquet"))
+            content = bytearray(change.victim.read_bytes())
+            content[100] ^= 1
+            change.victim.write_bytes(content)
+
+    change.victim = None
+    hub.faults.append(change)
+    result = deliver(output)
+    assert_one_line(result, r"data/train-000-00000\.parquet has changed since it was finished; it was not sent\. Finished")  # fmt: skip
+    assert not [p for p in on_branch(hub) if p.startswith("data/")]
+    result = deliver(output)
+    assert result.returncode == 0, result.stderr
+    assert "data/train-000-00000.parquet does not have the hash in its record: building it again" in result.stderr  # fmt: skip
+    assert_delivered(hub, whole, output)
+
+
+def test_rows_that_break_an_invariant_are_never_sent(hub, client, recipe, tmp_path):
+    """A build that computes wrongly stops at its first shard, not after a week."""
+    code = """
+import sys
+import builder.pipeline
+from builder.cli import main
+original = builder.pipeline.capture
+def wrong(*args, **kwargs):
+    found = original(*args, **kwargs)
+    found["tail_logprob"] = found["tail_logprob"] * 0.5
+    return found
+builder.pipeline.capture = wrong
+"""
+    arguments = ["build", recipe, "--output", tmp_path / "out", "--publish-to", "org/set", "--device", "cpu"]  # fmt: skip
+    code += f"sys.argv = ['logit-dataset', *{[str(a) for a in arguments]!r}]\nmain()"
+    assert_one_line(client.python(code), r"data/train-000-00000\.parquet row \d+: .*do not sum to 1.*; it was not sent")  # fmt: skip
+    assert not hub.arrived
+
+
+def test_a_file_on_the_branch_that_is_not_what_its_record_says_is_built_again(
+    hub, deliver, whole, tmp_path
+):
+    assert deliver(tmp_path / "out", "--max-shards", 4).returncode == 0
+    files = on_branch(hub)
+    del files["data/train-000-00001.parquet"]
+    files["data/train-000-00002.parquet"] += b"?"
+    hub.commit("dataset", "org/set", files, branch=BRANCH)
+    result = deliver(tmp_path / "new")
+    assert result.returncode == 0, result.stderr
+    for index in (1, 2):
+        assert f"data/train-000-0000{index}.parquet on branch {BRANCH} is not what its record says: building it again" in result.stderr  # fmt: skip
+    assert_delivered(hub, whole, tmp_path / "new")
+    assert len(records_of(read_manifest(tmp_path / "new"))) == SHARDS
+
+
+def test_what_is_nowhere_else_is_not_thrown_away(hub, deliver, whole, tmp_path):
+    """Large file storage lies: the branch stays, for it holds all shards but one."""
+    hub.damage.append(lambda content: content[:-400] + bytes(300) + content[-100:])
+    result = deliver(tmp_path / "out")
+    assert_one_line(
+        result,
+        r"(data/train-000-\d+\.parquet has arrived with other bytes|rows to recompute cannot be read from org/set).*; if it "
+        rf"stays so, delete damaged files from branch {BRANCH}, and let the build go on in an empty directory",
+    )
+    assert not hub.repos["dataset", "org/set"].tags
+    files = on_branch(hub)
+    whole_files = {
+        p: c for p, c in files.items() if p not in data_files(whole) or c == data_files(whole)[p]
+    }
+    assert len(files) - len(whole_files) == 1
+    hub.commit("dataset", "org/set", whole_files, branch=BRANCH)
+    assert deliver(tmp_path / "new").returncode == 0
+    assert_delivered(hub, whole, tmp_path / "new")
+
+
+def test_seven_kills_at_random_requests(hub, client, deliver, whole, tmp_path):
+    rng, kills, attempt = random.Random(5), 0, 0
+
+    def kill_at(number: int, *, after: bool):
+        count = 0
+
+        def fault(_):
+            nonlocal count
+            count += 1
+            if count == number:
+                os.kill(int(client.pid_file.read_text()), signal.SIGKILL)
+                raise Cut
+
+        (hub.losses if after else hub.faults).append(fault)
+
+    while kills < 7:
+        repo, status, machine = f"org/set{attempt}", -signal.SIGKILL, 0
+        hub.arrived.clear()
+        while status == -signal.SIGKILL:
+            output = tmp_path / f"{attempt}-{machine}"
+            kill_at(rng.randint(1, 110), after=rng.random() < 0.5)
+            status = deliver(output, repo=repo).returncode
+            hub.settle()
+            hub.faults.clear()
+            hub.losses.clear()
+            if status == -signal.SIGKILL:
+                kills += 1
+                if BRANCH in hub.repos.get(("dataset", repo), stand_in.Repo("dataset", "")).branches:  # fmt: skip
+                    assert_branch_is_consistent(hub, whole, repo)
+                if output.exists() and not (output / "manifest.json").exists():
+                    assert len(list((output / "data").iterdir())) <= 4
+                machine += rng.random() < 0.5  # else the same one goes on
+        assert status == 0
+        found = hub.repos["dataset", repo]
+        assert list(found.tags) == ["v1.0.0"]
+        assert list(found.branches) == ["main"]
+        data = {p: c for p, c in dataset_files(hub, "v1.0.0", repo).items() if p.startswith("data/")}  # fmt: skip
+        assert data == data_files(whole)
+        attempt += 1

@@ -336,9 +336,9 @@ STEPS = {
 }
 
 
-def once(step: str, answer):
+def once(step: tuple[str, str], answer):
     """A fault or loss that happens the first time that a step is taken."""
-    method, pattern = STEPS[step]
+    method, pattern = step
     seen: list = []
 
     def happen(request):
@@ -358,7 +358,7 @@ TROUBLES = {"429": Refusal(429, {"Retry-After": "7"}), "500": 500, "503": 503, "
 
 @pytest.mark.parametrize("trouble", TROUBLES)
 def test_trouble_that_passes_is_survived_at_every_step(hub, publish_fast, out, trouble):
-    faults = {step: once(step, TROUBLES[trouble]) for step in STEPS}
+    faults = {step: once(STEPS[step], TROUBLES[trouble]) for step in STEPS}
     hub.faults += faults.values()
     result = publish_fast(out)
     assert result.returncode == 0, result.stderr
@@ -373,7 +373,7 @@ def test_trouble_that_passes_is_survived_at_every_step(hub, publish_fast, out, t
 
 
 def test_an_answer_that_is_lost_is_not_a_thing_done_twice(hub, publish_fast, out):
-    losses = {step: once(step, Cut) for step in STEPS}
+    losses = {step: once(STEPS[step], Cut) for step in STEPS}
     hub.losses += losses.values()
     result = publish_fast(out)
     assert result.returncode == 0, result.stderr
@@ -434,7 +434,7 @@ def test_main_gets_what_was_read_back_whatever_the_file_has_become(hub, publish,
 @pytest.mark.parametrize("branch", ["main", "publish-v1.0.0"])
 def test_a_branch_moved_by_someone_else_stops_it_before_anything_shows(hub, publish, out, branch):
     step = {"main": "data read back", "publish-v1.0.0": "commit on the working branch"}[branch]
-    intruder = once(step, None)
+    intruder = once(STEPS[step], None)
 
     def move(request):
         before = len(intruder.seen)
@@ -462,7 +462,7 @@ def test_a_token_that_is_not_accepted(hub, publish, out):
     hub.is_token_valid = False
     assert_one_line(publish("org/set", out), "the Hub does not accept the token .*hf auth login")
     hub.is_token_valid = True
-    expiry = once("put", None)
+    expiry = once(STEPS["put"], None)
 
     def expire(request):
         expiry(request)
