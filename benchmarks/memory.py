@@ -32,7 +32,7 @@ def _run(vocab_size: int, max_length: int, tokens: int) -> None:
 
     from benchmarks.sample import BATCH_TOKENS
     from builder import demo
-    from builder import worker as module
+    from builder import ranks as module
     from builder.build import build
     from builder.recipe import Recipe
 

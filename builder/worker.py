@@ -19,13 +19,14 @@ from builder.corpus import Position
 from builder.distribution import Distribution
 from builder.manifest import ShardRecord, Sums, environment
 from builder.pipeline import Notice, Pipeline, Progress
+from builder.ranks import load
 from builder.recipe import Recipe, row_fingerprint
 from builder.schema import SCHEMA_VERSION, Layout
 from builder.sequences import Encoder
 from builder.shards import MAX_ROW_VALUES, ShardWriter, atomic_file, file_sha256
 from builder.sources import CorpusSource, TeacherSource
 from builder.stream import SequenceStream, make_encoder
-from builder.teacher import Teacher, load_teacher
+from builder.teacher import Teacher
 
 SUM_VALUES = 2**22
 """Log-probabilities that are summed at once: 32 MB in float64."""
@@ -105,16 +106,7 @@ class Worker:
     @cached_property
     def teacher(self) -> Teacher:
         """The teacher, loaded when first needed."""
-        recipe, source = self._recipe.teacher, self._teacher_source
-        teacher = load_teacher(
-            source.location,
-            commit=source.commit,
-            tokenizer=source.tokenizer,
-            dtype=recipe.dtype,
-            attention=recipe.attention,
-            device=self._device,
-            trust_remote_code=recipe.trust_remote_code,
-        )
+        teacher = load(self._recipe.teacher, self._teacher_source, device=self._device)
         _check_fit(self._recipe, teacher)
         return teacher
 

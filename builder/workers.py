@@ -158,7 +158,12 @@ class Actor:
     def shard(self, task: Task) -> ShardRecord:
         """As `Worker.shard`."""
         self._file, self._tokens = task.file, 0
-        return self._worker.shard(self._order.output, task)
+        try:
+            return self._worker.shard(self._order.output, task)
+        except Exception:
+            if self._order.recipe.teacher.tensor_parallel:
+                del self._worker  # its processes may be out of step
+            raise
 
     def status(self) -> Status:
         """Answers while a shard is computed."""
@@ -207,7 +212,7 @@ class _Crew:
 
     def __init__(self, pool: Pool, order: Order, *, progress: Progress, notice: Notice) -> None:
         self._told, self._progress, self._notice = pool.told, progress, notice
-        device, cpus, gpus = _resources(pool, notice)
+        device, cpus, gpus = _resources(pool, order.recipe.teacher.tensor_parallel, notice)
         threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cpus))
         start = ray.remote(num_cpus=cpus, num_gpus=gpus, concurrency_groups={"status": 1})(Actor)
         self._new_actor = partial(start.remote, order, device, threads)
@@ -368,7 +373,7 @@ def _ray(pool: Pool) -> Iterator[None]:
         ray.shutdown()
 
 
-def _resources(pool: Pool, notice: Notice) -> tuple[str, int, float]:
+def _resources(pool: Pool, ranks: int | None, notice: Notice) -> tuple[str, int, float]:
     """Device, CPUs and GPUs of each worker.
 
     Raises:
@@ -385,10 +390,14 @@ def _resources(pool: Pool, notice: Notice) -> tuple[str, int, float]:
         )
     gpus = pool.gpus_per_worker
     if gpus is None:
-        gpus = float(device == "cuda")
+        gpus = float(ranks or 1) if device == "cuda" else 0.0
     if (device == "cuda") != (gpus > 0):
         raise ValueError(
             f"--device {device} and --gpus-per-worker {gpus:g} contradict each other; leave one out"
+        )
+    if gpus and ranks and gpus != ranks:
+        raise ValueError(
+            f"teacher.tensor_parallel is {ranks}, but --gpus-per-worker is {gpus:g}; leave that out"
         )
     if (needed := gpus * pool.workers) > gpus_there:
         shortage = f"{pool.workers} workers with {gpus:g} GPUs each need {needed:g} GPUs, but Ray has {gpus_there:g}"

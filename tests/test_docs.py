@@ -18,7 +18,17 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 # A module may import those before it; `demo` prepares a teacher, so it stands after `teacher`.
 ORDER = [
     *["schema", "recipe", "corpus", "sequences", "teacher", "draws", "distribution", "demo"],
-    *["sources", "shards", "pipeline", "manifest", "charts", "markdown", "licences", "card"],
+    *[
+        "sources",
+        "ranks",
+        "shards",
+        "pipeline",
+        "manifest",
+        "charts",
+        "markdown",
+        "licences",
+        "card",
+    ],
     *["state", "stream", "worker", "workers", "invariants", "verify", "remote", "outbox"],
     *["build", "recompute", "versions", "release", "hub", "delivery", "info", "estimate", "cli"],
 ]
