@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks import sample
 
-SECTIONS = ("capture", "storage", "reading", "memory", "startup")
+SECTIONS = ("capture", "options", "storage", "reading", "students", "scaling", "memory", "startup")
 BARS = {
     "build_over_forward": {"float32": 0.96, "bfloat16": 0.93},
     "build_over_naive": {"float32": 1.3, "bfloat16": 1.8},
@@ -43,8 +43,12 @@ def main() -> None:
     started = time.perf_counter()
     if "capture" in options.only:
         results["capture"] = _capture(options)
-    if {"storage", "reading"} & set(options.only):
+    if "options" in options.only:
+        results["options"] = _options(options)
+    if {"storage", "reading", "students"} & set(options.only):
         results |= _stored(options)
+    if "scaling" in options.only:
+        results |= _scaling(options)
     if "memory" in options.only:
         from benchmarks import memory
 
@@ -75,11 +79,41 @@ def _capture(options: argparse.Namespace) -> dict[str, Any]:
             rows[f"{name}, tokens/s"] = f"{found[f'{name}_tokens_per_second']:,}"
         for name, bars in BARS.items():
             rows[name.replace("_over_", " ÷ ")] = f"{found[name]} (bar {bars[dtype]})"
-        rows["build with 4 tail draws ÷ build"] = found["draws_over_build"]
         for stage, share in found["stages"].items():
             rows[f"share of {stage}"] = f"{share:.1%}"
         _table(f"capture, {dtype}", rows)
     return results
+
+
+def _options(options: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import options as section
+
+    found = section.measure(
+        "bfloat16", device=options.device, tokens=options.tokens // 2, rounds=options.rounds
+    )
+    rows: dict[str, object] = {"plain": " · ".join(f"{k} {v:,}" for k, v in found["plain"].items())}
+    for name in section.OPTIONS:
+        rows[name] = " · ".join(f"{key} {value:,}" for key, value in found[name].items())
+    _table("options, bfloat16", rows)
+    return found
+
+
+def _scaling(options: argparse.Namespace) -> dict[str, Any]:
+    from importlib.util import find_spec
+
+    if find_spec("ray") is None:
+        _say("scaling is left out, for Ray is not installed")
+        return {}
+    from benchmarks import scaling
+
+    found = scaling.measure(options.tokens, options.rounds)
+    rows: dict[str, object] = {
+        "one worker, tokens/s": f"{found['one_tokens_per_second']:,}",
+        "two workers, tokens/s": f"{found['two_tokens_per_second']:,}",
+        "two ÷ twice one": f"{found['efficiency']} (bar 0.9)",
+    }
+    _table("workers of one thread, float32", rows)
+    return {"scaling": found}
 
 
 def _stored(options: argparse.Namespace) -> dict[str, Any]:
@@ -107,6 +141,28 @@ def _stored(options: argparse.Namespace) -> dict[str, Any]:
             rows["shuffled ÷ decode"] = f"{results['reading']['shuffled_over_decode']} (bar 0.8)"
             rows["shuffled ÷ lists"] = f"{results['reading']['shuffled_over_lists']} (bar 10)"
             _table("reading", rows)
+        if "students" in options.only:
+            from benchmarks import students
+
+            results["students"] = {
+                "losses": students.losses(),
+                "waiting": students.waiting(base / "dataset"),
+            }
+            _table(
+                "loss and gradients of 2,048 positions, V 49k",
+                {
+                    k: f"{v['megabytes']} MB, {v['seconds']} s"
+                    for k, v in results["students"]["losses"].items()
+                },
+            )
+            waits = results["students"]["waiting"]
+            _table(
+                "a student of 1M parameters",
+                {
+                    "milliseconds a step": waits["milliseconds_a_step"],
+                    "share waiting for data": f"{waits['share_waiting']:.2%} (bar 2%)",
+                },
+            )
     return results
 
 

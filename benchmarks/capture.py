@@ -31,7 +31,6 @@ def measure(dtype: str, *, device: str, tokens: int, rounds: int) -> dict[str, A
             {
                 "forward": lambda: total / forward(teacher, sequences),
                 "build": lambda: total / build_seconds(dtype, device, tokens, base),
-                "draws": lambda: total / build_seconds(dtype, device, tokens, base, tail_samples=4),
                 "naive": lambda: total / naive(teacher, sequences, base),
             },
             rounds,
@@ -46,7 +45,6 @@ def measure(dtype: str, *, device: str, tokens: int, rounds: int) -> dict[str, A
         "build_over_forward_rounds": [
             round(b / f, 3) for b, f in zip(found["build"], found["forward"], strict=True)
         ],
-        "draws_over_build": round(sample.ratio(found["draws"], found["build"]), 3),
         "build_over_naive": round(sample.ratio(found["build"], found["naive"]), 3),
         "stages": shares,
     }
@@ -64,13 +62,10 @@ def forward(teacher: Teacher, sequences: list[Sequence]) -> float:
     return time.perf_counter() - started
 
 
-def build_seconds(
-    dtype: str, device: str, tokens: int, base: Path, *, tail_samples: int = 0
-) -> float:
+def build_seconds(dtype: str, device: str, tokens: int, base: Path) -> float:
     """Seconds from the first document to the shard's record: read, tokenized, captured, written, fsynced, hashed."""
     output = Path(tempfile.mkdtemp(dir=base)) / "out"
-    recipe = sample.recipe(dtype, tokens, tail_samples=tail_samples)
-    build(recipe, base, output, device=device)
+    build(sample.recipe(dtype, tokens), base, output, device=device)
     return float(read_manifest(output)["totals"]["seconds"])
 
 

@@ -79,16 +79,16 @@ def _run(vocab_size: int, max_length: int, tokens: int) -> None:
 
         def load_and_look(*args: Any, **kwargs: Any) -> Any:
             teacher = load(*args, **kwargs)
-            loaded["bytes"] = _kernel_says("VmRSS")
+            loaded["bytes"] = kernel_says("VmRSS")
             return teacher
 
         module.load_teacher = load_and_look
         build(recipe, base, base / "out")
-        peak = _kernel_says("VmHWM")
+        peak = kernel_says("VmHWM")
         print(json.dumps({"megabytes": round((peak - loaded["bytes"]) / 1e6)}))
 
 
-def _kernel_says(name: str) -> int:
+def kernel_says(name: str) -> int:
     """Bytes that this process has (VmRSS) or had at most (VmHWM). getrusage would count those of its parent before exec."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024

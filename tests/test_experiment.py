@@ -128,7 +128,8 @@ def test_the_whole_distribution_is_that_of_the_dataset(place):
             np.testing.assert_allclose(
                 found[listed].astype("f4"), rows["topk_logprobs"][listed].astype("f4"), atol=0.02
             )
-            assert (np.exp(logp_NS[:, -1].astype("f8")) > rows["tail_masses"][:, -1] - 1e-3).all()
+            at_other = np.exp(logp_NS[:, -1].astype("f8"))
+            assert (at_other > np.exp(rows["other_logprob"]) - 1e-3).all()
 
 
 def test_draws_are_those_of_the_teacher_and_the_tail_is_outside_the_list(place):
@@ -209,7 +210,6 @@ def test_the_oracle_is_the_dense_cross_entropy(place):
 def test_drawn_targets_are_unbiased_estimates_of_the_oracle(place, kind):
     """Drawn anew 400 times, their mean gradient is that of the whole distribution."""
     batch, logits = whole_batch(place)
-    data = place.data()
     mask = batch["mask"]
     whole_NV = teachers_whole(batch)
     expected = torch.autograd.grad(arms.whole(logits, batch), logits)[0]
@@ -220,7 +220,7 @@ def test_drawn_targets_are_unbiased_estimates_of_the_oracle(place, kind):
     for column in listed_NK.T:  # what is left for the tail: whatever is not listed
         here = column >= 0
         rest_NV[here] = rest_NV[here].scatter(1, column[here][:, None], 0.0)
-    rest_NV[:, -1] = (rest_NV[:, -1] - batch["tail_masses"][mask][:, -1]).clamp(min=0)
+    rest_NV[:, -1] = (rest_NV[:, -1] - batch["other_logprob"][mask].exp()).clamp(min=0)
     for _ in range(400):
         drawn = dict(batch)
         if kind == "samples":
@@ -230,78 +230,13 @@ def test_drawn_targets_are_unbiased_estimates_of_the_oracle(place, kind):
         else:
             ids = torch.multinomial(rest_NV, 4, replacement=True, generator=rng)
             drawn["tail_indices"] = batch["tail_indices"].clone()
-            drawn["tail_indices"][mask] = torch.cat(
-                [ids, torch.full_like(ids[:, :1], data.frequent.other)], dim=1
-            ).int()
+            drawn["tail_indices"][mask] = ids.int()
         loss = arms.ARMS[kind].loss(logits, drawn)
         losses.append(loss.item())
         total += torch.autograd.grad(loss, logits)[0]
     assert np.mean(losses) == pytest.approx(arms.whole(logits, batch).item(), abs=5e-3)
     error = (total / 400 - expected).norm() / expected.norm()
     assert error < 0.05
-
-
-def dense_target(batch, data, name):
-    """[N, V] float64: the target of an arm written out; for the bucket, with all of it as the student divides it."""
-    mask, other = batch["mask"], data.frequent.other
-    ids, logp = batch["topk_indices"][mask].long(), batch["topk_logprobs"][mask].double()
-    masses = batch["tail_masses"][mask].double()
-    target = torch.zeros(len(ids), other + 1, dtype=torch.float64)
-    for column, values in zip(ids.T, logp.T, strict=True):
-        here = column >= 0
-        target[here, column[here]] += values[here].exp()
-    target[:, other] += masses[:, -1]
-    if name == "renormalised":
-        return target / target.sum(-1, keepdim=True)
-    if name == "residual":
-        follows = batch["target_ids"][mask].long()
-        known = follows >= 0
-        target[known, follows[known]] += masses[known, :-1].sum(-1)
-        return target
-    raise AssertionError(name)
-
-
-@pytest.mark.parametrize("name", ["renormalised", "residual"])
-def test_projected_targets_are_those_of_the_teachers_vocabulary(place, name):
-    """Renormalised, or with the residual on what follows, before the projection: `other` has its share."""
-    batch, logits = whole_batch(place)
-    target_NV = dense_target(batch, place.data(), name)
-    counted = batch["target_ids"][batch["mask"]] >= 0 if name == "residual" else slice(None)
-    logq_NV = logits[batch["mask"]].log_softmax(-1)
-    kl_N = (target_NV.xlogy(target_NV) - target_NV * logq_NV).sum(-1)[counted]
-    torch.testing.assert_close(
-        arms.ARMS[name].loss(logits, batch).double(), kl_N.mean(), rtol=0, atol=2e-5
-    )
-
-
-def test_the_bucket_is_the_least_divergence_that_agrees_with_what_is_known(place):
-    """Against a search over all ways to divide the bucket between `other` and the ids that are not listed."""
-    batch, logits = whole_batch(place)
-    mask = batch["mask"]
-    masses = batch["tail_masses"][mask].double()
-    certain, tail = masses[:, -1], masses[:, :-1].sum(-1)
-    logq = logits[mask].log_softmax(-1)
-    ids, logp = batch["topk_indices"][mask].long(), batch["topk_logprobs"][mask].double()
-    listed = torch.zeros_like(logq, dtype=torch.bool)
-    head = torch.zeros(len(ids), dtype=torch.float64)
-    for column, values in zip(ids.T, logp.T, strict=True):
-        here = column >= 0
-        listed[here, column[here]] = True
-        at = logq[here].gather(1, column[here][:, None])[:, 0]
-        head[here] += values[here].exp() * (values[here] - at)
-    listed[:, -1] = True
-    q_other, q_rest = logq[:, -1], logq.masked_fill(listed, -torch.inf).logsumexp(-1)
-    ways = torch.linspace(0, 1, 2001, dtype=torch.float64)[None]
-    other = certain[:, None] + ways * tail[:, None]
-    rest = tail[:, None] * (1 - ways)
-    divided = (
-        other.xlogy(other) - other * q_other[:, None] + rest.xlogy(rest) - rest * q_rest[:, None]
-    )
-    expected = (head + divided.amin(-1)).mean()
-    loss = arms.tail_bucket(logits, batch)
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-4)
-    whole = teachers_whole(batch)
-    assert loss < (whole.xlogy(whole) - whole * logq).sum(-1).mean() + 1e-3
 
 
 def test_hard_arms_learn_from_the_teacher_and_not_from_the_text(place):

@@ -23,6 +23,7 @@ from builder.recipe import Recipe, load_recipe
 from builder.recompute import _best
 from builder.schema import FLOAT16_MIN, arrow_schema, columns
 from builder.schema import Layout as RowLayout
+from builder.student import FrequentTokens, distillation_loss, load_logits
 from builder.verify import verify
 
 EVERYTHING = "tail_samples = 6\nseed = 3\ntemperatures = [2.0, 0.5]\nhidden_states = true"
@@ -49,6 +50,24 @@ def layout_of(output: Path) -> RowLayout:
     return RowLayout.of(manifest["recipe"]["output"], manifest["teacher"])
 
 
+def students_can_learn(dataset):
+    """The loader gives every column of values a token as it is stored; all of it, and a small vocabulary, give a gradient."""
+    data = load_logits(dataset)
+    batch = next(iter(data.batches(batch_size=2, seed=None)))
+    row = pq.read_table(dataset / "data").slice(0, 1)
+    length = len(row["input_ids"][0])
+    for name in data.columns:
+        stored = np.array(row[name][0].as_py(), dtype=batch[name].numpy().dtype)
+        np.testing.assert_array_equal(batch[name][0, :length].numpy(), stored)
+    small = data.project(FrequentTokens(data.token_counts(), 20))
+    few = next(iter(small.batches(batch_size=2, seed=None)))
+    for given, width in ((batch, data.vocab_size), (few, 21)):
+        logits = torch.zeros(*given["input_ids"].shape, width).requires_grad_()
+        distillation_loss(logits, given).backward()
+        assert logits.grad.isfinite().all()
+        assert logits.grad.any()
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_builds_resumes_to_the_same_bytes_verifies_and_loads(
     choice, make_recipe, tmp_path, tiny_teacher_dir
@@ -66,6 +85,7 @@ def test_every_choice_builds_resumes_to_the_same_bytes_verifies_and_loads(
     assert report.recomputed["top1_agreement"] == 1
     assert report.recomputed["mean_abs_error"] < 2e-3
 
+    students_can_learn(whole)
     layout = layout_of(whole)
     for path in (whole / "data").glob("*.parquet"):
         assert pq.read_schema(path).equals(arrow_schema(layout))

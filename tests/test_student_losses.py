@@ -313,6 +313,43 @@ def test_a_head_that_is_the_whole_vocabulary(kind):
         assert abs(value - whole[batch["mask"]].mean()) < 1e-12
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.7])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "tail_draws"])
+def test_whole_distributions_make_every_loss_the_dense_one_at_any_temperature(kind, temperature):
+    batch, logp = make_batch(dtype=torch.float64)
+    for name in ("topk_indices", "topk_logprobs", "tail_logprob", "logsumexp_t2"):
+        del batch[name]
+    batch["logprobs"] = logp
+    logits = student_logits(dtype=torch.float64)
+
+    def dense(z):
+        p = (logp / temperature).softmax(-1)
+        q = (z / temperature).softmax(-1)
+        mixture = (p + q) / 2
+        loss = {
+            "reverse_kl": (q * (q / p).log()),
+            "jensen_shannon": (p * (p / mixture).log() + q * (q / mixture).log()) / 2,
+        }.get(kind, p * (p / q).log())
+        counts = batch["mask"] & (batch["target_ids"] >= 0) if kind == "residual" else batch["mask"]
+        return temperature**2 * loss.sum(-1)[counts].mean()
+
+    options = {"kind": kind, "temperature": temperature}
+    found = value_and_gradient(lambda z: distillation_loss(z, batch, **options), logits)
+    for ours, reference_ in zip(found, value_and_gradient(dense, logits), strict=True):
+        torch.testing.assert_close(ours, reference_, rtol=0, atol=1e-10)
+    head = torch.nn.Linear(V, V, bias=False, dtype=torch.float64)
+    torch.nn.init.eye_(head.weight)
+    from_hidden = distillation_loss_from_hidden(logits, head, batch, **options)
+    torch.testing.assert_close(from_hidden, found[0], rtol=0, atol=1e-10)
+
+
+def test_draws_are_refused_where_there_is_no_tail():
+    batch, logp = make_batch()
+    batch["logprobs"] = logp
+    with pytest.raises(ValueError, match="use kind 'tail_bucket', which is the exact KL"):
+        distillation_loss(student_logits(), batch, kind="tail_draws")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_has_no_say(kind):
     batch, _ = make_batch()

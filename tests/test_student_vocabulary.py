@@ -50,7 +50,8 @@ def make_rows(seed, num_positions, top_k, vocab_size, *, draws=0):
 
 def mass(columns):
     listed = np.exp(columns["topk_logprobs"].astype(np.float64)).sum(-1)
-    return listed + np.exp(columns["tail_logprob"].astype(np.float64))
+    other = np.exp(columns["other_logprob"]) if "other_logprob" in columns else 0
+    return listed + other + np.exp(columns["tail_logprob"].astype(np.float64))
 
 
 @settings(max_examples=40, deadline=None)
@@ -87,6 +88,8 @@ def test_all_tokens_are_the_identity(seed, top_k):
     rows, _ = make_rows(seed, 5, top_k, V)
     found = FrequentTokens(np.zeros(V), V)(rows).columns
     assert set(rows.columns) - set(found) == {"target_logprob", "logsumexp"}
+    assert (found.pop("other_indices") == V).all()
+    assert (found.pop("other_logprob") == -65504).all()
     for name, values in found.items():
         np.testing.assert_array_equal(values, rows.columns[name])
 
@@ -100,27 +103,134 @@ def test_frequent_tokens_that_must_be_kept():
         FrequentTokens([5, 0, 3, 4], 1, always_keep=[1, 2])
 
 
-def test_draws_stay_unbiased_in_the_small_vocabulary():
-    """The mean over many draws is the cross-entropy with the teacher summed up into the student's ids."""
-    num_positions, kept = 4, 12
-    rows, logp = make_rows(0, num_positions, 5, V, draws=4000)
+def small_batch(kept, *, seed=0, num_positions=6, top_k=5, draws=0):
+    """A projected batch of one row, float64 logits of a student, and the teacher summed up into its ids, [N, kept + 1]."""
+    rows, logp = make_rows(seed, num_positions, top_k, V, draws=draws)
     projection = FrequentTokens(np.arange(V), kept)
-    found = projection(rows).columns
-    masses = np.exp(found["topk_logprobs"].astype(np.float64)).sum(-1) + found["tail_masses"].sum(
-        -1
-    )
-    np.testing.assert_allclose(masses, mass(rows.columns), rtol=1e-5)
-
+    batch = {n: torch.from_numpy(v)[None] for n, v in projection(rows).columns.items()}
+    batch["mask"] = torch.ones(1, num_positions, dtype=torch.bool)
     whole = np.zeros((num_positions, kept + 1))
     np.add.at(whole.T, projection._map_V, np.exp(logp).T)
-    logits = torch.randn(
-        1, num_positions, kept + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
-    expected = -(torch.from_numpy(whole) * logits[0].log_softmax(-1)).sum(-1).mean()
-    batch = {name: torch.from_numpy(values)[None] for name, values in found.items()}
-    batch["mask"] = torch.ones(1, num_positions, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(1, num_positions, kept + 1, generator=generator, dtype=torch.float64)
+    return batch, logits.requires_grad_(), torch.from_numpy(whole)
+
+
+def test_draws_stay_unbiased_in_the_small_vocabulary():
+    """The mean over many draws is the cross-entropy with the teacher summed up into the student's ids."""
+    batch, logits, whole = small_batch(12, num_positions=4, draws=4000)
+    expected = -(whole * logits[0].log_softmax(-1)).sum(-1).mean()
     assert abs(distillation_loss(logits, batch, kind="tail_draws") - expected) < 0.01
     assert abs(distillation_loss(logits, batch, kind="renormalised_top_k") - expected) > 0.1
+
+
+def known_target(batch, kept):
+    """[N, kept + 1] float64: what is listed, with the listed mass of all that has no place at `other`; and the tail [N]."""
+    ids, logp = batch["topk_indices"][0].long(), batch["topk_logprobs"][0].double()
+    target = torch.zeros(len(ids), kept + 1, dtype=torch.float64)
+    target.scatter_add_(1, ids.clamp(min=0), logp.exp())
+    target[:, kept] += batch["other_logprob"][0].double().exp()
+    return target, batch["tail_logprob"][0].double().exp()
+
+
+@pytest.mark.parametrize("kept", [0, 3, 12, V])
+@pytest.mark.parametrize("kind", ["renormalised_top_k", "residual"])
+def test_other_has_its_share_of_a_target_that_is_projected(kind, kept):
+    """Renormalised, or with the residual on what follows, in the teacher's vocabulary first, and projected then."""
+    batch, logits, _ = small_batch(kept)
+    target, tail = known_target(batch, kept)
+    counted = slice(None)
+    if kind == "residual":
+        follows = batch["target_ids"][0].long()
+        counted = follows >= 0
+        target[counted] = target[counted].scatter_add(
+            1, follows[counted][:, None], tail[counted][:, None]
+        )
+    else:
+        target = target / target.sum(-1, keepdim=True)
+    logq = logits[0].log_softmax(-1)
+    expected = (target.xlogy(target) - target * logq).sum(-1)[counted].mean()
+    loss = distillation_loss(logits, batch, kind=kind)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-6)
+    got, wanted = (torch.autograd.grad(value, logits)[0] for value in (loss, expected))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 12, V])
+@pytest.mark.parametrize("kind", ["tail_bucket", "reverse_kl", "jensen_shannon"])
+def test_events_have_the_least_divergence_that_agrees_with_what_is_known(kind, kept):
+    """Against a search over all ways to divide the tail between `other` and the ids that are not listed."""
+    batch, logits, whole = small_batch(kept)
+    target, tail = known_target(batch, kept)
+    listed = torch.zeros_like(target, dtype=torch.bool)
+    ids = batch["topk_indices"][0].long()
+    listed.scatter_(1, ids.where(ids >= 0, kept), True)
+    listed[:, kept] = True
+    q = logits[0].softmax(-1).detach()
+    ways = torch.linspace(0, 1, 20_001, dtype=torch.float64)[:, None]
+
+    def divergence(p, q):
+        mixture = (p + q) / 2
+        return {
+            "tail_bucket": p.xlogy(p / q),
+            "reverse_kl": q.xlogy(q / p),
+            "jensen_shannon": (p.xlogy(p / mixture) + q.xlogy(q / mixture)) / 2,
+        }[kind].nan_to_num()  # 0 log (0 / 0)
+
+    found = divergence(target, q).where(listed, 0)[:, :kept].sum(-1)
+    rest = q.masked_fill(listed, 0).sum(-1)
+    for n in range(len(target)):
+        other = divergence(target[n, kept] + ways * tail[n], q[n, kept])
+        unlisted = divergence(tail[n] * (1 - ways), rest[n])
+        found[n] += (other + unlisted).min()
+    loss = distillation_loss(logits, batch, kind=kind)
+    assert loss.item() == pytest.approx(found.mean().item(), abs=1e-6)
+    assert loss < divergence(whole, q).sum(-1).mean() + 1e-3
+    assert torch.autograd.gradcheck(
+        lambda z: distillation_loss(z, batch, kind=kind), logits, atol=1e-6
+    )
+
+
+def test_a_student_in_the_small_vocabulary_learns_how_likely_other_is():
+    """Logits fitted to the bucket: `other` gets what is known of it, and no listed id is moved for that."""
+    batch, logits, _ = small_batch(3, num_positions=2)
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    for _ in range(400):
+        optimizer.zero_grad()
+        distillation_loss(logits, batch, kind="tail_bucket").backward()
+        optimizer.step()
+    target, tail = known_target(batch, 3)
+    q = logits[0].softmax(-1).detach()
+    assert (q[:, 3] > target[:, 3] - 1e-3).all()
+    assert (q[:, 3] < target[:, 3] + tail + 1e-3).all()
+    ids = batch["topk_indices"][0].long()
+    for n in range(2):
+        kept = ids[n][ids[n] >= 0]
+        torch.testing.assert_close(q[n, kept], target[n, kept], rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("kept", [0, 3, V])
+def test_whole_distributions_are_summed_up_exactly(kept):
+    rows, logp = make_rows(0, 5, 4, V)
+    columns = {name: rows.columns[name] for name in ("input_ids", "target_ids", "entropy")}
+    columns["logprobs"] = logp.astype(np.float16)
+    columns["logprobs"][0, V - 1] = -65504
+    whole = Rows(lengths_R=rows.lengths_R, columns=columns)
+    projection = FrequentTokens(np.arange(V), kept)
+    found = projection(whole).columns
+    assert set(found) == set(columns)
+    stored = columns["logprobs"].astype(np.float64)
+    expected = np.zeros((5, kept + 1))
+    np.add.at(expected.T, projection._map_V, np.exp(stored).T)
+    np.testing.assert_allclose(np.exp(found["logprobs"]), expected, rtol=1e-6)
+    np.testing.assert_array_equal(found["logprobs"][:, :-1], stored[:, projection.kept])
+    assert np.isfinite(found["logprobs"]).all()
+
+
+def test_whole_distributions_are_not_projected_onto_another_tokenizer(tiny_tokenizer):
+    rows = Rows(lengths_R=np.array([1]), columns={"logprobs": np.zeros((1, 400), np.float16)})
+    with pytest.raises(ValueError, match="build the dataset with a top_k, or use FrequentTokens"):
+        TokenizerProjection(tiny_tokenizer, tiny_tokenizer)(rows)
 
 
 def test_a_temperature_is_refused_after_a_projection(data):

@@ -8,7 +8,7 @@ How:  an epoch is a list of blocks. The row groups are put in an order (files sh
       is a function of the seed and the epoch, so a place in it is three numbers: epoch, block, row. Threads decode the next
       block while the trainer works on this one; what they raise is raised again here.
 
-Cost: three blocks in memory (43 MB each at k = 50). Rows are copied once, from Arrow's memory into the batch.
+Cost: three blocks in memory (43 MB each at k = 50, 270 MB with whole distributions). Rows are copied once, from Arrow's memory into the batch.
 
 Shape suffixes: B rows of a batch, T their length, K values a position, P pieces (sequences, or parts of long ones).
 """
@@ -28,6 +28,8 @@ from builder.student.rows import NO_TARGET, RowGroup, Rows
 
 BUFFER_TOKENS = 131_072
 """Rows are shuffled among this many tokens: four row groups, so of up to four places in a file."""
+BUFFER_VALUES = 2**27
+"""Limit on T · K of a block, for whole distributions: as many row groups."""
 READERS = 2
 """Threads that decode row groups; each lets Arrow use all cores. Four were slower on two cores."""
 PADDING = {"target_ids": NO_TARGET, "sequence_ids": -1}
@@ -63,6 +65,7 @@ class Batches(IterableDataset[dict[str, Tensor]]):
         *,
         row_groups: Sequence[RowGroup],
         read: Callable[[RowGroup], Rows],
+        widest: int,
         identity: dict[str, Any],
         batch_size: int,
         length: int | None,
@@ -88,11 +91,12 @@ class Batches(IterableDataset[dict[str, Tensor]]):
         self._batch_size, self._length, self._packed = batch_size, length, packed
         self._split_long, self._seed = split_long, seed
         self._rank, self._world_size = rank, world_size
+        self._buffer_tokens = min(BUFFER_TOKENS, BUFFER_VALUES // widest)
         self._settings = {
             **identity,
             **{"batch_size": batch_size, "length": length, "packed": packed},
             **{"split_long": split_long, "seed": seed, "rank": rank, "world_size": world_size},
-            "buffer_tokens": BUFFER_TOKENS,
+            "buffer_tokens": self._buffer_tokens,
         }
         self._epoch, self._block, self._row = 0, 0, 0
 
@@ -169,7 +173,7 @@ class Batches(IterableDataset[dict[str, Tensor]]):
         blocks: list[list[RowGroup]] = []
         tokens = 0
         for group in groups[self._rank :: self._world_size]:
-            if not blocks or tokens + group.num_tokens > BUFFER_TOKENS:
+            if not blocks or tokens + group.num_tokens > self._buffer_tokens:
                 blocks.append([])
                 tokens = 0
             blocks[-1].append(group)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from builder.schema import SCHEMA_VERSION
+from builder.schema import SCHEMA_VERSION, Layout
 from builder.student.batches import Batches
 from builder.student.rows import Ends, Projection, RowGroup, Rows, read_rows, token_columns
 
@@ -39,6 +39,11 @@ class LogitDataset:
     """Columns with values a token; all of them are in a batch."""
     open_file: Callable[[str], pq.ParquetFile]
     projection: Projection | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """What its rows hold."""
+        return Layout.of(self.manifest["recipe"]["output"], self.manifest["teacher"])
 
     @property
     def num_rows(self) -> int:
@@ -86,6 +91,7 @@ class LogitDataset:
         return Batches(
             row_groups=self.row_groups,
             read=self.read,
+            widest=self.layout.widest,
             identity={
                 "fingerprint": self.manifest["fingerprint"],
                 "projection": self.projection.fingerprint if self.projection else None,
@@ -167,6 +173,7 @@ def load_logits(
         footers = dict(
             zip(names, pool.map(lambda name: _footer(source, name, manifest), names), strict=True)
         )
+    layout = Layout.of(manifest["recipe"]["output"], manifest["teacher"])
     row_groups = tuple(
         RowGroup(
             file=name,
@@ -180,7 +187,7 @@ def load_logits(
     return LogitDataset(
         manifest=manifest,
         row_groups=row_groups,
-        columns=token_columns(footers[names[0]].schema.to_arrow_schema()),
+        columns=token_columns(footers[names[0]].schema.to_arrow_schema(), layout),
         open_file=lambda name: pq.ParquetFile(source(name), metadata=footers[name]),
     )
 
@@ -204,11 +211,6 @@ def _check_requirements(
                 f"{where} has a tokenizer with SHA-256 {found['tokenizer_sha256']}, but {wanted} is required; "
                 "use the teacher's tokenizer, or project the dataset onto yours"
             )
-    if manifest["recipe"].get("output", {}).get("top_k") == "all":
-        raise ValueError(
-            f'{where} has whole distributions (top_k = "all"), which no batch is made of here; read its logprobs with '
-            "load_dataset"
-        )
     if vocab_size is not None and vocab_size != found["vocab_size"]:
         raise ValueError(
             f"{where} has a vocabulary of {found['vocab_size']:,} logits, but {vocab_size:,} is required"
@@ -260,7 +262,8 @@ def _footer(source: Callable[[str], Any], name: str, manifest: dict[str, Any]) -
             f"{name} cannot be read ({_first_line(error)}); fetch the dataset again"
         ) from None
     try:
-        token_columns(footer.schema.to_arrow_schema())
+        layout = Layout.of(manifest["recipe"]["output"], manifest["teacher"])
+        token_columns(footer.schema.to_arrow_schema(), layout)
     except ValueError as error:
         raise ValueError(f"{name}: {error}; it is not of schema {SCHEMA_VERSION}") from None
     found = (footer.metadata or {}).get(b"logit_dataset.row_fingerprint", b"").decode()

@@ -12,8 +12,8 @@ Shape suffixes: B rows, T positions, M = B · T, N positions that count, K top-k
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def distillation_loss(
         batch: as the loader yields it, on the device of the logits.
         kind: see `divergences`.
         text_weight: w, 0 to 1.
-        temperature: 1, or one whose log-partition the dataset stores.
+        temperature: 1, or one whose log-partition the dataset stores; any, where it has whole distributions.
         num_positions: divide the sums by this instead (for the accumulation of gradients over several batches).
 
     Raises:
@@ -146,9 +146,9 @@ class _Terms:
         def part(values: Tensor) -> Tensor:
             return values[chunk].to(dtype) if values.is_floating_point() else values[chunk]
 
-        teacher = AtTeacher(
-            **{f.name: part(getattr(self.teacher, f.name)) for f in fields(AtTeacher)}
-        )
+        values = {field.name: getattr(self.teacher, field.name) for field in fields(AtTeacher)}
+        parts: dict[str, Any] = {n: part(v) for n, v in values.items() if torch.is_tensor(v)}
+        teacher = replace(self.teacher, **parts)
         other_NJ = torch.cat([teacher.target_N[:, None], teacher.draws_NJ], dim=1)
         distilled = text = logits_MV.new_zeros((), dtype=dtype)
         if self.text_weight < 1:
@@ -181,27 +181,39 @@ def _teacher(
         return batch[name].flatten(0, 1)[rows_N]
 
     target_N = rows("target_ids").long()
+    if "logprobs" in batch:
+        return _whole(_float(rows("logprobs")), target_N, temperature)
     head_NK, logp_NK, logp_tail_N = (
         rows(name) for name in ("topk_indices", "topk_logprobs", "tail_logprob")
     )
     logp_NK, logp_tail_N = _float(logp_NK), _float(logp_tail_N)
     if temperature != 1:
         logp_NK, logp_tail_N = _at_temperature(batch, rows_N, logp_NK, logp_tail_N, temperature)
-    draws_NJ, draw_mass_NJ = target_N[:, None][:, :0], logp_NK[:, :0]
-    if kind == "tail_draws":
-        draws_NJ = rows("tail_indices").long()
-        draw_mass_NJ = (
-            _float(rows("tail_masses"))
-            if "tail_masses" in batch
-            else (logp_tail_N.exp() / draws_NJ.shape[1])[:, None].expand(draws_NJ.shape)
-        )
+    has_other = "other_indices" in batch
+    if has_other:  # a projection's; it has no temperatures
+        head_NK = torch.cat([head_NK, rows("other_indices")[:, None]], dim=1)
+        logp_NK = torch.cat([logp_NK, _float(rows("other_logprob"))[:, None]], dim=1)
     return AtTeacher(
         head_NK=head_NK,
         logp_NK=logp_NK,
         logp_tail_N=logp_tail_N,
         target_N=target_N,
-        draws_NJ=draws_NJ,
-        draw_mass_NJ=draw_mass_NJ,
+        draws_NJ=rows("tail_indices").long() if kind == "tail_draws" else target_N[:, None][:, :0],
+        last_is_bound=has_other,
+    )
+
+
+def _whole(logp_NV: Tensor, target_N: Tensor, temperature: float) -> AtTeacher:
+    """A teacher of whom all is known, at any temperature: every id is listed, and there is no tail."""
+    if temperature != 1:
+        logp_NV = (logp_NV / temperature).log_softmax(-1)
+    every_V = torch.arange(logp_NV.shape[1], device=logp_NV.device)
+    return AtTeacher(
+        head_NK=every_V.expand(logp_NV.shape),
+        logp_NK=logp_NV,
+        logp_tail_N=torch.full_like(logp_NV[:, 0], FLOAT16_MIN),
+        target_N=target_N,
+        draws_NJ=target_N[:, None][:, :0],
     )
 
 
@@ -248,6 +260,11 @@ def _float(values: Tensor) -> Tensor:
 
 
 def _check_draws(batch: Mapping[str, Tensor], temperature: float) -> None:
+    if "logprobs" in batch:
+        raise ValueError(
+            "kind 'tail_draws' estimates a tail, but this batch has whole distributions, without one; use kind 'tail_bucket', "
+            "which is the exact KL then"
+        )
     if "tail_indices" not in batch:
         raise ValueError(
             "kind 'tail_draws' needs the column tail_indices, which this batch does not have; build the dataset with "

@@ -77,8 +77,13 @@ class TokenizerProjection:
         """Rows in the student's tokens.
 
         Raises:
-            ValueError: the student's tokenizer changes the text (lower-casing it, for example), so that bytes cannot be compared.
+            ValueError: the student's tokenizer changes the text (lower-casing it, for example), so that bytes cannot be compared; or
+                the rows have whole distributions.
         """
+        if "logprobs" in rows.columns:
+            raise ValueError(
+                "whole distributions are not projected onto another tokenizer; build the dataset with a top_k, or use FrequentTokens"
+            )
         teacher = self._teacher
         ids_N = rows.columns["input_ids"]
         stops_R = rows.lengths_R.cumsum()

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from builder.schema import COLUMNS, shortest_cut
+from builder.schema import Layout, arrow_schema, shortest_cut
 
 NO_TARGET = -100
 """In `target_ids`, where it is not known which token follows; what torch's cross-entropy ignores."""
@@ -82,21 +82,16 @@ class Ends:
         )
 
 
-def token_columns(schema: pa.Schema) -> list[str]:
+def token_columns(schema: pa.Schema, layout: Layout) -> list[str]:
     """The columns that have one value or several values a token, in the file's order.
 
     Raises:
-        ValueError: a column of the schema is not there, or is of another type.
+        ValueError: a column of the layout is not there, or is of another type.
     """
-    for column in COLUMNS:
-        if not column.shape:
-            continue
-        expected = pa.type_for_alias({"float16": "halffloat"}.get(column.dtype, column.dtype))
-        for _ in column.shape.split(","):
-            expected = pa.list_(expected)
-        found = schema.field(column.name).type if column.name in schema.names else "nothing"
-        if not pa.types.is_list(expected) or not _same_lists(found, expected):
-            raise ValueError(f"column {column.name} is {found}, expected {expected}")
+    for expected in filter(lambda field: pa.types.is_list(field.type), arrow_schema(layout)):
+        found = schema.field(expected.name).type if expected.name in schema.names else "nothing"
+        if not _same_lists(found, expected.type):
+            raise ValueError(f"column {expected.name} is {found}, expected {expected.type}")
     return [field.name for field in schema if _is_per_token(field.type)]
 
 

@@ -4,8 +4,7 @@ A 49,152-row embedding is eight times a student of 1M parameters. Here the n mos
 id `other`. (`retokenize` is the other way out: a student with a tokenizer of its own.)
 
 After any projection `topk_indices` hold student's ids, −1 in a place that has become empty (its log-probability is −65504), and
-what cannot be told goes into `tail_logprob`: Σ exp(topk) + exp(tail) stays what it was. The tail is then the event "any student's
-token that is not listed". `entropy` stays the teacher's own; columns about raw logits and about the teacher's token (`logsumexp…`,
+what cannot be told goes into `tail_logprob`: the sum of all mass stays what it was. `entropy` stays the teacher's own; columns about raw logits and about the teacher's token (`logsumexp…`,
 `target_logprob`) make no sense any more and are dropped, so that a temperature is refused.
 
 Shape suffixes: N positions, K top-k, J tail draws, V teacher's vocabulary.
@@ -28,9 +27,10 @@ class FrequentTokens:
     """Projects onto the most frequent ids and `other`, the last id. With all ids of the teacher, in their order, it is the identity.
 
     Ids keep the order that they have in the teacher's vocabulary. A listed id that keeps a place keeps its log-probability, exactly. The
-    other listed ids join the tail: so the tail is everything that is not listed, whether it has a place (and was outside the teacher's top K) or is
-    part of `other`, and how the two share it is not known. Where the dataset has draws from the tail, it is: each draw stands for its
-    share of the tail, at its own place or at `other`, and one more entry for the listed mass that is at `other` for certain.
+    mass of the other listed ids is at `other` for certain: `other_logprob`, the same in all positions' `other_indices`. The tail stays the
+    teacher's, and how much more of it is at `other`, and how much at ids that have a place and were outside the teacher's top K, is not known:
+    so Σ exp(topk) + exp(other) + exp(tail) is what it was, and exp(other) a lower bound (`divergences` says what a loss makes of that).
+    Draws from the tail tell more: each is put at its own place or at `other`. Of whole distributions (`logprobs`, [N, n + 1] then) all is known.
     """
 
     def __init__(
@@ -70,27 +70,32 @@ class FrequentTokens:
         columns["target_ids"] = np.where(
             targets_N >= 0, self._map_V[np.maximum(targets_N, 0)], targets_N
         )
+        if "logprobs" in columns:
+            columns["logprobs"] = self._whole(columns["logprobs"])
+            return Rows(lengths_R=rows.lengths_R, columns=columns)
         mapped_NK = self._map_V[columns["topk_indices"]]
         is_kept_NK = mapped_NK != self.other
-        logprobs_NK, tail_N = columns["topk_logprobs"], columns["tail_logprob"]
+        logprobs_NK = columns["topk_logprobs"]
         other_N = np.exp(
             logprobs_NK, dtype=np.float64, where=~is_kept_NK, out=np.zeros(mapped_NK.shape)
         ).sum(-1)
         columns["topk_indices"] = np.where(is_kept_NK, mapped_NK, np.int32(EMPTY))
-        columns["topk_logprobs"] = np.where(
-            is_kept_NK, logprobs_NK, logprobs_NK.dtype.type(FLOAT16_MIN)
-        )
-        columns["tail_logprob"] = add_mass(tail_N, other_N)
+        nothing = logprobs_NK.dtype.type(FLOAT16_MIN)
+        columns["topk_logprobs"] = np.where(is_kept_NK, logprobs_NK, nothing)
+        columns["other_indices"] = np.full(len(other_N), self.other, dtype=np.int32)
+        columns["other_logprob"] = add_mass(np.full(len(other_N), FLOAT16_MIN), other_N)
         if "tail_indices" in columns:
-            draws_NJ = self._map_V[columns["tail_indices"]]
-            shares_NJ = np.exp(tail_N[:, None].astype(np.float64)) / draws_NJ.shape[1]
-            shares_NJ = np.broadcast_to(shares_NJ, draws_NJ.shape)
-            certain_N1 = np.full((len(draws_NJ), 1), self.other, dtype=np.int32)
-            columns["tail_indices"] = np.concatenate([draws_NJ, certain_N1], axis=1)
-            columns["tail_masses"] = np.concatenate([shares_NJ, other_N[:, None]], axis=1).astype(
-                np.float32
-            )
+            columns["tail_indices"] = self._map_V[columns["tail_indices"]]
         return Rows(lengths_R=rows.lengths_R, columns=columns)
+
+    def _whole(self, logprobs_NV: Array) -> Array:
+        """[N, n + 1] float32: the kept ids' log-probabilities as they are, and that of all others together."""
+        logprobs_NS = np.empty((len(logprobs_NV), self.vocab_size), dtype=np.float32)
+        logprobs_NS[:, :-1] = logprobs_NV[:, self.kept]
+        gone_N = np.full(len(logprobs_NV), FLOAT16_MIN)
+        others_NV = logprobs_NV[:, self._map_V == self.other]
+        logprobs_NS[:, -1] = add_mass(gone_N, np.exp(others_NV, dtype=np.float32).sum(-1))
+        return logprobs_NS
 
 
 def add_mass(logprob_N: Array, more_N: npt.NDArray[np.float64]) -> Array:

@@ -1,14 +1,7 @@
 """The nine arms: what a student is told about the token that follows, and what telling it costs.
 
 Each arm is a loss of `builder.student` on the same batch; only the oracle has one of its own, a plain dense cross-entropy. What the
-teacher says is put into the student's vocabulary by `StudentVocabulary`. There `other` is a token like any other, of which a listed part is
-known for certain (the listed ids that have no place of their own); arms 5 to 7 are given that part, as they would have it if the student
-shared the teacher's vocabulary:
-
-    renormalised    the 50 are renormalised first and projected then, so `other` has its share of them
-    tail bucket     P(other) = o + an unknown part of the tail t. The bucket is o + t, of which at least o is at `other`: the loss is
-                    the least KL over all distributions that agree with what is known. Without that floor a student never learns `other`
-    residual        the tail, and not o, goes to the token that really follows
+teacher says is put into the student's vocabulary by `StudentVocabulary`, as for any small student.
 
 Shape suffixes: B rows, T positions, N those that count, K top-k, V student's vocabulary.
 """
@@ -19,11 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from builder.schema import FLOAT16_MIN
 from builder.student import FrequentTokens, distillation_loss
-from builder.student.gather import gather_logprobs
 from builder.student.rows import Rows
 
 Batch = dict[str, Tensor]
@@ -56,7 +46,7 @@ def text(logits_BTV: Tensor, batch: Batch) -> Tensor:
 def argmax(logits_BTV: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy on the teacher's most probable token."""
     first_BT = batch["topk_indices"][..., 0]
-    return _hard(logits_BTV, batch, first_BT.where(first_BT >= 0, logits_BTV.shape[-1] - 1))
+    return _hard(logits_BTV, batch, first_BT.where(first_BT >= 0, batch["other_indices"]))
 
 
 def sample(logits_BTV: Tensor, batch: Batch) -> Tensor:
@@ -66,46 +56,25 @@ def sample(logits_BTV: Tensor, batch: Batch) -> Tensor:
 
 def samples(logits_BTV: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy on the frequencies among fifty tokens drawn from the teacher."""
-    drawn = batch["samples"]
-    empty = {name: batch[name][..., :0] for name in ("topk_indices", "topk_logprobs")}
-    each = torch.full_like(drawn, 1 / drawn.shape[-1], dtype=torch.float32)
-    told = {**batch, **empty, "tail_indices": drawn, "tail_masses": each}
+    told = {name: values for name, values in batch.items() if not name.startswith("other_")}
+    told |= {name: batch[name][..., :0] for name in ("topk_indices", "topk_logprobs")}
+    told |= {"tail_indices": batch["samples"], "tail_logprob": torch.zeros_like(batch["entropy"])}
     return distillation_loss(logits_BTV, told, kind="tail_draws")
 
 
 def renormalised(logits_BTV: Tensor, batch: Batch) -> Tensor:
     """The usual top-50 distillation."""
-    told = _with_other(logits_BTV, batch, batch["tail_masses"][..., -1].log())
-    return distillation_loss(logits_BTV, told, kind="renormalised_top_k")
+    return distillation_loss(logits_BTV, batch, kind="renormalised_top_k")
 
 
 def tail_bucket(logits_BTV: Tensor, batch: Batch) -> Tensor:
     """Top 50, and one event for everything else."""
-    other_BT, tail_BT = batch["tail_masses"][..., -1], batch["tail_masses"][..., :-1].sum(-1)
-    with torch.no_grad():
-        told = _with_other(logits_BTV, batch, other_BT.log())
-        ids_NK = told["topk_indices"].flatten(0, 1)
-        every_N = torch.arange(len(ids_NK))
-        logq_NK, logq_rest_N, _ = gather_logprobs(
-            logits_BTV.flatten(0, 1), every_N, ids_NK, ids_NK[:, :0]
-        )
-        # How the student itself divides the bucket between `other` and the ids that are not listed.
-        odds_BT = (logq_NK[:, -1] - logq_rest_N).view_as(other_BT)
-        logp_bucket_BT = (other_BT + tail_BT).log()
-        logp_other_BT = logp_bucket_BT + logsigmoid(odds_BT)
-        agrees_BT = logp_other_BT >= other_BT.log()
-        told = _with_other(logits_BTV, batch, logp_other_BT.where(agrees_BT, other_BT.log()))
-        told["tail_logprob"] = (logp_bucket_BT + logsigmoid(-odds_BT)).where(
-            agrees_BT, tail_BT.log()
-        )
-    return distillation_loss(logits_BTV, told, kind="tail_bucket")
+    return distillation_loss(logits_BTV, batch, kind="tail_bucket")
 
 
 def residual(logits_BTV: Tensor, batch: Batch) -> Tensor:
     """Top 50, and the mass of everything else on the token that really follows."""
-    told = _with_other(logits_BTV, batch, batch["tail_masses"][..., -1].log())
-    told["tail_logprob"] = batch["tail_masses"][..., :-1].sum(-1).log()
-    return distillation_loss(logits_BTV, told, kind="residual")
+    return distillation_loss(logits_BTV, batch, kind="residual")
 
 
 def tail_draws(logits_BTV: Tensor, batch: Batch) -> Tensor:
@@ -164,15 +133,3 @@ ARMS = {
 def _hard(logits_BTV: Tensor, batch: Batch, ids_BT: Tensor) -> Tensor:
     told = {**batch, "target_ids": ids_BT.where(batch["mask"], -100)}
     return distillation_loss(logits_BTV, told, text_weight=1.0)
-
-
-def _with_other(logits_BTV: Tensor, batch: Batch, logp_BT: Tensor) -> Batch:
-    """The batch with `other` (the last logit) as one more listed id."""
-    ids, logp = batch["topk_indices"], batch["topk_logprobs"].float()
-    other = torch.full_like(ids[..., :1], logits_BTV.shape[-1] - 1)
-    logp_other = logp_BT.clamp(min=FLOAT16_MIN)[..., None]
-    return {
-        **batch,
-        "topk_indices": torch.cat([ids, other], dim=-1),
-        "topk_logprobs": torch.cat([logp, logp_other], dim=-1),
-    }
