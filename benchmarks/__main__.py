@@ -79,6 +79,7 @@ def _capture(options: argparse.Namespace) -> dict[str, Any]:
             rows[f"{name}, tokens/s"] = f"{found[f'{name}_tokens_per_second']:,}"
         for name, bars in BARS.items():
             rows[name.replace("_over_", " ÷ ")] = f"{found[name]} (bar {bars[dtype]})"
+        rows["forward ÷ matrix product, by plan's FLOP"] = f"{found['forward_over_product']:.0%}"
         for stage, share in found["stages"].items():
             rows[f"share of {stage}"] = f"{share:.1%}"
         _table(f"capture, {dtype}", rows)

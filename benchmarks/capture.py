@@ -14,7 +14,9 @@ from benchmarks import sample
 from builder import distribution, pipeline
 from builder.build import build
 from builder.corpus import Corpus
+from builder.estimate import product_flops
 from builder.manifest import read_manifest
+from builder.plan import EMBEDDED, flop_per_token
 from builder.sequences import Encoder, Sequence, length_sorted_batches
 from builder.shards import ShardWriter
 from builder.teacher import Teacher
@@ -36,10 +38,13 @@ def measure(dtype: str, *, device: str, tokens: int, rounds: int) -> dict[str, A
             rounds,
         )
         shares = stages(dtype, device, tokens, base)
+    rate = statistics.median(found["forward"])
+    flops = rate * flop_per_token(EMBEDDED, sample.MAX_LENGTH)
     return {
         "tokens": total,
         "forward_tokens_per_second": round(statistics.median(found["forward"])),
         "build_tokens_per_second": round(statistics.median(found["build"])),
+        "forward_over_product": round(flops / product_flops(dtype, device), 3),
         "naive_tokens_per_second": round(statistics.median(found["naive"])),
         "build_over_forward": round(sample.ratio(found["build"], found["forward"]), 3),
         "build_over_forward_rounds": [

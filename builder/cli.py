@@ -16,6 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
+from builder.cli_plan import plan as plan_command
+
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -183,6 +185,12 @@ def build(
     if teacher := local_teacher(loaded, base):
         following += ["--teacher", str(teacher)]
     print(f"next: {shlex.join(following)}")
+
+
+app.command(
+    "plan",
+    epilog="Example: logit-dataset plan recipe.toml --tokens 1e12 --gpu h100 --parameters 8e9 --workers 64",
+)(plan_command)
 
 
 @app.command(epilog="Example: logit-dataset verify ORG/NAME --revision v1.0.0 --recompute 20")

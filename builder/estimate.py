@@ -1,17 +1,14 @@
 """A recipe → what building it will take: tokens, bytes, time. Reads a sample of the corpus, and writes nothing.
 
-How:  tokens are counted on the first documents and scaled by the size of the corpus, where that is known. Bytes are those of the
-      embedded dataset (README), in which an entry of the top K takes 3.0 and the rest of a token 12. The teacher costs
-      2 FLOP a parameter and token (Kaplan et al. 2020, Scaling Laws for Neural Language Models, section 2.1), at the rate that a
-      matrix product reaches on this device; measured builds ran at about 60 % of that.
+How:  tokens are counted on the first documents and scaled by the size of the corpus, where that is known. Bytes and FLOP a token
+      are those of `plan`, without attention; a FLOP takes what it takes in a matrix product on this device, and measured builds
+      ran at about 60 % of that.
 """
 
 import gzip
 import io
 import itertools
-import json
 import math
-import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +19,7 @@ import torch
 import zstandard
 
 from builder.corpus import Corpus
+from builder.plan import bytes_per_token, count_parameters
 from builder.recipe import Recipe
 from builder.sources import (
     CorpusSource,
@@ -77,23 +75,6 @@ def estimate(recipe: Recipe, base: Path, *, device: str) -> Estimate:
         seconds=tokens / rate if tokens and rate else None,
         device=device,
     )
-
-
-def bytes_per_token(recipe: Recipe, *, vocab_size: int = 0, hidden_size: int = 0) -> float:
-    """What a token takes on disk, of a teacher whose vocabulary needs two bytes.
-
-    Args:
-        recipe: the recipe.
-        vocab_size: of the teacher; needed where all log-probabilities are kept.
-        hidden_size: of the teacher; needed where hidden states are kept.
-    """
-    output, per_entry = recipe.output, 2.8 if recipe.output.profile == "compact" else 3.0
-    size = 10.0 + 3.5 * len(output.temperatures) + (2 if output.text else 0)
-    if output.hidden_states:
-        size += 1.8 * hidden_size
-    if output.top_k == "all":
-        return size + 1.5 * vocab_size
-    return size + per_entry * output.top_k + 3.5 * output.tail_samples
 
 
 def _count_tokens(
@@ -192,22 +173,16 @@ def _count_parameters(source: TeacherSource) -> int | None:
         except NotASafetensorsRepoError:
             return None
         return sum(counts.values())
-    path = Path(source.location)
-    if path.is_file():
-        return None
-    total = 0
-    for weights in path.glob("*.safetensors"):
-        with weights.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            head = json.loads(file.read(length))
-        for name, tensor in head.items():
-            if name != "__metadata__":
-                total += int(torch.Size(tensor["shape"]).numel())
-    return total or None
+    return count_parameters(Path(source.location))
 
 
 def _tokens_per_second(parameters: int, dtype: str, device: str) -> float:
-    """Rate of a teacher of this size, from a second of matrix products on this device."""
+    """Rate of a teacher of this size, from what matrix products reach on this device."""
+    return EFFICIENCY * product_flops(dtype, device) / (2 * parameters)
+
+
+def product_flops(dtype: str, device: str) -> float:
+    """FLOP a second that a plain matrix product reaches; takes a second."""
     size = 4096 if device.startswith("cuda") else 1024
     matrix = torch.ones(size, size, dtype=getattr(torch, dtype), device=device)
     products, started = 0, 0.0
@@ -216,5 +191,4 @@ def _tokens_per_second(parameters: int, dtype: str, device: str) -> float:
         while time.perf_counter() - started < (0.1 if warm_up else 0.5):
             (matrix @ matrix)[0, 0].item()
             products += 1
-    flops = products * 2 * size**3 / (time.perf_counter() - started)
-    return EFFICIENCY * flops / (2 * parameters)
+    return products * 2 * size**3 / (time.perf_counter() - started)

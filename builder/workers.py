@@ -364,9 +364,13 @@ def _ray(pool: Pool) -> Iterator[None]:
         }
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (
+        Exception
+    ) as error:  # Ray raises all kinds, a bare Exception where it takes too long to start
         where = f"reach Ray at {pool.address!r}" if pool.address else "start Ray"
-        raise ValueError(f"cannot {where} ({' '.join(str(error).split())[:300]})") from None
+        raise ValueError(
+            f"cannot {where} ({' '.join(str(error).split())[:300]}); finished shards are safe: run the same command to go on"
+        ) from None
     try:
         yield
     finally:

@@ -18,6 +18,7 @@ from builder import estimate as module
 from builder.build import build
 from builder.estimate import SAMPLE_DOCUMENTS, Estimate, estimate
 from builder.manifest import read_manifest
+from builder.plan import bytes_per_token
 from builder.recipe import load_recipe
 
 
@@ -209,7 +210,7 @@ def test_the_embedded_dataset_of_the_readme(changes, expected):
     path = Path(__file__).parents[1] / "dataset_cards" / "smollm2-135m-python-docs" / "recipe.toml"
     recipe = load_recipe(path)
     changed = recipe.model_copy(update={"output": recipe.output.model_copy(update=changes)})
-    found = module.bytes_per_token(changed, vocab_size=49_152, hidden_size=576)
+    found = bytes_per_token(changed, vocab_size=49_152, hidden_size=576)
     assert found == pytest.approx(expected, rel=0.03)
 
 

@@ -165,6 +165,7 @@ def test_there_are_never_more_than_four_shards_on_the_disk(hub, client, recipe, 
     assert done == f"org/set v1.0.0 is published, commit {sha}"
     assert following == 'next: load_dataset("org/set", revision="v1.0.0", split="train")'
     assert_nothing_planted(hub, tmp_path / "out", result)
+    assert_nothing_planted(hub, recipe)  # nor where the corpus is
     record = json.loads((tmp_path / "out" / "verification.json").read_text())
     assert record["rows"] == 5
     assert record["max_abs_error"] < 0.01
@@ -488,22 +489,40 @@ def test_a_file_on_the_branch_that_is_not_what_its_record_says_is_built_again(
     assert len(records_of(read_manifest(tmp_path / "new"))) == SHARDS
 
 
-def test_what_is_nowhere_else_is_not_thrown_away(hub, deliver, whole, tmp_path):
-    """Large file storage lies: the branch stays, for it holds all shards but one."""
+DELIVERED = """
+from pathlib import Path
+from builder.delivery import deliver
+from builder.recipe import load_recipe
+recipe = Path(RECIPE)
+try:
+    deliver(load_recipe(recipe), recipe.parent, Path(OUTPUT), "org/set", discard=True, recompute=RECOMPUTE, notice=print)
+except ValueError as error:
+    raise SystemExit(f"error: {error}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("recompute", "message"),
+    [
+        (0, r"data/train-000-\d+\.parquet has arrived with other bytes than were sent"),
+        (999, "rows to recompute cannot be read from org/set"),
+    ],
+)
+def test_what_is_nowhere_else_is_not_thrown_away(
+    hub, client, recipe, deliver, whole, tmp_path, recompute, message
+):
+    """Large file storage lies; the branch stays, for it holds all other shards, and nobody else does."""
     hub.damage.append(lambda content: content[:-400] + bytes(300) + content[-100:])
-    result = deliver(tmp_path / "out")
+    names = f"RECIPE, OUTPUT, RECOMPUTE = {str(recipe)!r}, {str(tmp_path / 'out')!r}, {recompute}"
     assert_one_line(
-        result,
-        r"(data/train-000-\d+\.parquet has arrived with other bytes|rows to recompute cannot be read from org/set).*; if it "
-        rf"stays so, delete damaged files from branch {BRANCH}, and let the build go on in an empty directory",
+        client.python(f"{names}\n{DELIVERED}"),
+        rf"{message}.*; if it stays so, delete damaged files from branch {BRANCH}, and let the build go on in an empty",
     )
     assert not hub.repos["dataset", "org/set"].tags
-    files = on_branch(hub)
-    whole_files = {
-        p: c for p, c in files.items() if p not in data_files(whole) or c == data_files(whole)[p]
-    }
-    assert len(files) - len(whole_files) == 1
-    hub.commit("dataset", "org/set", whole_files, branch=BRANCH)
+    expected = data_files(whole)
+    sound = {p: c for p, c in on_branch(hub).items() if p not in expected or c == expected[p]}
+    assert len(sound) == len(on_branch(hub)) - 1
+    hub.commit("dataset", "org/set", sound, branch=BRANCH)
     assert deliver(tmp_path / "new").returncode == 0
     assert_delivered(hub, whole, tmp_path / "new")
 
