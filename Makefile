@@ -22,7 +22,7 @@ publish: .venv/.ready
 	@test -n "$(REPO)" || { echo "Say where: make publish REPO=ORG/NAME TAG=v1.0.0"; exit 2; }
 	.venv/bin/logit-dataset publish $(REPO) $(OUT) $(if $(TAG),--tag $(TAG)) --device $(DEVICE)
 
-bench: .venv/.ready
+bench: .venv/.ready-dev
 	.venv/bin/python -m benchmarks --device $(if $(filter auto,$(DEVICE)),cpu,$(DEVICE))
 
 test: .venv/.ready-dev

@@ -13,7 +13,8 @@ from typing import Any
 from benchmarks import sample
 
 SECTIONS = (
-    *("capture", "options", "generation", "storage", "reading", "students", "memory", "startup"),
+    *("capture", "options", "generation", "storage", "reading", "students"),
+    *("scaling", "memory", "startup"),
 )
 BARS = {
     "build_over_forward": {"float32": 0.96, "bfloat16": 0.93},
@@ -52,6 +53,8 @@ def main() -> None:
         results["generation"] = _generation(options)
     if {"storage", "reading", "students"} & set(options.only):
         results |= _stored(options)
+    if "scaling" in options.only:
+        results |= _scaling(options)
     if "memory" in options.only:
         from benchmarks import memory
 
@@ -118,6 +121,24 @@ def _generation(options: argparse.Namespace) -> dict[str, Any]:
             rows[f"build ÷ generate, {how}"] = found[f"build_over_generate_{how}"]
         _table(f"generation, {dtype}", rows)
     return results
+
+
+def _scaling(options: argparse.Namespace) -> dict[str, Any]:
+    from importlib.util import find_spec
+
+    if find_spec("ray") is None:
+        _say("scaling is left out, for Ray is not installed")
+        return {}
+    from benchmarks import scaling
+
+    found = scaling.measure(options.tokens, options.rounds)
+    rows: dict[str, object] = {
+        "one worker, tokens/s": f"{found['one_tokens_per_second']:,}",
+        "two workers, tokens/s": f"{found['two_tokens_per_second']:,}",
+        "two ÷ twice one": f"{found['efficiency']} (bar 0.9)",
+    }
+    _table("workers of one thread, float32", rows)
+    return {"scaling": found}
 
 
 def _stored(options: argparse.Namespace) -> dict[str, Any]:

@@ -31,8 +31,9 @@ def _run(vocab_size: int, max_length: int, tokens: int) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from benchmarks.sample import BATCH_TOKENS
-    from builder import build as module
     from builder import demo
+    from builder import ranks as module
+    from builder.build import build
     from builder.recipe import Recipe
 
     prepared, _ = demo.embedded_teacher()
@@ -82,7 +83,7 @@ def _run(vocab_size: int, max_length: int, tokens: int) -> None:
             return teacher
 
         module.load_teacher = load_and_look
-        module.build(recipe, base, base / "out")
+        build(recipe, base, base / "out")
         peak = kernel_says("VmHWM")
         print(json.dumps({"megabytes": round((peak - loaded["bytes"]) / 1e6)}))
 

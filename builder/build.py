@@ -9,59 +9,29 @@ How:  shard i of a partition is a pure function of the recipe, the sources and t
       are the same bytes. When the manifest stands, `.build/` is removed.
 """
 
-import itertools
 import shutil
 import sys
-import time
-from contextlib import suppress
+from collections import deque
+from collections.abc import Generator
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from builder.card import keep_curves, write_card
-from builder.chats import ChatTemplate
-from builder.corpus import Position
-from builder.decoding import Decoder
-from builder.generation import Generator
-from builder.manifest import (
-    FILE_NAME,
-    Completions,
-    ShardRecord,
-    Sums,
-    environment,
-    make_manifest,
-    read_manifest,
-    write_json,
-)
+from builder.manifest import FILE_NAME, ShardRecord, make_manifest, read_manifest, write_json
 from builder.outbox import Outbox
-from builder.pipeline import Notice, Pipeline, Progress
-from builder.recipe import (
-    CorpusRecipe,
-    Recipe,
-    deciding,
-    differences,
-    row_fingerprint,
-    without_description,
-)
-from builder.schema import SCHEMA_VERSION, Layout
-from builder.sequences import Encoder
-from builder.shards import MAX_ROW_VALUES, Block, ShardWriter, atomic_file, file_sha256
+from builder.pipeline import Notice, Progress
+from builder.recipe import Recipe, deciding, differences, without_description
 from builder.sources import (
-    CorpusSource,
     KnownSources,
-    TeacherSource,
     read_chat_template,
     resolve_corpus,
     resolve_teacher,
     template_provenance,
 )
-from builder.state import BuildState
-from builder.stream import SequenceStream, make_encoder
-from builder.teacher import Teacher, load_teacher
-
-SUM_VALUES = 2**22
-"""Log-probabilities that are summed at once: 32 MB in float64."""
+from builder.state import DISK_FULL, BuildState
+from builder.worker import Computed, Pool, Task, Worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +51,7 @@ def build(
     *,
     device: str = "cpu",
     max_shards: int | None = None,
+    pool: Pool | None = None,
     outbox: Outbox | None = None,
     progress: Progress = lambda _: None,
     found: Progress = lambda _: None,
@@ -92,8 +63,9 @@ def build(
         recipe: what to build.
         base: directory at which the recipe's relative paths start.
         output: directory of the dataset.
-        device: a torch device.
+        device: a torch device, where there is no pool.
         max_shards: stop after this many new shards.
+        pool: several workers, on this machine or a cluster; None computes in this process.
         outbox: sends finished shards away; those that have arrived need not be in the directory.
         progress: told of captured tokens.
         found: told of the tokens of shards that an earlier run has finished.
@@ -105,6 +77,8 @@ def build(
     """
     if (output / FILE_NAME).exists():
         return _already_complete(recipe, base, output)
+    if pool is not None:
+        _need_ray()
     state = BuildState(output)
     with state.locked():
         if (output / FILE_NAME).exists():
@@ -123,55 +97,163 @@ def build(
         }
         state.settle("plan", deciding(plan))
         state.remember(known)
-        work = _ShardBuilder(
-            recipe,
-            plan,
-            corpus_source,
-            teacher_source,
-            template,
-            device=device,
-            progress=progress,
-            notice=notice,
-        )
-        built, records = 0, []
-        for partition in range(recipe.output.partitions):
-            position: Position | None = None
-            for index in itertools.count():
-                record = outbox.held(partition, index) if outbox else None
-                if record is not None:
-                    found(record.tokens)
-                elif record := state.intact_record(partition, index, notice):
-                    found(record.tokens)
-                    if outbox:
-                        outbox.put(record)
-                else:
-                    if built == max_shards:
-                        if outbox:
-                            outbox.drain()
-                        return BuildResult(
-                            status="stopped early", shards_built=built, manifest=None
-                        )
-                    state.settle("teacher", work.teacher_provenance())
-                    if outbox:
-                        outbox.room()
-                    record = work.shard(output, partition, index, position)
-                    state.add(record)
-                    built += 1
-                    if outbox:
-                        outbox.put(record)
-                records.append(record)
-                position = record.position_after
-                if record.exhausted:
-                    break
-        manifest = make_manifest(plan, state.read("teacher"), records)
+        state.sweep()
+        chains = _Chains(state, recipe, outbox, max_shards=max_shards, found=found, notice=notice)
+        sources = corpus_source, teacher_source, template
+        if pool is None:
+            worker = Worker(recipe, plan, *sources, device=device, progress=progress, notice=notice)
+            computed = _compute_here(worker, output, chains)
+        else:
+            from builder import workers
+
+            order = workers.make_order(recipe, plan, *sources, output)
+            computed = workers.compute(pool, order, chains, progress=progress, notice=notice)
+        with closing(computed):
+            for task, outcome in computed:
+                chains.take(task, outcome)
         if outbox:
             outbox.drain()
-            if not all((output / record.file).exists() for record in records):
-                keep_curves(output, manifest, outbox.curves(records))
+        if chains.failure is not None:
+            raise chains.failure
+        if chains.stopped:
+            return BuildResult(status="stopped early", shards_built=chains.built, manifest=None)
+        state.sweep()
+        records = chains.records()
+        manifest = make_manifest(plan, state.read("teacher"), records)
+        if outbox and not all((output / record.file).exists() for record in records):
+            keep_curves(output, manifest, outbox.curves(records))
         write_card(output, manifest)
         write_json(output / FILE_NAME, manifest)
         state.remove()
-        return BuildResult(status="complete", shards_built=built, manifest=manifest)
+        return BuildResult(status="complete", shards_built=chains.built, manifest=manifest)
+
+
+class _Chains:
+    """Which shards are there, and which can be computed next.
+
+    Partitions are independent of each other. The shards of one are a chain: each starts where the one before ended.
+    """
+
+    def __init__(
+        self,
+        state: BuildState,
+        recipe: Recipe,
+        outbox: Outbox | None,
+        *,
+        max_shards: int | None,
+        found: Progress,
+        notice: Notice,
+    ) -> None:
+        self._state, self._outbox, self._max_shards = state, outbox, max_shards
+        self._found, self._notice = found, notice
+        partitions = range(recipe.output.partitions)
+        self._waiting = deque(Task(partition=p, index=0, start=None) for p in partitions)
+        self._records: list[list[ShardRecord]] = [[] for _ in partitions]
+        self._unfinished = set(partitions)
+        self._given_out = self._under_way = self.built = 0
+        self._teacher: dict[str, Any] = {}
+        self.stopped = False
+        """Whether a shard was not given out because there were to be no more than `max_shards`."""
+        self.failure: Exception | None = None
+        """The last one; the user was told of those before."""
+
+    def next_task(self) -> Task | None:
+        """A shard to compute, of the partition that was worked on last; None if all others wait for one under way."""
+        outbox = self._outbox
+        while self._waiting and not self.stopped:
+            task = self._waiting.popleft()
+            record = outbox.held(task.partition, task.index) if outbox else None
+            if record is not None:
+                self._found(record.tokens)
+                self._follow(record)
+            elif record := self._state.intact_record(task.partition, task.index, self._notice):
+                self._found(record.tokens)
+                if outbox:
+                    outbox.put(record)
+                self._follow(record)
+            elif self._given_out == self._max_shards:
+                self.stopped = True
+            elif outbox and not outbox.room(self._under_way):
+                self._waiting.appendleft(task)
+                return None
+            else:
+                self._given_out += 1
+                self._under_way += 1
+                return task
+        return None
+
+    def loaded(self, teacher: dict[str, Any]) -> None:
+        """Hear what the teacher of a worker turned out to be.
+
+        Raises:
+            ValueError: another worker's is another one, or shards were built with another one.
+        """
+        if self._teacher and (changes := differences(self._teacher, teacher)):
+            raise ValueError(
+                f"two workers have loaded different teachers ({'; '.join(changes)}); install the same versions on all machines"
+            )
+        self._teacher = teacher
+        self._state.settle("teacher", teacher)
+
+    def take(self, task: Task, outcome: ShardRecord | Exception) -> None:
+        """Make a computed shard count; where it failed, its partition is left and the others go on.
+
+        Raises:
+            OSError: the disk is full, which no other partition would survive either.
+        """
+        self._under_way -= 1
+        if isinstance(outcome, ShardRecord):
+            self._state.add(outcome)
+            self.built += 1
+            if self._outbox:
+                self._outbox.put(outcome)
+            self._follow(outcome)
+            return
+        if isinstance(outcome, OSError) and outcome.errno in DISK_FULL:
+            raise outcome
+        self.failure = outcome
+        self._unfinished.remove(task.partition)
+        if self._unfinished:
+            self._notice(f"{task.file} failed ({outcome}); the other partitions go on")
+
+    def records(self) -> list[ShardRecord]:
+        """The records of all shards, in order."""
+        return [record for chain in self._records for record in chain]
+
+    def _follow(self, record: ShardRecord) -> None:
+        self._records[record.partition].append(record)
+        if record.exhausted:
+            self._unfinished.remove(record.partition)
+            return
+        self._waiting.appendleft(
+            Task(partition=record.partition, index=record.index + 1, start=record.position_after)
+        )
+
+
+def _compute_here(worker: Worker, output: Path, chains: _Chains) -> Generator[Computed]:
+    """Compute shards in this process, one after the other."""
+    if task := chains.next_task():
+        chains.loaded(worker.prepare(task))
+    while task:
+        outcome: ShardRecord | Exception
+        try:
+            outcome = worker.shard(output, task)
+        except Exception as error:
+            outcome = error
+        yield task, outcome
+        task = chains.next_task()
+
+
+def _need_ray() -> None:
+    try:
+        import builder.workers  # noqa: F401
+    except ImportError as error:
+        if error.name != "ray":
+            raise
+        raise ValueError(
+            "several workers need Ray, which is not installed; run: pip install 'ray>=2.60', or leave out --workers, "
+            "--ray-address and --gpus-per-worker"
+        ) from None
 
 
 def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
@@ -220,231 +302,3 @@ def _published_as(manifest: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
         if published[section]["revision"] == manifest[section].get("commit"):
             published[section]["revision"] = manifest["recipe"][section]["revision"]
     return published
-
-
-class _ShardBuilder:
-    """Computes shards. Holds what is worth keeping between them: the teacher, and the open corpus."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        plan: dict[str, Any],
-        corpus_source: CorpusSource,
-        teacher_source: TeacherSource,
-        template: str | None,
-        *,
-        device: str,
-        progress: Progress,
-        notice: Notice,
-    ) -> None:
-        self._recipe = recipe
-        self._corpus_source = corpus_source
-        self._teacher_source = teacher_source
-        self._template = template
-        self._device = device
-        self._progress = progress
-        self._notice = notice
-        self._metadata = {
-            "logit_dataset.schema": SCHEMA_VERSION,
-            "logit_dataset.row_fingerprint": row_fingerprint(plan),
-        }
-        self._stream: SequenceStream | None = None
-
-    @cached_property
-    def teacher(self) -> Teacher:
-        """The teacher, loaded when first needed."""
-        recipe, source = self._recipe.teacher, self._teacher_source
-        teacher = load_teacher(
-            source.location,
-            commit=source.commit,
-            tokenizer=source.tokenizer,
-            dtype=recipe.dtype,
-            attention=recipe.attention,
-            device=self._device,
-            trust_remote_code=recipe.trust_remote_code,
-        )
-        _check_fit(self._recipe, teacher)
-        return teacher
-
-    @cached_property
-    def encoder(self) -> Encoder:
-        """The way from documents to sequences of the recipe and the teacher's tokenizer."""
-        return make_encoder(self._recipe, self.teacher.tokenizer, self._template)
-
-    @cached_property
-    def layout(self) -> Layout:
-        """What the rows hold."""
-        return Layout.of(self._recipe.published(), self.teacher.provenance())
-
-    @cached_property
-    def decoder(self) -> Decoder | None:
-        """The teacher as it writes; None where it does not."""
-        recipe = self._recipe.generation
-        if recipe is None:
-            return None
-        return Decoder(self.teacher, temperature=recipe.temperature, top_p=recipe.top_p)
-
-    def teacher_provenance(self) -> dict[str, Any]:
-        """What the loaded teacher is, what is put around its sequences, and where those end that it writes."""
-        special: dict[str, Any] = {
-            "prefix_ids": self.encoder.prefix,
-            "suffix_ids": self.encoder.suffix,
-        }
-        if self.decoder:
-            special["generation_eos_ids"] = sorted(self.decoder.eos_ids)
-        chats = self.encoder.chats
-        template = chats.source if isinstance(chats, ChatTemplate) else None
-        return self.teacher.provenance() | special | template_provenance(template)
-
-    def shard(
-        self, output: Path, partition: int, index: int, start: Position | None
-    ) -> ShardRecord:
-        """Compute one shard and write its file."""
-        started = time.perf_counter()
-        name = f"data/train-{partition:03d}-{index:05d}.parquet"
-        if (
-            self._stream is None
-            or self._stream.partition != partition
-            or self._stream.position != start
-        ):
-            self._stream = SequenceStream(
-                self._recipe,
-                self._corpus_source,
-                self.encoder,
-                partition,
-                start,
-                notice=self._notice,
-            )
-        stream, rows, tokens, sums = self._stream, 0, 0, Sums()
-        pipeline = self._pipeline()
-        generator = self._generator(pipeline)
-        if generator:
-            blocks = stream.shard_blocks(generator)
-        else:
-            blocks = pipeline.blocks(stream.shard_sequences())
-        with (
-            atomic_file(output / name) as sink,
-            ShardWriter(
-                sink,
-                layout=self.layout,
-                profile=self._recipe.output.profile,
-                metadata=self._metadata,
-            ) as writer,
-        ):
-            for block in blocks:
-                writer.write(block)
-                rows += len(block.sequences)
-                tokens += len(block.distribution["logsumexp"])
-                sums += _sums(block, self.layout)
-            if not rows:
-                raise ValueError(_nothing_in(self._recipe.corpus, stream))
-        return ShardRecord(
-            file=name,
-            sha256=file_sha256(output / name),
-            bytes=(output / name).stat().st_size,
-            rows=rows,
-            tokens=tokens,
-            partition=partition,
-            index=index,
-            position_after=stream.position,
-            exhausted=stream.exhausted,
-            sums=sums,
-            halved_batches=(generator or pipeline).halved_batches,
-            seconds=round(time.perf_counter() - started, 3),
-            environment=environment(self._device),
-            completions=Completions(**generator.counts, prompts_too_long=stream.prompts_too_long)
-            if generator
-            else None,
-        )
-
-    def _pipeline(self) -> Pipeline:
-        return Pipeline(
-            self.teacher,
-            layout=self.layout,
-            seed=self._recipe.output.seed,
-            batch_tokens=self._recipe.sequences.batch_tokens,
-            # What is written is counted while it is written.
-            progress=(lambda _: None) if self.decoder else self._progress,
-            notice=self._notice,
-        )
-
-    def _generator(self, pipeline: Pipeline) -> Generator | None:
-        recipe = self._recipe.generation
-        if recipe is None or self.decoder is None:
-            return None
-        return Generator(
-            self.decoder,
-            pipeline,
-            layout=self.layout,
-            is_greedy=recipe.temperature == 0,
-            max_new_tokens=recipe.max_new_tokens,
-            samples=recipe.samples,
-            seed=recipe.seed,
-            batch_tokens=recipe.batch_tokens,
-            progress=self._progress,
-            notice=self._notice,
-        )
-
-
-def _nothing_in(recipe: CorpusRecipe, stream: SequenceStream) -> str:
-    """Why there is no row."""
-    skipped, partition = stream.position["skipped"], stream.partition
-    where = f"partition {partition} of the corpus" if partition else "the corpus"
-    if stream.prompts_too_long:
-        return (
-            f"{where} has no prompt that leaves room for generation.max_new_tokens ({stream.prompts_too_long} are too long); "
-            "choose a larger sequences.max_length"
-        )
-    if stream.is_of_prompts:
-        return f"{where} has no prompt ({skipped} are null, empty or blank); check its column in [corpus]"
-    if recipe.messages_column:
-        return (
-            f"{where} has no chat to learn from ({skipped} without an answer, or with the first one beyond sequences.max_length); "
-            "check corpus.messages_column"
-        )
-    return (
-        f"{where} has no text ({skipped} null, empty or blank documents); check corpus.text_column"
-    )
-
-
-def _check_fit(recipe: Recipe, teacher: Teacher) -> None:
-    output, max_length = recipe.output, recipe.sequences.max_length
-    if output.top_k != "all" and output.top_k > teacher.vocab_size:
-        raise ValueError(
-            f"output.top_k is {output.top_k}, but the teacher's vocabulary has {teacher.vocab_size} tokens; "
-            "choose a smaller top_k"
-        )
-    if teacher.max_length and max_length > teacher.max_length:
-        raise ValueError(
-            f"sequences.max_length is {max_length}, but the teacher was made for {teacher.max_length} "
-            "positions; choose a smaller max_length"
-        )
-    if output.hidden_states and not teacher.head_only:
-        raise ValueError(
-            f"output.hidden_states is true, but {type(teacher.model).__name__} does not come apart into a body and a head; "
-            "set it to false"
-        )
-    widest = Layout.of(recipe.published(), teacher.provenance()).widest
-    if max_length * widest > MAX_ROW_VALUES:
-        raise ValueError(
-            f"a row of sequences.max_length = {max_length} tokens would hold {max_length * widest:,} values in one column, more "
-            f"than the {MAX_ROW_VALUES:,} that Arrow's lists can; choose a smaller max_length or top_k"
-        )
-
-
-def _sums(block: Block, layout: Layout) -> Sums:
-    distribution = block.distribution
-    nll = -distribution["target_logprob"].double()
-    logprobs = distribution.get("topk_logprobs", distribution.get("logprobs"))
-    assert logprobs is not None
-    rows = max(1, SUM_VALUES // logprobs.shape[1])
-    return Sums(
-        entropy=float(distribution["entropy"].double().sum()),
-        topk_mass=sum(float(part.double().exp().sum()) for part in logprobs.split(rows)),
-        target_nll=float(nll.nansum()),
-        targets=int((~nll.isnan()).sum()),
-        completion_tokens=sum(sum(s.completion_mask or ()) for s in block.sequences)
-        if layout.completion_mask
-        else None,
-        kept=len(logprobs) if layout.completions_only else None,
-    )

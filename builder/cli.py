@@ -3,7 +3,6 @@
 Everything heavy is imported inside the commands, so that `--help` answers at once.
 """
 
-import errno
 import os
 import shlex
 import shutil
@@ -83,6 +82,17 @@ def build(
     max_shards: Annotated[
         int | None, typer.Option(min=0, help="Stop after this many new shards.")
     ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, help="Partitions that are built at the same time, by Ray."),
+    ] = 1,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="A Ray cluster for the workers, such as auto; this machine by default."),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="GPUs that each worker has to itself.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option(help="Show the resolved recipe and an estimate; write nothing.")
     ] = False,
@@ -96,7 +106,8 @@ def build(
     discard_local: Annotated[
         bool,
         typer.Option(
-            "--discard-local", help="Delete each shard here once it is there: four stay at most."
+            "--discard-local",
+            help="Delete each shard here once it is there: four stay at most, and one more for each further worker.",
         ),
     ] = False,
     tag: TagOption = None,
@@ -113,7 +124,9 @@ def build(
     loaded = load_recipe(recipe)
     base = recipe.parent
     _quiet_libraries()
-    torch_device = _torch_device(device)
+    with_ray = workers > 1 or ray_address is not None or gpus_per_worker is not None
+    # Where the workers are, there may be GPUs though there is none here.
+    torch_device = _torch_device(Device.AUTO if with_ray and device is Device.CUDA else device)
     if dry_run:
         from builder.estimate import estimate
 
@@ -121,10 +134,21 @@ def build(
         return
     from builder.build import build as run
     from builder.delivery import deliver, local_teacher
+    from builder.worker import Pool
 
     with _progress("build", loaded.corpus.max_tokens) as bar:
+        pool = None
+        if with_ray:
+            pool = Pool(
+                workers=workers,
+                device=device.value,
+                address=ray_address,
+                gpus_per_worker=gpus_per_worker,
+                told=bar.set_postfix_str,
+            )
         options: dict[str, Any] = {
             "device": torch_device,
+            "pool": pool,
             "max_shards": max_shards,
             "progress": bar.update,
             "found": partial(_start_from, bar),
@@ -357,11 +381,14 @@ def _explain(error: Exception) -> str:
             context.command_path if (context := getattr(error, "ctx", None)) else "logit-dataset"
         )
         return f"{error.format_message().rstrip('.')}; see {command} --help"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return (
-            f"cannot write ({os.strerror(error.errno)}); finished shards are safe: make room, and run the same command "
-            "to go on"
-        )
+    if isinstance(error, OSError) and error.errno:
+        from builder.state import DISK_FULL
+
+        if error.errno in DISK_FULL:
+            return (
+                f"cannot write ({os.strerror(error.errno)}); finished shards are safe: make room, and run the same "
+                "command to go on"
+            )
     if isinstance(error, ValueError | OSError):
         return str(error)
     return f"{type(error).__name__}: {error} (not expected: LOGIT_DATASET_TRACEBACK=1 shows where it comes from)"

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 from builder import hub
 from builder.build import BuildResult, build, changes_since
 from builder.manifest import FILE_NAME, read_manifest
-from builder.outbox import BRANCH, Outbox, is_branch_of
+from builder.outbox import BRANCH, MAX_LOCAL_SHARDS, Outbox, is_branch_of
 from builder.recipe import Recipe, expand_home
 from builder.release import MAX_FILES, look_at, prepare
 from builder.remote import PATIENT_SECONDS, Notice, Repository
 from builder.versions import choose
+from builder.worker import Pool
 
 
 class Published(NamedTuple):
@@ -39,6 +40,7 @@ def deliver(
     message: str | None = None,
     recompute: int = 5,
     device: str = "cpu",
+    pool: Pool | None = None,
     notice: Notice,
     **options: Any,
 ) -> tuple[BuildResult, Published | None]:
@@ -54,7 +56,8 @@ def deliver(
         private: whether a new repository is to be private.
         message: a line for the changelog.
         recompute: random rows to run through the teacher again.
-        device: a torch device.
+        device: a torch device, for the rows and where there is no pool.
+        pool: several workers that build.
         notice: told, in a line, what the user should know.
         options: others of `build`.
 
@@ -85,10 +88,20 @@ def deliver(
     else:
         there.repo.create(private=private)
         repo = Repository(repo_id, notice, waits=PATIENT_SECONDS)
-        outbox = Outbox(repo, discard=discard, notice=notice)
+        further_workers = pool.workers - 1 if pool else 0
+        outbox = Outbox(
+            repo, discard=discard, max_local=MAX_LOCAL_SHARDS + further_workers, notice=notice
+        )
         try:
             result = build(
-                recipe, base, output, device=device, outbox=outbox, notice=notice, **options
+                recipe,
+                base,
+                output,
+                device=device,
+                pool=pool,
+                outbox=outbox,
+                notice=notice,
+                **options,
             )
         finally:
             outbox.abandon()

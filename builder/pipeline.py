@@ -165,15 +165,17 @@ class Pipeline:
         hidden_ND = teacher.hidden(ids) if layout.hidden_states else None
         distribution = capture(
             teacher.logits(ids) if hidden_ND is None else teacher.head(hidden_ND),
-            to_device(targets_N, teacher.device),
+            to_device(targets_N, teacher.logits_device),
             top_k=layout.top_k,
-            uniforms_NM=None if uniforms_NM is None else to_device(uniforms_NM, teacher.device),
+            uniforms_NM=None
+            if uniforms_NM is None
+            else to_device(uniforms_NM, teacher.logits_device),
             temperatures=layout.temperatures,
         )
         if hidden_ND is not None:
-            distribution["hidden_states"] = hidden_ND.half()
+            distribution["hidden_states"] = hidden_ND.half().to(teacher.logits_device)
         if layout.completions_only:
-            kept_C = to_device(_kept(sequences), teacher.device)
+            kept_C = to_device(_kept(sequences), teacher.logits_device)
             for name, values in distribution.items():
                 if values.ndim == 2:
                     distribution[name] = values.index_select(0, kept_C)
@@ -207,7 +209,7 @@ def start_copy(distribution: Distribution) -> Callable[[], Distribution]:
     host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
     host.copy_(packed, non_blocking=True)
     done = torch.cuda.Event()
-    done.record()
+    done.record(torch.cuda.current_stream(packed.device))
 
     def arrive() -> Distribution:
         done.synchronize()

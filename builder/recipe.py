@@ -42,6 +42,9 @@ def _top_k(value: Any) -> Any:
 
 TopK = Annotated[int | Literal["all"], PlainValidator(_top_k)]
 
+UNSAID = {"teacher": ("device_map", "tensor_parallel")}
+"""Fields that a plan holds only if the recipe sets them: they are younger than the fingerprints of some datasets."""
+
 DESCRIPTIVE = {
     "": ("name", "description"),
     "corpus": ("license", "language"),
@@ -127,6 +130,10 @@ class TeacherRecipe(_Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the weights and of the forward pass. Statistics are float32 in any case."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    device_map: Literal["auto"] | None = None
+    """For a teacher that is too large for one GPU: its layers are placed on all that there are, and work one after the other."""
+    tensor_parallel: Annotated[int, Field(ge=2)] | None = None
+    """The same, faster: each layer is split over so many GPUs, which work at the same time."""
     trust_remote_code: bool = False
     """Run model code from the repo. Needs `revision` to be a full commit."""
     license: License | None = None
@@ -137,6 +144,12 @@ class TeacherRecipe(_Section):
         _exactly_one(self, "repo", "path", "gguf", "embedded")
         _only_with(self, "repo", "revision", "trust_remote_code")
         _only_with(self, "gguf", "tokenizer")
+        if self.device_map and self.tensor_parallel:
+            raise ValueError("device_map and tensor_parallel exclude each other; leave one out")
+        if self.gguf and (self.device_map or self.tensor_parallel):
+            raise ValueError(
+                "a GGUF teacher runs on one device; leave out device_map and tensor_parallel"
+            )
         if self.trust_remote_code and not is_commit(self.revision):
             raise ValueError(
                 "trust_remote_code runs code from the repo, so revision must be a full 40-digit commit, "
@@ -289,6 +302,10 @@ class Recipe(_Section):
             raise ValueError(
                 "sequences.chat_template means something only with corpus.messages_column; leave it out"
             )
+        if self.generation and self.teacher.tensor_parallel:
+            raise ValueError(
+                "a teacher that is split over processes does not write; leave out teacher.tensor_parallel, or [generation]"
+            )
         if self.output.completions_only and not (is_of_chats or self.generation):
             raise ValueError(
                 "output.completions_only needs completions: of a corpus of chats (give corpus.messages_column), or by the teacher "
@@ -303,6 +320,10 @@ class Recipe(_Section):
             del values["generation"]  # so that recipes that know nothing of it are the same as ever
         if self.output.top_k == "all":
             values["output"]["tail_samples"] = 0  # the default of a recipe that says nothing of it
+        for section, fields in UNSAID.items():
+            for field in fields:
+                if values[section][field] is None:
+                    del values[section][field]
         values["corpus"]["files"] = [_portable(path) for path in self.corpus.files]
         for field in ("path", "gguf", "tokenizer"):
             if values["teacher"][field]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from builder.corpus import Document
 from builder.generation import spell_completion
 from builder.manifest import ShardRecord
+from builder.ranks import load
 from builder.recipe import SequencesRecipe, TeacherRecipe, differences
 from builder.schema import (
     FLOAT16_MIN,
@@ -37,7 +38,7 @@ from builder.schema import (
 from builder.sequences import NO_TOKEN, Encoder, backend_copy
 from builder.shards import nested_values
 from builder.sources import KnownSources, TeacherSource, resolve_teacher
-from builder.teacher import Teacher, load_teacher, load_tokenizer
+from builder.teacher import Teacher, load_tokenizer
 
 MAX_FLOAT32_ERROR = 2e-3
 """Nats beyond float16 rounding, for a teacher run in float32: kernels differ between batch shapes and machines."""
@@ -96,15 +97,7 @@ def recompute_rows(
     """
     source = teacher_source(manifest, teacher_path)
     recipe = TeacherRecipe.model_validate(manifest["recipe"]["teacher"])
-    teacher = load_teacher(
-        source.location,
-        commit=source.commit,
-        tokenizer=source.tokenizer,
-        dtype=recipe.dtype,
-        attention=recipe.attention,
-        device=device,
-        trust_remote_code=recipe.trust_remote_code,
-    )
+    teacher = load(recipe, source, device=device)
     found = teacher.provenance()
     recorded = {key: manifest["teacher"].get(key) for key in found}
     if changes := differences(recorded, found, "teacher"):

@@ -148,9 +148,12 @@ class ShardWriter:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[pa.NativeFile]:
-    """A file to write that appears under its name only when all of it is on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
+def atomic_file(path: Path, *, writer: str = "") -> Iterator[pa.NativeFile]:
+    """A file to write that appears under its name only when all of it is on the disk.
+
+    Several processes may write the same file at once if each gives a `writer` of its own: the last one's stays.
+    """
+    partial = path.with_name(f".{path.name}{writer and '.' + writer}.partial")
     try:
         with pa.OSFile(str(partial), "wb") as sink:
             yield sink

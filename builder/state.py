@@ -4,6 +4,7 @@ A shard without a record does not exist, and a record counts only while its file
 small JSON, replaced as a whole or not at all.
 """
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,6 +19,9 @@ from builder.manifest import ShardRecord, write_json
 from builder.recipe import differences
 from builder.shards import file_sha256
 from builder.sources import KnownSources
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors that every further shard would end with, too."""
 
 
 class BuildState:
@@ -163,6 +167,11 @@ class BuildState:
                     "the corpus or a library has changed: start anew in another directory"
                 )
         write_json(path, record.to_json())
+
+    def sweep(self) -> None:
+        """Delete what killed processes left half-written. One that still writes there fails when it is done."""
+        for partial in (self._output / "data").glob(".*.partial"):
+            partial.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Forget everything: the manifest has taken over."""

@@ -12,6 +12,9 @@ How:  sequences are padded on the right; under causal attention no real position
       hands over given hidden states. At load both are compared with the whole model, one sequence at a time; where they
       differ, the whole model is used instead, and where even that is not causal, the teacher is refused.
 
+      A model can be spread over several GPUs (accelerate moves what passes between them) or split over several processes
+      (see `ranks`). Then logits may come from another device than the one that takes the ids.
+
 Shape suffixes: B sequences, T positions, N real positions, V vocabulary, D hidden.
 """
 
@@ -19,8 +22,8 @@ import copy
 import hashlib
 import io
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,24 +45,52 @@ FAITHFUL_GGUF_PRETOKENIZERS = ("gpt-2", "smollm")
 """Values of `tokenizer.ggml.pre` for which the tokenizer rebuilt from a GGUF file is known to be right."""
 
 
+Together = Callable[[str, Any], AbstractContextManager[None]]
+"""Around a forward pass of this process: `follow` is called with the same arguments in the other ones."""
+
+
 class Teacher:
     """A frozen causal language model with its tokenizer, ready to run."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        device: torch.device,
+        together: Together | None = None,
+    ) -> None:
         """Wrap a loaded model, and find out which way to its logits is right.
+
+        Args:
+            model: with all of its weights on `device`, or spread over several, of which it is the first.
+            tokenizer: the model's own.
+            device: where it takes token ids.
+            together: for a model that is split over processes, all of which make their Teacher at the same time; None for
+                one that is not.
 
         Raises:
             ValueError: the model is not causal, its logits hold NaN, or the tokenizer does not fit it.
         """
-        self.model = model.eval().requires_grad_(False).to(device)
+        self.model = model.eval().requires_grad_(False)
+        if not is_spread(model):
+            self.model = self.model.to(device)
         self.tokenizer = tokenizer
         self.device = device
         self.dtype: torch.dtype = model.dtype
         _check_tokenizer(model, tokenizer)
         self._head = _head_of(self.model)
+        self._is_split = together is not None
+        self._together: Together = lambda *_: nullcontext()
+        self._hidden_ND: Tensor | None = None
+        """What `hidden` returned last, of a model that is split: the other processes have it, too."""
+        self.logits_device = device
+        """Where logits come from."""
         self.vocab_size, self.head_only = self._probe()
         self.hidden_size = self.hidden([[0]]).shape[1] if self.head_only else None
         """Of what the head takes, which need not be what the body's layers work on; None where it cannot run alone."""
+        if together is not None:
+            self._together = together
 
     @property
     def max_length(self) -> int | None:
@@ -87,8 +118,8 @@ class Teacher:
         """Raw logits of every position of every sequence, in order, in pieces of [n, V] on the device."""
         if not self.head_only:
             for ids in sequences:
-                ids_1T = to_device(torch.tensor([list(ids)]), self.device)
-                logits_TV = self._whole(ids_1T)[0]
+                with self._together("whole", list(ids)):
+                    logits_TV = self._whole(to_device(torch.tensor([list(ids)]), self.device))[0]
                 yield from logits_TV.split(self._rows_per_piece)
             return
         yield from self.head(self.hidden(sequences))
@@ -96,8 +127,26 @@ class Teacher:
     @torch.inference_mode()
     def head(self, hidden_ND: Tensor) -> Iterator[Tensor]:
         """Raw logits of given last hidden states, in pieces of [n, V]; only where `head_only`."""
-        for piece_ND in hidden_ND.split(self._rows_per_piece):
-            yield self._apply_head(piece_ND)
+        are_known = hidden_ND is self._hidden_ND  # to other processes, too
+        for start in range(0, len(hidden_ND), self._rows_per_piece):
+            rows = slice(start, start + self._rows_per_piece)
+            with self._together("head", rows if are_known else hidden_ND[rows].cpu()):
+                logits_NV = self._apply_head(hidden_ND[rows])
+            yield logits_NV
+
+    @torch.inference_mode()
+    def follow(self, name: str, argument: Any) -> None:
+        """Run the part of this process in a forward pass that another one runs."""
+        if name == "hidden":
+            self.hidden(argument)
+        elif name == "whole":
+            self._whole(to_device(torch.tensor([argument]), self.device))
+        else:
+            assert name == "head"
+            if isinstance(argument, slice):
+                assert self._hidden_ND is not None
+                argument = self._hidden_ND[argument]
+            self._apply_head(argument.to(self.device))
 
     @property
     def _rows_per_piece(self) -> int:
@@ -111,8 +160,9 @@ class Teacher:
         ids_BT = torch.zeros(len(sequences), length, dtype=torch.long)
         for row_T, ids in zip(ids_BT, sequences, strict=True):
             row_T[: len(ids)] = torch.tensor(ids)
-        ids_BT = to_device(ids_BT, self.device)
-        hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False)[0]
+        with self._together("hidden", [list(ids) for ids in sequences]):
+            ids_BT = to_device(ids_BT, self.device)
+            hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False)[0]
         starts = range(0, len(sequences) * length, length)
         real_N = torch.cat(
             [
@@ -120,7 +170,10 @@ class Teacher:
                 for start, ids in zip(starts, sequences, strict=True)
             ]
         )
-        real_ND: Tensor = hidden_BTD.flatten(0, 1).index_select(0, to_device(real_N, self.device))
+        real_N = to_device(real_N, hidden_BTD.device)
+        real_ND: Tensor = hidden_BTD.flatten(0, 1).index_select(0, real_N)
+        if self._is_split:
+            self._hidden_ND = real_ND
         return real_ND
 
     def _apply_head(self, hidden_ND: Tensor) -> Tensor:
@@ -140,7 +193,7 @@ class Teacher:
         prefixes = [ids_T[:length].tolist() for length in PROBE_LENGTHS]
 
         alone_TV = self._whole(ids_T[None].to(self.device))[0].float()
-        self.vocab_size = alone_TV.shape[1]
+        self.vocab_size, self.logits_device = alone_TV.shape[1], alone_TV.device
         if not bool(alone_TV.isfinite().any(-1).all()) or bool(alone_TV.isnan().any()):
             raise ValueError(
                 f"the teacher's logits are NaN or infinite in {self.dtype}; try another teacher.dtype, "
@@ -150,7 +203,7 @@ class Teacher:
 
         def error(logits_NV: Tensor) -> float:
             finite = expected_NV.isfinite()  # some models mask a part of the vocabulary with −inf
-            difference = (logits_NV.float() - expected_NV)[finite].abs().mean()
+            difference = (logits_NV.to(expected_NV) - expected_NV)[finite].abs().mean()
             return float(difference / expected_NV[finite].std().clamp(min=1e-6))
 
         tolerance = PROBE_TOLERANCE[self.dtype]
@@ -163,9 +216,41 @@ class Teacher:
         try:
             self.head_only = True
             ours = torch.cat(list(self.logits(prefixes)))
-            return self.vocab_size, ours.shape == expected_NV.shape and error(ours) <= tolerance
+            is_right = ours.shape == expected_NV.shape and error(ours) <= tolerance
+            self.logits_device = ours.device if is_right else alone_TV.device
+            return self.vocab_size, is_right
         except (AttributeError, TypeError, RuntimeError, IndexError):
             return self.vocab_size, False  # an architecture whose forward does not come apart
+
+
+def is_spread(model: Any) -> bool:
+    """Whether accelerate has placed the parts of a model on devices, and moves what passes between them."""
+    return hasattr(model, "hf_device_map") and hasattr(model, "_hf_hook")
+
+
+def _first_device(model: Any) -> torch.device:
+    """The device that takes the token ids of a model whose parts were placed on devices.
+
+    Raises:
+        ValueError: not all of them are on a GPU.
+    """
+    elsewhere = [name for name, place in model.hf_device_map.items() if place in ("cpu", "disk")]
+    if elsewhere:
+        raise ValueError(
+            f"the GPUs have room for all but {len(elsewhere)} parts of it, such as {elsewhere[0]}, which would be moved there again "
+            "for each batch; use more GPUs (--gpus-per-worker), or a 16-bit teacher.dtype"
+        )
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
+
+
+def _check_split(model: Any, size: int) -> None:
+    config = model.config.get_text_config()
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if (count := getattr(config, name, None)) and count % size:
+            raise ValueError(
+                f"teacher.tensor_parallel is {size}, by which {name} = {count} of the model cannot be divided; choose a divisor"
+            )
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -193,6 +278,8 @@ class _Handed(BaseModelOutput):
 def _head_of(model: Any) -> Any:
     """A view of the model that shares its weights, whose body hands over given hidden states."""
     head = copy.copy(model)
+    # accelerate puts a method of its own on a model that is spread over devices, which would run the original's body.
+    head.__dict__.pop("forward", None)
     head._modules = dict(model._modules)
     head._modules[model.base_model_prefix] = _Handover()
     return head
@@ -207,6 +294,9 @@ def load_teacher(
     attention: str = "sdpa",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    spread: bool = False,
+    split: Any = None,
+    together: Together | None = None,
 ) -> Teacher:
     """Load a teacher from the Hub (at a commit), from a directory, or from a GGUF file.
 
@@ -215,6 +305,9 @@ def load_teacher(
         tokenizer: directory of the tokenizer, for a GGUF file whose own one cannot be rebuilt.
         attention: attention implementation as transformers names it.
         device: a torch device.
+        spread: place whole layers on all GPUs (`device_map="auto"`), of which `device` is then the first used.
+        split: a `transformers.distributed.DistributedConfig`, for a process that is in a group of `torch.distributed`.
+        together: see `Teacher`.
 
     Raises:
         ValueError: with one line on what is wrong with this teacher and what to do.
@@ -232,9 +325,16 @@ def load_teacher(
             trust_remote_code=trust_remote_code,
             dtype=torch_dtype,
             attn_implementation=attention,
+            **({"device_map": "auto"} if spread else {}),
+            **({"distributed_config": split} if split else {}),
         )
+    first_device = torch.device(device)
     try:
-        return Teacher(model, loaded_tokenizer, device=torch.device(device))
+        if split is not None:
+            _check_split(model, split.tp_size)
+        if is_spread(model):
+            first_device = _first_device(model)
+        return Teacher(model, loaded_tokenizer, device=first_device, together=together)
     except ValueError as error:
         raise ValueError(f"teacher {_display(location)}: {error}") from None
 

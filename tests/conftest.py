@@ -128,9 +128,15 @@ def recipe_text(teacher_dir: Path, files: str, /, **changes: str) -> str:
 def make_recipe(tiny_teacher_dir: Path, corpus_file: Path, tmp_path: Path) -> Callable[..., Path]:
     """Write a recipe file: make_recipe(corpus="…" sections as in recipe_text, files="other.jsonl")."""
 
-    def make(files: str | None = None, teacher: Path | None = None, **changes: str) -> Path:
+    def make(
+        files: str | None = None,
+        teacher: Path | None = None,
+        teacher_options: str = "",
+        **changes: str,
+    ) -> Path:
         path = tmp_path / "recipe.toml"
         text = recipe_text(teacher or tiny_teacher_dir, files or corpus_file.name, **changes)
+        text = text.replace("\n\n[sequences]", f"\n{teacher_options}\n\n[sequences]")
         path.write_text(text, encoding="utf-8")
         return path
 

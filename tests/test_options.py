@@ -16,7 +16,7 @@ from hub import card_errors
 from test_build import data_bytes, read_rows, run
 from test_verify import Row, forge, problems
 
-from builder import build as build_module
+from builder import worker as worker_module
 from builder.charts import measure
 from builder.manifest import read_manifest
 from builder.recipe import Recipe, load_recipe
@@ -251,7 +251,7 @@ def test_a_build_that_cannot_be_is_refused_before_it_starts(make_recipe, tmp_pat
         ValueError, match=r"output\.top_k is 449, but the teacher's vocabulary has 448"
     ):
         run(make_recipe(output="top_k = 449"), tmp_path / "out")
-    monkeypatch.setattr(build_module, "MAX_ROW_VALUES", 64 * TINY_VOCAB_SIZE - 1)
+    monkeypatch.setattr(worker_module, "MAX_ROW_VALUES", 64 * TINY_VOCAB_SIZE - 1)
     with pytest.raises(ValueError, match=r"64 tokens would hold 28,672 values in one column"):
         run(make_recipe(output='top_k = "all"'), tmp_path / "long")
     from builder.teacher import Teacher

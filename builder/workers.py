@@ -1,0 +1,457 @@
+"""Shards on several processes at once, on this machine or on a cluster: Ray starts, watches and replaces the workers.
+
+In:   chains of shards, and how many workers.
+Out:  each shard's record, or the error with which it failed for the last time, in the order in which they end.
+
+How:  a worker is a Ray actor that loads the teacher once and then computes one shard after the other, with the code that a
+      single process runs. One whose process or machine dies is replaced, and its shard is tried again, RETRIES times at
+      most, by whichever worker is free. The driver alone writes records. So whatever dies, and whenever, what counts is a
+      whole file; two workers that compute the same shard, because one was given up too early, write the same bytes.
+
+      Ray's own retries are not used: the last of them fails at once if the actor is still being restarted.
+
+Cost: a worker needs its own teacher in memory, and about five seconds to start.
+"""
+
+import os
+from collections import Counter, deque
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray prints what happens to its processes to stdout; what matters of it comes as an exception, too.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+
+import ray
+import torch
+from ray.exceptions import RayError, RayTaskError
+
+from builder.manifest import LIBRARIES, ShardRecord
+from builder.pipeline import Notice, Progress
+from builder.recipe import Recipe, differences
+from builder.sources import (
+    CorpusSource,
+    KnownSources,
+    TeacherSource,
+    resolve_corpus,
+    resolve_teacher,
+)
+from builder.worker import Computed, Pool, Task, Worker
+
+RETRIES = 2
+"""How often a shard is tried again after its worker died or it failed: enough for a lost machine, few for a bad shard."""
+POLL_SECONDS = 0.5
+"""Between two questions to the workers how far they are."""
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Of a Ray that is started here: little more than the least it takes, since only records go through it."""
+LISTED_WORKERS = 4
+"""So many workers are listed one by one on the progress bar; of more, only the numbers."""
+
+
+class Chains(Protocol):
+    """What gives out the shards to compute; see `build`."""
+
+    def next_task(self) -> Task | None:
+        """A shard to compute, or None while all others wait for one under way."""
+
+    def loaded(self, teacher: dict[str, Any]) -> None:
+        """Hear what the teacher of a worker turned out to be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What every worker is told: the plan, and what it must find where it runs."""
+
+    recipe: Recipe
+    plan: dict[str, Any]
+    corpus_source: CorpusSource
+    teacher_source: TeacherSource
+    template: str | None
+    output: Path
+    files: dict[str, int]
+    """Path → bytes, of what must be the same at every worker."""
+    libraries: dict[str, str]
+
+
+def make_order(
+    recipe: Recipe,
+    plan: dict[str, Any],
+    corpus_source: CorpusSource,
+    teacher_source: TeacherSource,
+    template: str | None,
+    output: Path,
+) -> Order:
+    """An order, with the sizes of local files as they are here."""
+    paths = [output.resolve() / ".build" / "plan.json"]
+    if not recipe.corpus.embedded:
+        paths += corpus_source.files
+    if not (recipe.teacher.embedded or recipe.teacher.repo):
+        for place in filter(None, (teacher_source.location, teacher_source.tokenizer)):
+            path = Path(place)
+            paths += [p for p in path.iterdir() if p.is_file()] if path.is_dir() else [path]
+    return Order(
+        recipe=recipe,
+        plan=plan,
+        corpus_source=corpus_source,
+        teacher_source=teacher_source,
+        template=template,
+        output=output.resolve(),
+        files={str(path): path.stat().st_size for path in paths},
+        libraries=_libraries(),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """How far a worker is."""
+
+    file: str | None
+    """Of the shard that it computes, or computed last."""
+    tokens: int
+    """Captured of that."""
+    notices: list[str]
+    """New ones."""
+
+
+class Actor:
+    """A worker in a process of its own, which says how far it is while it computes."""
+
+    def __init__(self, order: Order, device: str, threads: int) -> None:
+        """Do nothing that can fail: what `prepare` raises reaches the user as it is."""
+        torch.set_num_threads(threads)
+        self._order = order
+        self._device = device
+        self._file: str | None = None
+        self._tokens = 0
+        self._notices: list[str] = []
+
+    @cached_property
+    def _worker(self) -> Worker:
+        order = self._order
+        if changes := differences(order.libraries, _libraries()):
+            raise ValueError(
+                f"a worker runs other libraries ({'; '.join(changes)}), which could change the data; install the same "
+                "versions on all machines"
+            )
+        _check_files(order.files)
+        corpus_source, teacher_source = _embedded_here(order)
+        return Worker(
+            order.recipe,
+            order.plan,
+            corpus_source,
+            teacher_source,
+            order.template,
+            device=self._device,
+            progress=self._count,
+            notice=self._notices.append,
+        )
+
+    def prepare(self, task: Task) -> dict[str, Any]:
+        """As `Worker.prepare`, once it is sure that this machine has what the driver's has."""
+        if self._device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(
+                "a worker's torch finds no CUDA device; use --device cpu, or install a CUDA build of torch there"
+            )
+        return self._worker.prepare(task)
+
+    def shard(self, task: Task) -> ShardRecord:
+        """As `Worker.shard`."""
+        self._file, self._tokens = task.file, 0
+        try:
+            return self._worker.shard(self._order.output, task)
+        except Exception:
+            if self._order.recipe.teacher.tensor_parallel:
+                del self._worker  # its processes may be out of step
+            raise
+
+    def status(self) -> Status:
+        """Answers while a shard is computed."""
+        notices, self._notices[:] = list(self._notices), []
+        return Status(file=self._file, tokens=self._tokens, notices=notices)
+
+    def _count(self, tokens: int) -> None:
+        self._tokens += tokens
+
+
+def compute(
+    pool: Pool, order: Order, chains: Chains, *, progress: Progress, notice: Notice
+) -> Generator[Computed]:
+    """Compute shards with the workers of a pool.
+
+    Args:
+        pool: how many workers, and where.
+        order: what they build.
+        chains: what gives out the shards.
+        progress: told of captured tokens, and of lost ones as a negative number.
+        notice: told of workers that died, and what workers have to say.
+
+    Raises:
+        ValueError: there are more workers than partitions or resources, Ray cannot be reached, or a worker cannot load the
+            teacher.
+    """
+    partitions = order.recipe.output.partitions
+    if pool.workers > partitions:
+        raise ValueError(
+            f"--workers is {pool.workers}, but output.partitions is {partitions}, and the shards of a partition are built one "
+            f"after the other; use --workers {partitions}, or begin a dataset with more partitions in another directory"
+        )
+    first = chains.next_task()
+    if first is None:
+        return
+    with _ray(pool):
+        crew = _Crew(pool, order, progress=progress, notice=notice)
+        try:
+            yield from crew.compute(chains, first)
+        finally:
+            crew.dismiss()
+
+
+class _Crew:
+    """The workers of a pool, and what each is doing."""
+
+    def __init__(self, pool: Pool, order: Order, *, progress: Progress, notice: Notice) -> None:
+        self._told, self._progress, self._notice = pool.told, progress, notice
+        device, cpus, gpus = _resources(pool, order.recipe.teacher.tensor_parallel, notice)
+        threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cpus))
+        start = ray.remote(num_cpus=cpus, num_gpus=gpus, concurrency_groups={"status": 1})(Actor)
+        self._new_actor = partial(start.remote, order, device, threads)
+        self._actors = [self._new_actor() for _ in range(pool.workers)]
+        self._under_way: dict[Any, tuple[int, Task | None]] = {}
+        """Result to come → (worker, its shard); no shard while it loads the teacher."""
+        self._again: deque[Task] = deque()
+        """Shards to try again."""
+        self._tries: Counter[str] = Counter()
+        """Failures by file; under "" those to load the teacher since it was loaded last."""
+        self._questions: dict[int, Any] = {}
+        """Worker → its status to come."""
+        self._counted = [0] * pool.workers
+        """Tokens of the shard under way that were reported as progress."""
+
+    def compute(self, chains: Chains, first: Task) -> Generator[Computed]:
+        """Compute the shards that `chains` gives out, `first` before all others."""
+        self._again.append(first)
+        idle: list[int] = []
+        for worker in range(len(self._actors)):
+            self._prepare(worker, first)
+        while self._under_way:
+            done, _ = ray.wait(list(self._under_way), timeout=POLL_SECONDS)
+            for result in done:
+                worker, task = self._under_way.pop(result)
+                outcome = self._outcome(result, worker, task)
+                if isinstance(outcome, _Died):
+                    self._actors[worker] = self._new_actor()
+                    self._prepare(worker, task or first)
+                else:
+                    idle.insert(0, worker)  # it has the place open at which its partition goes on
+                if task is None:
+                    self._take_loaded(chains, outcome)
+                elif isinstance(outcome, ShardRecord) or not self._try_again(task, outcome):
+                    yield task, outcome
+            while idle and (task := self._next_task(chains)):
+                worker = idle.pop(0)
+                self._under_way[self._actors[worker].shard.remote(task)] = (worker, task)
+            if idle and not any(task for _, task in self._under_way.values()):
+                return  # there is nothing left to do for workers that still load
+            self._look_around()
+
+    def dismiss(self) -> None:
+        """End all workers."""
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def _prepare(self, worker: int, task: Task) -> None:
+        self._under_way[self._actors[worker].prepare.remote(task)] = (worker, None)
+
+    def _next_task(self, chains: Chains) -> Task | None:
+        return self._again.popleft() if self._again else chains.next_task()
+
+    def _outcome(self, result: Any, worker: int, task: Task | None) -> Any:
+        """What a worker returned, or the exception with which it ended."""
+        outcome: Any
+        try:
+            outcome = ray.get(result)
+        except RayTaskError as error:
+            cause = error.cause
+            outcome = cause if isinstance(cause, Exception) else RuntimeError(str(error))
+        except RayError as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            doing = f"computing {task.file}" if task else "loading the teacher"
+            outcome = _Died(f"a worker died {doing}, perhaps for want of memory ({reason})")
+        self._count(worker, outcome.tokens if isinstance(outcome, ShardRecord) else 0)
+        self._counted[worker] = 0
+        return outcome
+
+    def _take_loaded(self, chains: Chains, outcome: Any) -> None:
+        """Hear of a worker that has loaded the teacher, or could not.
+
+        Raises:
+            Exception: it could not; only the death of a worker is tried again.
+        """
+        if not isinstance(outcome, Exception):
+            self._tries[""] = 0
+            chains.loaded(outcome)
+        elif not isinstance(outcome, _Died) or not self._count_try("", outcome):
+            raise outcome
+
+    def _try_again(self, task: Task, error: Exception) -> bool:
+        """Put a shard that failed back, unless that was its last try."""
+        if again := self._count_try(task.file, error):
+            self._again.append(task)
+        return again
+
+    def _count_try(self, name: str, error: Exception) -> bool:
+        self._tries[name] += 1
+        if self._tries[name] > RETRIES:
+            return False
+        self._notice(f"{error}; trying again")
+        return True
+
+    def _look_around(self) -> None:
+        """Ask every worker how far it is, without waiting for the answers."""
+        tasks = dict(self._under_way.values())
+        for worker, actor in enumerate(self._actors):
+            question = self._questions.get(worker)
+            if question is not None:
+                if not ray.wait([question], timeout=0)[0]:
+                    continue
+                with suppress(RayError):  # it has died, which is heard from its shard
+                    self._hear(worker, tasks.get(worker), ray.get(question))
+            self._questions[worker] = actor.status.options(concurrency_group="status").remote()
+        self._told(self._describe(tasks))
+
+    def _hear(self, worker: int, task: Task | None, status: Status) -> None:
+        for line in status.notices:
+            self._notice(f"worker {worker}: {line}")
+        if task and task.file == status.file:
+            self._count(worker, status.tokens)
+
+    def _count(self, worker: int, tokens: int) -> None:
+        """Report how many tokens of its shard a worker has captured."""
+        self._progress(tokens - self._counted[worker])
+        self._counted[worker] = tokens
+
+    def _describe(self, tasks: dict[int, Task | None]) -> str:
+        doing = []
+        for worker in range(len(self._actors)):
+            task = tasks.get(worker)
+            name = Path(task.file).stem.removeprefix("train-") if task else ""
+            doing.append(name or ("loading" if worker in tasks else "idle"))
+        if len(doing) <= LISTED_WORKERS:
+            return " ".join(doing)
+        numbers = {name: doing.count(name) for name in ("loading", "idle")}
+        numbers["computing"] = len(doing) - sum(numbers.values())
+        return ", ".join(f"{number} {name}" for name, number in numbers.items() if number)
+
+
+class _Died(ValueError):
+    """The process or machine of a worker died."""
+
+
+@contextmanager
+def _ray(pool: Pool) -> Iterator[None]:
+    """A connection to Ray: the one that this process has, one to a cluster, or a Ray of its own that ends with it."""
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, Any] = {"address": pool.address}
+    if pool.address is None:
+        options = {
+            "address": "local",
+            "num_cpus": max(torch.get_num_threads(), pool.workers),
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR", **options)
+    except (
+        Exception
+    ) as error:  # Ray raises all kinds, a bare Exception where it takes too long to start
+        where = f"reach Ray at {pool.address!r}" if pool.address else "start Ray"
+        raise ValueError(
+            f"cannot {where} ({' '.join(str(error).split())[:300]}); finished shards are safe: run the same command to go on"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _resources(pool: Pool, ranks: int | None, notice: Notice) -> tuple[str, int, float]:
+    """Device, CPUs and GPUs of each worker.
+
+    Raises:
+        ValueError: what was asked for contradicts itself, or this machine does not have it.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus_there = sum(node.get("GPU", 0) for node in nodes)
+    device = pool.device
+    if device == "auto":
+        device = (
+            "cuda"
+            if pool.gpus_per_worker or (gpus_there and pool.gpus_per_worker is None)
+            else "cpu"
+        )
+    gpus = pool.gpus_per_worker
+    if gpus is None:
+        gpus = float(ranks or 1) if device == "cuda" else 0.0
+    if (device == "cuda") != (gpus > 0):
+        raise ValueError(
+            f"--device {device} and --gpus-per-worker {gpus:g} contradict each other; leave one out"
+        )
+    if gpus and ranks and gpus != ranks:
+        raise ValueError(
+            f"teacher.tensor_parallel is {ranks}, but --gpus-per-worker is {gpus:g}; leave that out"
+        )
+    if (needed := gpus * pool.workers) > gpus_there:
+        shortage = f"{pool.workers} workers with {gpus:g} GPUs each need {needed:g} GPUs, but Ray has {gpus_there:g}"
+        if pool.address is None:
+            raise ValueError(f"{shortage}; use fewer --workers, or --gpus-per-worker")
+        notice(f"{shortage}: going on with those that fit, and waiting for more")
+    cpus = [int(node.get("CPU", 0)) for node in nodes]
+    shares = range(1, max(cpus, default=0) + 1)
+    fitting = [share for share in shares if sum(count // share for count in cpus) >= pool.workers]
+    return device, max(fitting, default=0), gpus
+
+
+def _libraries() -> dict[str, str]:
+    return {name: version(name) for name in LIBRARIES}
+
+
+def _check_files(files: dict[str, int]) -> None:
+    for name, size in files.items():
+        try:
+            found = Path(name).stat().st_size
+        except OSError as error:
+            raise ValueError(
+                f"a worker does not see {name} ({error.strerror}); corpus, teacher and --output must be at paths that all "
+                "machines of the cluster share, or come from the Hub"
+            ) from None
+        if found != size:
+            raise ValueError(
+                f"a worker sees another {name} ({found:,} bytes, here {size:,}); corpus, teacher and --output must be at "
+                "paths that all machines of the cluster share"
+            )
+
+
+def _embedded_here(order: Order) -> tuple[CorpusSource, TeacherSource]:
+    """The sources of an order, where those that come as Python packages are the worker's own."""
+    known, corpus_source, teacher_source = KnownSources(), order.corpus_source, order.teacher_source
+    if order.recipe.corpus.embedded:
+        corpus_source = resolve_corpus(order.recipe.corpus, Path(), known)
+    if order.recipe.teacher.embedded:
+        teacher_source = resolve_teacher(order.recipe.teacher, Path(), known)
+    changes = [
+        *differences(order.corpus_source.provenance, corpus_source.provenance, "corpus"),
+        *differences(order.teacher_source.provenance, teacher_source.provenance, "teacher"),
+    ]
+    if changes:
+        raise ValueError(
+            f"a worker has another embedded corpus or teacher ({'; '.join(changes)}); install the same versions of Python and "
+            "packages on all machines"
+        )
+    return corpus_source, teacher_source
