@@ -14,6 +14,7 @@ from builder.recipe import (
     DESCRIPTIVE,
     PINNED,
     CorpusRecipe,
+    GenerationRecipe,
     OutputRecipe,
     Recipe,
     SequencesRecipe,
@@ -32,6 +33,7 @@ SECTIONS = {
     "corpus": CorpusRecipe,
     "teacher": TeacherRecipe,
     "sequences": SequencesRecipe,
+    "generation": GenerationRecipe,
     "output": OutputRecipe,
 }
 
@@ -234,6 +236,12 @@ OTHER: dict[str, Any] = {
     "sequences.bos": "never",
     "sequences.eos": "always",
     "sequences.batch_tokens": 16_383,
+    "generation.max_new_tokens": 9,
+    "generation.temperature": 0.5,
+    "generation.top_p": 0.9,
+    "generation.samples": 2,
+    "generation.seed": 1,
+    "generation.batch_tokens": 16_383,
     "output.top_k": 49,
     "output.tail_samples": 0,
     "output.seed": 1,
@@ -251,6 +259,7 @@ BASE = Recipe(
     name="x",
     corpus=CorpusRecipe(embedded="python-docs"),
     teacher=TeacherRecipe(embedded="smollm2-135m-instruct"),
+    generation=GenerationRecipe(max_new_tokens=8),
 )
 
 
