@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from builder.shards import nested_values, parquet_writer
+from builder.shards import column_bytes, nested_values, parquet_writer
 
 
 def measure(dataset: Path, scratch: Path) -> dict[str, dict[str, float]]:
@@ -26,7 +26,8 @@ def measure(dataset: Path, scratch: Path) -> dict[str, dict[str, float]]:
         ("compact profile", "compact"),
     ):
         path = scratch / f"{name}.parquet"
-        found[label] = _columns(path, tokens)
+        sizes = column_bytes(pq.read_metadata(path))
+        found[label] = {name: round(size / tokens, 2) for name, size in sizes.items()}
         found[label]["whole file"] = round(path.stat().st_size / tokens, 2)
     return found
 
@@ -41,15 +42,4 @@ def _raw(table: pa.Table, tokens: int) -> dict[str, float]:
         else:
             sizes[name] = table[name].nbytes / tokens
     sizes["whole file"] = sum(sizes.values())
-    return {name: round(size, 2) for name, size in sizes.items()}
-
-
-def _columns(path: Path, tokens: int) -> dict[str, float]:
-    metadata = pq.read_metadata(path)
-    sizes: dict[str, float] = {}
-    for group in range(metadata.num_row_groups):
-        for index in range(metadata.num_columns):
-            column = metadata.row_group(group).column(index)
-            name = column.path_in_schema.split(".")[0]
-            sizes[name] = sizes.get(name, 0) + column.total_compressed_size / tokens
     return {name: round(size, 2) for name, size in sizes.items()}

@@ -10,6 +10,7 @@ TOML is quoted by a library.
 import functools
 import json
 import re
+from collections import Counter
 from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
@@ -126,6 +127,7 @@ def render_card(
         layout=layout,
         load_arguments=_load_arguments(release),
         columns=columns(layout),
+        column_bytes=_column_bytes(manifest),
         end_of_document=_end_of_document(manifest),
         writing=authorship.sentences(manifest),
         statistics=_statistics(manifest),
@@ -147,6 +149,17 @@ def render_card(
         changelog=_changelog(release),
     )
     return str(card)
+
+
+def _column_bytes(manifest: dict[str, Any]) -> dict[str, str]:
+    """What a token takes in each column; empty where that was not recorded."""
+    records = records_of(manifest)
+    if not all(record.column_bytes for record in records):
+        return {}
+    totals: Counter[str] = Counter()
+    for record in records:
+        totals.update(record.column_bytes or {})
+    return {name: f"{size / manifest['totals']['tokens']:,.2f}" for name, size in totals.items()}
 
 
 def recipe_toml(recipe: dict[str, Any], manifest: dict[str, Any]) -> str:

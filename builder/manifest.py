@@ -104,6 +104,8 @@ class ShardRecord:
     """Libraries and hardware that computed it."""
     completions: Completions | None = None
     """None where the corpus is taken as it is."""
+    column_bytes: dict[str, int] | None = None
+    """Compressed, of each column; None in a dataset of a schema before 1.2."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
@@ -125,9 +127,11 @@ class ShardRecord:
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON values."""
         values = asdict(self)
-        if self.completions is None:
-            del values["completions"]
-        return values
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in ("completions", "column_bytes") or value is not None
+        }
 
 
 def environment(device: str) -> dict[str, Any]:

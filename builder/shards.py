@@ -67,6 +67,17 @@ def parquet_writer(sink: pa.NativeFile | Path, schema: pa.Schema, profile: str) 
     )
 
 
+def column_bytes(metadata: pq.FileMetaData) -> dict[str, int]:
+    """Compressed bytes of each column of a Parquet file."""
+    sizes: dict[str, int] = {}
+    for group in range(metadata.num_row_groups):
+        for index in range(metadata.num_columns):
+            column = metadata.row_group(group).column(index)
+            name = column.path_in_schema.split(".")[0]
+            sizes[name] = sizes.get(name, 0) + column.total_compressed_size
+    return sizes
+
+
 class ShardWriter:
     """Writes the blocks of one shard to an open file, on a thread of its own."""
 

@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from builder.chats import ChatTemplate
 from builder.corpus import Position
 from builder.decoding import Decoder
@@ -25,7 +27,14 @@ from builder.ranks import load
 from builder.recipe import CorpusRecipe, Recipe, row_fingerprint
 from builder.schema import SCHEMA_VERSION, Layout
 from builder.sequences import Encoder
-from builder.shards import MAX_ROW_VALUES, Block, ShardWriter, atomic_file, file_sha256
+from builder.shards import (
+    MAX_ROW_VALUES,
+    Block,
+    ShardWriter,
+    atomic_file,
+    column_bytes,
+    file_sha256,
+)
 from builder.sources import CorpusSource, TeacherSource, template_provenance
 from builder.stream import SequenceStream, make_encoder
 from builder.teacher import Teacher
@@ -202,6 +211,7 @@ class Worker:
             completions=Completions(**generator.counts, prompts_too_long=stream.prompts_too_long)
             if generator
             else None,
+            column_bytes=column_bytes(pq.read_metadata(file)),
         )
 
     def _pipeline(self) -> Pipeline:

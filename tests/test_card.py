@@ -153,6 +153,32 @@ def test_the_card_says_what_the_manifest_and_the_schema_say(built, manifest):
     assert features["topk_indices"].shape == (None, 20)
 
 
+def test_the_card_says_what_each_column_takes(built, manifest, curves):
+    """Together with the texts' ids and the footers that is the size of the files."""
+    stated = {
+        name: float(size)
+        for name, size in re.findall(
+            r"^\| `(\w+)` \|.*\| ([\d.]+) \|$", (built / "README.md").read_text(), re.M
+        )
+    }
+    assert list(stated) == [
+        column.name for column in columns(Layout.of(manifest["recipe"], manifest["teacher"]))
+    ]
+    tokens, found = manifest["totals"]["tokens"], dict.fromkeys(stated, 0)
+    for path in (built / "data").glob("*.parquet"):
+        metadata = pq.read_metadata(path)
+        for group in range(metadata.num_row_groups):
+            for index in range(metadata.num_columns):
+                column = metadata.row_group(group).column(index)
+                found[column.path_in_schema.split(".")[0]] += column.total_compressed_size
+    assert stated == {name: round(size / tokens, 2) for name, size in found.items()}
+
+    older = copy.deepcopy(manifest)
+    for shard in older["shards"]:
+        del shard["column_bytes"]
+    assert "bytes a token |" not in render_card(older, curves)
+
+
 def test_build_and_card_write_the_same_bytes(built, manifest, cli, tmp_path):
     copied = Path(shutil.copytree(built, tmp_path / "copy"))
     for path in ("README.md", "assets/mass.svg", "assets/entropy.svg"):
