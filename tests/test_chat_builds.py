@@ -497,7 +497,7 @@ def test_a_recipe_that_cannot_be_is_refused(changes, message, recipe_of, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"output": "completions_only = true"}, r"completions_only needs a corpus that says what a completion is"),
+        ({"output": "completions_only = true"}, r"completions_only needs completions: of a corpus of chats"),
         ({"sequences": 'chat_template = "x"'}, r"chat_template means something only with corpus\.messages_column"),
     ],
 )  # fmt: skip

@@ -14,6 +14,7 @@ from builder.recipe import (
     DESCRIPTIVE,
     PINNED,
     CorpusRecipe,
+    GenerationRecipe,
     OutputRecipe,
     Recipe,
     SequencesRecipe,
@@ -32,6 +33,7 @@ SECTIONS = {
     "corpus": CorpusRecipe,
     "teacher": TeacherRecipe,
     "sequences": SequencesRecipe,
+    "generation": GenerationRecipe,
     "output": OutputRecipe,
 }
 
@@ -229,6 +231,12 @@ OTHER: dict[str, Any] = {
     "sequences.bos": "never",
     "sequences.eos": "always",
     "sequences.batch_tokens": 16_383,
+    "generation.max_new_tokens": 99,
+    "generation.temperature": 0.5,
+    "generation.top_p": 0.5,
+    "generation.samples": 2,
+    "generation.seed": 1,
+    "generation.batch_tokens": 16_383,
     "output.top_k": 49,
     "output.tail_samples": 0,
     "output.seed": 1,
@@ -256,7 +264,8 @@ def plan(recipe: Recipe, **sources: str) -> dict[str, Any]:
 
 def changed(field: str, value: Any) -> Recipe:
     section, name = field.split(".")
-    values = getattr(BASE, section).model_copy(update={name: value})
+    before = getattr(BASE, section) or GenerationRecipe(max_new_tokens=100)
+    values = before.model_copy(update={name: value})
     return BASE.model_copy(update={section: values})
 
 
