@@ -84,6 +84,7 @@ def test_defaults(tmp_path):
             "chat_template": None,
             "batch_tokens": 16_384,
         },
+        "generation": None,
         "output": {
             "top_k": 50,
             "tail_samples": 4,
