@@ -160,7 +160,10 @@ def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
     for section in ("corpus", "teacher"):  # the branch that was resolved then, or its commit
         if published[section]["revision"] == manifest[section].get("commit"):
             published[section]["revision"] = manifest["recipe"][section]["revision"]
-    old, new = (without_description(values) for values in (manifest["recipe"], published))
+    # What a schema before 1.2 had no name for was off.
+    output_then = {"completions_only": False, **manifest["recipe"]["output"]}
+    recorded = {**manifest["recipe"], "output": output_then}
+    old, new = (without_description(values) for values in (recorded, published))
     changes = differences(old, new)
     with suppress(ValueError):  # as with files of a corpus
         template = template_provenance(read_chat_template(recipe.sequences, base))
@@ -175,7 +178,7 @@ def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
             f"{output} holds a finished dataset of another recipe ({'; '.join(changes)}); choose another directory"
         )
     status = "already complete"
-    if differences(manifest["recipe"], published):
+    if differences(recorded, published):
         status = "already complete, with a new description"
         manifest["recipe"] = published
         write_card(output, manifest)

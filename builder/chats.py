@@ -9,15 +9,15 @@ Mask. A token is the completion's if any of its characters is. Which characters 
       - of any other, it follows from what the teacher would have been asked: the text of the messages before an answer, with the
         generation prompt, must be the beginning of the text with the answer, and that the beginning of the whole. The answer is what
         stands between, with the special token that ends it and without white space behind that. Templates that write an earlier
-        answer differently once the conversation goes on, or that have no generation prompt and yet a header, are refused.
+        answer differently once the conversation goes on, or the end of the last one, or have no generation prompt and yet a header, are refused.
 
-Special tokens are those that the template writes. Of what a message says, nothing becomes one: where it holds what looks like one (or begins
-or ends with a part of one), the chat is rendered once more with marks around that, as transformers does it for its
+Special tokens are those that the template writes. Of what a message says, nothing becomes one: where it holds what looks like one (or is,
+begins or ends with a part of one), the chat is rendered once more with marks around that, as transformers does it for its
 `sanitize_control_tokens`, to learn which are the template's; these are then replaced by characters that no text holds, for which a copy of
 the tokenizer knows the same tokens. Added tokens that are not special (`<think>`) are taken as in texts, but for those with which the template
 asks for an answer: where a template marks turns with them, a message cannot.
 
-Cost: one rendering with marks in the template, else two more an answer.
+Cost: one rendering with marks in the template, else three more an answer.
 """
 
 import re
@@ -138,7 +138,22 @@ class ChatTemplate:
                 f"the chat template has no generation prompt, and writes more before message {number} than can be told from "
                 f"the answer; {ADVICE}"
             )
+        if number + 1 == len(messages):
+            self._check_end(messages, until[start:], start, content)
         return start, max(start, len(until.rstrip()))
+
+    def _check_end(self, messages: list[Message], answer: str, start: int, content: str) -> None:
+        """Refuses a template that writes more behind the last answer (`<|endoftext|>`) than behind any other."""
+        try:
+            text = self._text([*messages, {"role": "user", "content": "a"}])[start:]
+        except ValueError:
+            return  # it knows no further question
+        shared = answer[: _parting(answer, text)]
+        if content and content in shared and not text.startswith(answer.rstrip()):
+            raise ValueError(
+                f"the chat template ends the last answer differently when the conversation goes on ({_difference(answer, text)}), so "
+                f"that it cannot be told what ends an answer; {ADVICE}"
+            )
 
     def _text(self, messages: list[Message], **options: bool) -> str:
         return self._render(messages, **options)[0]
@@ -240,7 +255,8 @@ class ChatTemplate:
         before, behind = text[:start], text[start + len(core) :]
         longest = max(map(len, self._beginnings), default=0)
         lengths = range(1, min(longest, len(core)) + 1)
-        first = OPEN if any(core[:n] in self._endings for n in lengths) else ""
+        is_within = bool(core) and any(core in control for control in self._controls.values())
+        first = OPEN if is_within or any(core[:n] in self._endings for n in lengths) else ""
         last = OPEN if any(core[-n:] in self._beginnings for n in lengths) else ""
         return f"{before}{first}{core}{last}{behind}"
 
@@ -331,12 +347,15 @@ def _with_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _difference(wanted: str, found: str) -> str:
-    """Where two texts part."""
-    place = next(
-        (i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b),
-        min(len(wanted), len(found)),
-    )
+    """Two texts from where they part."""
+    place = _parting(wanted, found)
     return f"{_excerpt(wanted[place:])} and {_excerpt(found[place:])} behind {wanted[max(0, place - 20) : place]!r}"
+
+
+def _parting(one: str, other: str) -> int:
+    """How many characters two texts share at their beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _excerpt(text: str) -> str:

@@ -570,6 +570,29 @@ def test_rows_of_a_layout_without_completions_are_as_before(built):
     assert "completion" not in (built / "README.md").read_text()
 
 
+def test_a_dataset_of_schema_1_1_is_read_verified_and_known_to_be_complete(
+    built, tmp_path, tiny_teacher_dir
+):
+    base = tmp_path / "base"
+    shutil.copytree(built.parent, base)
+    manifest = read_manifest(base / "out")
+    manifest["schema_version"] = "1.1.0"
+    for section, name in (
+        *(("corpus", "messages_column"), ("sequences", "chat_template")),
+        ("output", "completions_only"),
+    ):
+        del manifest["recipe"][section][name]
+    (base / "out" / "manifest.json").write_text(json.dumps(manifest))
+    before = (base / "out" / "manifest.json").read_bytes()
+    assert problems(base / "out", tiny_teacher_dir, recompute=5) == []
+    batches = [list(load_logits(path).batches(batch_size=4)) for path in (base / "out", built)]
+    for a, b in zip(*batches, strict=True):
+        assert all(torch.equal(a[name].nan_to_num(), b[name].nan_to_num()) for name in b)
+    assert run(base / "recipe.toml", base / "out").status == "already complete"
+    assert (base / "out" / "manifest.json").read_bytes() == before
+    assert "schema 1.1.0" in describe(base / "out")
+
+
 def test_a_llama_3_template_with_bos_is_not_doubled(recipe_of, tmp_path):
     recipe = recipe_of(sequences='max_length = 64\nchat_template = "llama.jinja"')
     (tmp_path / "llama.jinja").write_text(LLAMA_3)

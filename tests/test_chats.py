@@ -219,19 +219,28 @@ def test_turns_that_are_marked_by_tokens_which_are_not_special_cannot_be_spelled
 
 
 def test_a_token_across_the_beginning_of_an_answer_is_the_answer_s(tokenizer):
-    source = CHATML.replace("assistant\n", "assistant:").replace(
-        "['role'] + '\n'", "['role'] + ':'"
+    source = CHATML.replace("assistant\n", "assistant ").replace(
+        "['role'] + '\n'", "['role'] + ' '"
     )
-    (no, yes) = (
-        tokens(tokenizer, source, [A, {"role": "assistant", "content": content}])
-        for content in ("Nothing", " quick")
+    found = tokens(tokenizer, source, [A, {"role": "assistant", "content": "quick fox"}])
+    begin, end = found.text.index("quick"), found.text.rindex(">") + 1
+    (across,) = [(a, b) for a, b in found.offsets if a < begin < b]
+    assert found.text[slice(*across)].startswith(" ")
+    assert found.completion_mask == [b > begin and a < end for a, b in found.offsets]
+
+
+@pytest.mark.parametrize(
+    ("before", "behind", "content"),
+    [("<e", "", "ot> x"), ("", "ot>", "x <e"), ("<e", "ot>", "  ot> x <e \n"), ("<", ">", "eot")],
+)
+def test_a_message_cannot_complete_a_special_token(tokenizer, before, behind, content):
+    """Not even together with what the template writes beside it."""
+    source = CHATML.replace(
+        "message['content']", f"'{before}' + message['content'].strip() + '{behind}'"
     )
-    assert ":" in source
-    for found in (no, yes):
-        begin = found.text.index("assistant:") + len("assistant:")
-        assert found.completion_mask == [
-            b > begin and a < found.text.rindex(">") for a, b in found.offsets
-        ]
+    found = tokens(tokenizer, source, [A, {"role": "assistant", "content": content}])
+    assert f"{before}{content.strip()}{behind}" in found.text
+    assert tokenizer.convert_tokens_to_ids("<eot>") not in found.ids
 
 
 # What cannot be told is refused
@@ -246,6 +255,11 @@ REFUSED = {
         THINKING,
         [A, {"role": "assistant", "content": "<think>x</think>y"}, A, B],
         r"writes message 1 differently when the conversation goes on \('<think>x</think>y.*give a template that marks",
+    ),
+    "a last word": (
+        CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}"),
+        MESSAGES[:2],
+        r"ends the last answer differently when the conversation goes on \('eos>' and '\|im_start\|>user",
     ),
     "no generation prompt": (NO_PROMPT, MESSAGES, r"has no generation prompt, and writes more before message 1"),
     "another prompt": (
