@@ -73,8 +73,6 @@ def test_defaults(tmp_path):
             "tokenizer": None,
             "dtype": "bfloat16",
             "attention": "sdpa",
-            "device_map": None,
-            "tensor_parallel": None,
             "trust_remote_code": False,
             "license": None,
         },
@@ -229,16 +227,14 @@ OTHER: dict[str, Any] = {
     "teacher.dtype": "float32",
     "teacher.attention": "eager",
     "teacher.trust_remote_code": True,
-    "teacher.device_map": "auto",
-    "teacher.tensor_parallel": 2,
     "sequences.max_length": 1023,
     "sequences.long_documents": "truncate",
     "sequences.bos": "never",
     "sequences.eos": "always",
     "sequences.batch_tokens": 16_383,
-    "generation.max_new_tokens": 9,
+    "generation.max_new_tokens": 99,
     "generation.temperature": 0.5,
-    "generation.top_p": 0.9,
+    "generation.top_p": 0.5,
     "generation.samples": 2,
     "generation.seed": 1,
     "generation.batch_tokens": 16_383,
@@ -259,7 +255,6 @@ BASE = Recipe(
     name="x",
     corpus=CorpusRecipe(embedded="python-docs"),
     teacher=TeacherRecipe(embedded="smollm2-135m-instruct"),
-    generation=GenerationRecipe(max_new_tokens=8),
 )
 
 
@@ -270,7 +265,8 @@ def plan(recipe: Recipe, **sources: str) -> dict[str, Any]:
 
 def changed(field: str, value: Any) -> Recipe:
     section, name = field.split(".")
-    values = getattr(BASE, section).model_copy(update={name: value})
+    before = getattr(BASE, section) or GenerationRecipe(max_new_tokens=100)
+    values = before.model_copy(update={name: value})
     return BASE.model_copy(update={section: values})
 
 
