@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from builder import hub
 from builder.build import BuildResult, build, changes_since
-from builder.manifest import FILE_NAME
-from builder.outbox import BRANCH, MAX_LOCAL_SHARDS, Outbox
+from builder.manifest import FILE_NAME, read_manifest
+from builder.outbox import BRANCH, MAX_LOCAL_SHARDS, Outbox, is_branch_of
 from builder.recipe import Recipe, expand_home
 from builder.release import MAX_FILES, look_at, prepare
 from builder.remote import PATIENT_SECONDS, Notice, Repository
@@ -69,17 +69,22 @@ def deliver(
     published = recipe.published()
     there = look_at(repo_id, published, private=private, message=message, notice=notice)
     there.repo.check_login()
+    build_head = there.branches.get(BRANCH)
     if there.former and tag in (None, there.former.tag):
         former = there.former_manifest()
         if former and not changes_since(former, recipe, base):
-            there.repo.delete_branch(BRANCH)
+            if is_branch_of(there.repo, build_head, former):
+                there.repo.delete_branch(BRANCH)
             result = BuildResult(status="built already", shards_built=0, manifest=former)
             commit = there.repo.tagged(there.former.tag)
             return result, Published(there.former.tag, commit, is_new=False)
     choose(tag, there.taken, there.former, "patch", [])
     _check_count(recipe)
+    branch: str | None = BRANCH
     if (output / FILE_NAME).exists():
         result = build(recipe, base, output, notice=notice)
+        if not is_branch_of(there.repo, build_head, read_manifest(output)):
+            branch = None  # of another build, which may still go on
     else:
         there.repo.create(private=private)
         repo = Repository(repo_id, notice, waits=PATIENT_SECONDS)
@@ -103,7 +108,7 @@ def deliver(
     if result.manifest is None:
         return result, None
     plan = prepare(
-        repo_id, output, tag=tag, private=private, message=message, branch=BRANCH, notice=notice
+        repo_id, output, tag=tag, private=private, message=message, branch=branch, notice=notice
     )
     commit = hub.publish(
         plan,

@@ -27,6 +27,7 @@ from huggingface_hub import CommitOperationAdd
 
 from builder.charts import Curves, Measured, curves_of, measure_file
 from builder.manifest import ShardRecord, json_bytes
+from builder.recipe import fingerprint
 from builder.remote import FILES_PER_COMMIT, LocalFile, Moved, Notice, Repository, Tree, holds
 from builder.shards import file_sha256
 from builder.sources import KnownSources
@@ -43,6 +44,15 @@ COMMIT_SECONDS = 600
 """After which even a single shard is committed."""
 RECORDS_PER_FILE = 100
 """One file for each would be thousands of requests for a machine that goes on."""
+
+
+def is_branch_of(repo: Repository, head: str | None, manifest: dict[str, Any]) -> bool:
+    """Whether the branch, which stands at `head` if it is there, is of the build that a finished dataset comes from."""
+    path = repo.download(".build/plan.json", head) if head else None
+    try:
+        return path is not None and fingerprint(_json(path)) == manifest["fingerprint"]
+    except (ValueError, LookupError, TypeError):
+        return False
 
 
 class _Sent(NamedTuple):
@@ -192,7 +202,7 @@ class Outbox:
         path = f".build/{name}.json"
         found = self.repo.download(path, self._head) if path in tree else None
         try:
-            return json.loads(found.read_text(encoding="utf-8")) if found else None
+            return _json(found) if found else None
         except ValueError as error:
             raise ValueError(
                 f"{path} on branch {BRANCH} of {self.repo.id} is damaged ({error}); delete the branch to build anew"
@@ -342,3 +352,7 @@ class Outbox:
             # Never the hashes that it knows, for they stand beside paths of this machine.
             files[".build/known.json"] = {"commits": self._known.commits}
         return files
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -235,7 +235,8 @@ def test_when_all_is_done_the_same_command_says_so_anywhere(hub, deliver, client
     assert deliver(tmp_path / "out", "--tag", "v1.0.0").returncode == 0
     repo = hub.repos["dataset", "org/set"]
     before = (dict(repo.tags), dict(repo.branches), list(hub.arrived))
-    hub.commit("dataset", "org/set", dataset_files(hub, "v1.0.0"), branch=BRANCH)  # left over
+    last = next(c for c, message in reversed(repo.messages.items()) if message == "Files of v1.0.0")
+    repo.branches[BRANCH] = last  # left over
     for output in (tmp_path / "out", tmp_path / "new"):
         for options in ((), ("--tag", "v1.0.0")):
             result = deliver(output, *options)
@@ -253,6 +254,26 @@ def test_when_all_is_done_the_same_command_says_so_anywhere(hub, deliver, client
     assert "org/set v1.0.1 is published" in result.stdout
     assert "Anew." in dataset_files(hub, "v1.0.1")["README.md"].decode()
     assert list(hub.arrived) == before[2]
+
+
+def test_the_branch_of_another_build_is_left_alone(hub, deliver, tiny_teacher_dir, tmp_path):
+    """A smaller version is out, or lies ready; meanwhile another machine builds a larger one."""
+    small, medium, large = (
+        write_recipe(tmp_path / str(n), tiny_teacher_dir, corpus=f"{LICENSED['corpus']}\nmax_documents = {n}")
+        for n in (3, 6, 12)
+    )  # fmt: skip
+    assert deliver(tmp_path / "small", recipe=small).returncode == 0
+    build(load_recipe(medium), medium.parent, tmp_path / "medium")
+    assert deliver(tmp_path / "large", "--max-shards", 2, recipe=large).returncode == 0
+    before = on_branch(hub)
+    again = deliver(tmp_path / "small", recipe=small)
+    assert "org/set v1.0.0 was published already" in again.stdout
+    between = deliver(tmp_path / "medium", recipe=medium)
+    assert "org/set v1.1.0 is published" in between.stdout, between.stderr
+    assert on_branch(hub) == before
+    last = deliver(tmp_path / "large", recipe=large)
+    assert "org/set v1.2.0 is published" in last.stdout, last.stderr
+    assert list(hub.repos["dataset", "org/set"].branches) == ["main"]
 
 
 def test_what_would_fail_in_the_end_fails_at_once(
@@ -310,6 +331,19 @@ def test_shards_that_are_elsewhere_are_not_built_again_by_mistake(
     message = r"shards of .* are in org/set, and no longer here; add --publish-to org/set"
     assert_one_line(client.cli("build", recipe, "--output", output), message)
     assert_one_line(deliver(output, repo="org/another"), message)
+    assert deliver(output).returncode == 0
+    assert_delivered(hub, whole, output)
+
+
+def test_leftovers_of_a_kill_take_no_room(hub, deliver, whole, tmp_path):
+    """Shards that were committed but not yet deleted, one that was renamed but had no record, and half of one."""
+    output = tmp_path / "out"
+    assert deliver(output, "--max-shards", 3).returncode == 0
+    for path, content in list(data_files(whole).items())[:5]:
+        (output / path).write_bytes(content)
+    (output / "data" / ".train-000-00005.parquet.partial").write_bytes(b"half")
+    assert deliver(output, "--max-shards", 0).returncode == 0
+    assert not list((output / "data").iterdir())
     assert deliver(output).returncode == 0
     assert_delivered(hub, whole, output)
 
