@@ -12,7 +12,10 @@ from typing import Any
 
 from benchmarks import sample
 
-SECTIONS = ("capture", "options", "storage", "reading", "students", "scaling", "memory", "startup")
+SECTIONS = (
+    *("capture", "options", "generation", "storage", "reading", "students"),
+    *("scaling", "memory", "startup"),
+)
 BARS = {
     "build_over_forward": {"float32": 0.96, "bfloat16": 0.93},
     "build_over_naive": {"float32": 1.3, "bfloat16": 1.8},
@@ -30,6 +33,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--tokens", type=int, default=12_000, help="of a build, in each round")
+    parser.add_argument("--prompts", type=int, default=64, help="to be completed, in each round")
     parser.add_argument("--rounds", type=int, default=5, help="after one that does not count")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--output", type=Path, default=Path("out/bench.json"))
@@ -45,6 +49,8 @@ def main() -> None:
         results["capture"] = _capture(options)
     if "options" in options.only:
         results["options"] = _options(options)
+    if "generation" in options.only:
+        results["generation"] = _generation(options)
     if {"storage", "reading", "students"} & set(options.only):
         results |= _stored(options)
     if "scaling" in options.only:
@@ -97,6 +103,24 @@ def _options(options: argparse.Namespace) -> dict[str, Any]:
         rows[name] = " · ".join(f"{key} {value:,}" for key, value in found[name].items())
     _table("options, bfloat16", rows)
     return found
+
+
+def _generation(options: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import generation
+
+    results = {}
+    for dtype in ("float32", "bfloat16"):
+        found = generation.measure(
+            dtype, device=options.device, prompts=options.prompts, rounds=options.rounds
+        )
+        results[dtype] = found
+        rows: dict[str, object] = {
+            f"{name}, written tokens/s": v for name, v in found["tokens_per_second"].items()
+        }
+        for how in ("drawn", "greedy"):
+            rows[f"build ÷ generate, {how}"] = found[f"build_over_generate_{how}"]
+        _table(f"generation, {dtype}", rows)
+    return results
 
 
 def _scaling(options: argparse.Namespace) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def sequences(teacher: Teacher, tokens: int) -> list[Sequence]:
 
     cut = recipe("float32", tokens)
     source = resolve_corpus(cut.corpus, Path(), KnownSources())
-    encoder: Encoder = make_encoder(cut.sequences, teacher.tokenizer)
+    encoder: Encoder = make_encoder(cut, teacher.tokenizer)
     return list(SequenceStream(cut, source, encoder, 0, None).shard_sequences())
 
 

@@ -23,7 +23,13 @@ from builder.manifest import FILE_NAME, ShardRecord, make_manifest, read_manifes
 from builder.outbox import Outbox
 from builder.pipeline import Notice, Progress
 from builder.recipe import Recipe, deciding, differences, without_description
-from builder.sources import KnownSources, resolve_corpus, resolve_teacher
+from builder.sources import (
+    KnownSources,
+    read_chat_template,
+    resolve_corpus,
+    resolve_teacher,
+    template_provenance,
+)
 from builder.state import DISK_FULL, BuildState
 from builder.worker import Computed, Pool, Task, Worker
 
@@ -83,16 +89,17 @@ def build(
             outbox.open(output, state, known)
         corpus_source = resolve_corpus(recipe.corpus, base, known)
         teacher_source = resolve_teacher(recipe.teacher, base, known)
+        template = read_chat_template(recipe.sequences, base)
         plan = {
             "recipe": recipe.published(),
             "corpus": corpus_source.provenance,
-            "teacher": teacher_source.provenance,
+            "teacher": teacher_source.provenance | template_provenance(template),
         }
         state.settle("plan", deciding(plan))
         state.remember(known)
         state.sweep()
         chains = _Chains(state, recipe, outbox, max_shards=max_shards, found=found, notice=notice)
-        sources = corpus_source, teacher_source
+        sources = corpus_source, teacher_source, template
         if pool is None:
             worker = Worker(recipe, plan, *sources, device=device, progress=progress, notice=notice)
             computed = _compute_here(worker, output, chains)
@@ -257,7 +264,7 @@ def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
         )
     status = "already complete"
     published = _published_as(manifest, recipe)
-    if differences(manifest["recipe"], published):
+    if differences(_recorded(manifest), published):
         status = "already complete, with a new description"
         manifest["recipe"] = published
         write_card(output, manifest)
@@ -269,13 +276,23 @@ def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
 def changes_since(manifest: dict[str, Any], recipe: Recipe, base: Path) -> list[str]:
     """In what the data of a finished dataset differ from what a recipe asks for, one line for each field."""
     published = _published_as(manifest, recipe)
-    old, new = (without_description(values) for values in (manifest["recipe"], published))
+    old, new = (without_description(values) for values in (_recorded(manifest), published))
     changes = differences(old, new)
+    with suppress(ValueError):  # as with files of a corpus
+        template = template_provenance(read_chat_template(recipe.sequences, base))
+        built = {key: manifest["teacher"].get(key) for key in template}
+        changes += differences(built, template, "teacher")
     if not changes and recipe.corpus.files:
         with suppress(ValueError):  # files that are gone do not make the dataset less finished
             source = resolve_corpus(recipe.corpus, base, KnownSources())
             changes = differences(manifest["corpus"], source.provenance, "corpus")
     return changes
+
+
+def _recorded(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of a manifest; what a schema before 1.2 had no name for was off."""
+    output = {"completions_only": False, **manifest["recipe"]["output"]}
+    return {**manifest["recipe"], "output": output}
 
 
 def _published_as(manifest: dict[str, Any], recipe: Recipe) -> dict[str, Any]:

@@ -10,20 +10,26 @@ TOML is quoted by a library.
 import functools
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from builder import demo
+from builder import authorship, demo
 from builder.charts import Curves, entropy_svg, marks, mass_svg, measure
 from builder.licences import licence_head, licence_text
-from builder.manifest import data_digest, records_of, write_json
+from builder.manifest import data_digest, mean_topk_mass, records_of, write_json
 from builder.markdown import plain
-from builder.recipe import CorpusRecipe, OutputRecipe, SequencesRecipe, TeacherRecipe
-from builder.schema import Layout, card_features, columns
+from builder.recipe import (
+    CorpusRecipe,
+    GenerationRecipe,
+    OutputRecipe,
+    SequencesRecipe,
+    TeacherRecipe,
+)
+from builder.schema import Layout, card_features, columns, is_generated
 from builder.shards import atomic_file
 
 README, VERIFICATION, RELEASE = "README.md", "verification.json", "release.json"
@@ -102,7 +108,7 @@ def render_card(
 
     recipe, teacher = manifest["recipe"], manifest["teacher"]
     totals, sequences = manifest["totals"], recipe["sequences"]
-    layout = Layout.of(recipe["output"], teacher)
+    layout = Layout.of(recipe, teacher)
     where = f"{release['repo']} --revision v{release['version']}" if release else "DIRECTORY"
     card = DatasetCard.from_template(
         DatasetCardData(**_head(manifest)),
@@ -112,12 +118,16 @@ def render_card(
         tokens=f"{totals['tokens']:,}",
         corpus=_corpus_name(manifest["corpus"]),
         teacher=_teacher_name(teacher),
-        kept=_what_is_kept(layout),
+        kept=_what_is_kept(manifest, layout),
         is_whole=layout.top_k == "all",
+        document=_documents(totals).removesuffix("s"),
+        rows="C" if layout.completions_only else "T",
+        at_wide="[kept]" if layout.completion_mask and not layout.completions_only else "",
         layout=layout,
         load_arguments=_load_arguments(release),
         columns=columns(layout),
         end_of_document=_end_of_document(manifest),
+        writing=authorship.sentences(manifest),
         statistics=_statistics(manifest),
         marks=[(k, f"{curves.mass[k - 1]:.1%}") for k in marks(len(curves.mass))] if curves else [],
         mass_alt="Probability inside the k most probable tokens, against k",
@@ -145,11 +155,12 @@ def recipe_toml(recipe: dict[str, Any], manifest: dict[str, Any]) -> str:
         "corpus": CorpusRecipe,
         "teacher": TeacherRecipe,
         "sequences": SequencesRecipe,
+        "generation": GenerationRecipe,
         "output": OutputRecipe,
     }
     lines = [f"{key} = {_toml(recipe[key])}" for key in ("name", "description") if recipe.get(key)]
     for section, model in sections.items():
-        values = dict(recipe[section])
+        values = dict(recipe.get(section) or {})
         if commit := manifest.get(section, {}).get("commit"):
             values["revision"] = commit
         defaults = {name: field.default for name, field in model.model_fields.items()}
@@ -187,7 +198,7 @@ def _head(manifest: dict[str, Any]) -> dict[str, Any]:
         ],
         "dataset_info": {
             "config_name": "default",
-            "features": card_features(Layout.of(recipe["output"], manifest["teacher"])),
+            "features": card_features(Layout.of(recipe, manifest["teacher"])),
             "splits": [
                 {"name": "train", "num_bytes": totals["bytes"], "num_examples": totals["rows"]}
             ],
@@ -236,8 +247,14 @@ def _link(text: str, path: str) -> str:
     return f"[{plain(text)}](https://huggingface.co/{path})"
 
 
-def _what_is_kept(layout: Layout) -> str:
+def _what_is_kept(manifest: dict[str, Any], layout: Layout) -> str:
     """Of each distribution, in words."""
+    if layout.completions_only:
+        everything = replace(layout, completions_only=False)
+        where = (
+            "in completions" if is_generated(manifest["recipe"]) else "where the assistant speaks"
+        )
+        return f"{where}, {_what_is_kept(manifest, everything)}"
     if layout.top_k == "all":
         return (
             f"the log-probabilities of all {layout.vocab_size:,} tokens, and the partition function"
@@ -257,7 +274,8 @@ def _statistics(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         share = []
     return [
         ("tokens", f"{totals['tokens']:,}"),
-        ("rows", f"{totals['rows']:,}, from {totals['documents']:,} documents"),
+        *_completions(totals),
+        ("rows", f"{totals['rows']:,}, from {totals['documents']:,} {_documents(totals)}"),
         ("size", f"{totals['bytes'] / 1e6:,.1f} MB, {totals['bytes_per_token']} bytes a token"),
         ("entropy", f"{totals['mean_entropy']:.3f} nats on average"),
         *share,
@@ -268,10 +286,26 @@ def _statistics(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _completions(totals: dict[str, Any]) -> list[tuple[str, str]]:
+    count, written = totals.get("completion_tokens"), totals.get("completions")
+    if count is None:
+        return []
+    rows = [("of completions", f"{count:,} tokens, {count / totals['tokens']:.1%}")]
+    if written:
+        mean = count / written["completions"]
+        rows.append(("completions", f"{written['completions']:,} of {mean:,.1f} tokens on average"))
+    return rows
+
+
+def _documents(totals: dict[str, Any]) -> str:
+    if "completions" in totals:
+        return "prompts"
+    return "documents" if totals.get("completion_tokens") is None else "chats"
+
+
 def _topk_mass(manifest: dict[str, Any]) -> float:
     """Unrounded, so that its complement and the picture show the same digits."""
-    records = records_of(manifest)
-    return sum(r.sums.topk_mass for r in records) / sum(r.tokens for r in records)
+    return mean_topk_mass(records_of(manifest))
 
 
 def _provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
@@ -294,6 +328,7 @@ def _provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
             f"{teacher['vocab_size']:,} logits; the tokenizer (SHA-256 `{teacher['tokenizer_sha256'][:16]}`) has "
             f"{teacher['tokenizer_vocab_size']:,} tokens",
         ),
+        *_chat_template(manifest),
         ("corpus", ", ".join([_corpus_name(corpus), _pin(corpus), *options])),
         (
             "built on",
@@ -301,6 +336,15 @@ def _provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
             f"{manifest['totals']['tokens_per_second']:,.0f} tokens/s",
         ),
     ]
+
+
+def _chat_template(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    digest = manifest["teacher"].get("chat_template_sha256")
+    if digest is None:
+        return []
+    file = manifest["recipe"]["sequences"].get("chat_template")
+    name = plain(file) if file else "the tokenizer’s own"
+    return [("chat template", f"{name}, SHA-256 `{plain(digest)}`")]
 
 
 def _pin(source: dict[str, Any]) -> str:
@@ -332,6 +376,7 @@ def _verification_text(record: dict[str, Any] | None, where: str) -> str:
 
 def _reproduce_note(recipe: dict[str, Any]) -> str:
     local = [recipe["teacher"].get(key) for key in ("path", "gguf", "tokenizer")]
+    local.append(recipe["sequences"].get("chat_template"))
     if recipe["corpus"]["files"] or any(local):
         return " beside the files that it names (their hashes are in the manifest)"
     return ""

@@ -47,6 +47,8 @@ class Measured:
 
     mass: list[float]
     """Probability of each rank."""
+    positions: int
+    """Whose top K is there: with `completions_only` not all."""
     entropies: list[int]
     """Positions whose entropy lies in [i, i + 1) · BIN_NATS."""
     entropy: float
@@ -56,13 +58,14 @@ class Measured:
     def __add__(self, other: Self) -> Self:
         return type(self)(
             mass=[a + b for a, b in zip_longest(self.mass, other.mass, fillvalue=0.0)],
+            positions=self.positions + other.positions,
             entropies=[a + b for a, b in zip_longest(self.entropies, other.entropies, fillvalue=0)],
             entropy=self.entropy + other.entropy,
             tokens=self.tokens + other.tokens,
         )
 
 
-NOTHING = Measured(mass=[], entropies=[], entropy=0.0, tokens=0)
+NOTHING = Measured(mass=[], positions=0, entropies=[], entropy=0.0, tokens=0)
 
 
 def measure(files: Iterable[Path]) -> Curves:
@@ -74,7 +77,7 @@ def curves_of(parts: Iterable[Measured]) -> Curves:
     """The curves over all positions of files that were measured one by one."""
     total = sum(parts, NOTHING)
     return Curves(
-        mass=[float(value) for value in np.cumsum(total.mass) / total.tokens],
+        mass=[float(value) for value in np.cumsum(total.mass) / max(total.positions, 1)],
         entropy_shares=[count / total.tokens for count in total.entropies],
         mean_entropy=total.entropy / total.tokens,
     )
@@ -92,7 +95,9 @@ def measure_file(path: Path) -> Measured:
             logprobs_NK = np.sort(logprobs_NK, axis=-1)[:, : -MAX_K - 1 : -1]
         entropy = nested_values(table["entropy"]).astype(np.float64)
         total += Measured(
-            mass=np.exp(logprobs_NK.astype(np.float64)).sum(0).tolist(),
+            # A row group can be without a completion, and has no K then.
+            mass=np.exp(logprobs_NK.astype(np.float64)).sum(0).tolist() if len(logprobs_NK) else [],
+            positions=len(logprobs_NK),
             entropies=np.bincount((entropy.clip(0) / BIN_NATS).astype(np.int64)).tolist(),
             entropy=float(entropy.sum()),
             tokens=len(entropy),

@@ -486,13 +486,14 @@ def _format_estimate(estimate: Any) -> str:
     def known(value: float | None, text: str) -> str:
         return "unknown" if value is None else text
 
+    about = "at most" if estimate.is_most else "about"
     tokens, size, seconds = estimate.tokens, estimate.bytes, estimate.seconds
     hours = None if seconds is None else seconds / 3600
     return "\n".join(
         [
             json.dumps(estimate.plan, indent=1, ensure_ascii=False),
-            f"tokens  {known(tokens, f'about {tokens or 0:,}')}",
-            f"disk    {known(size, f'about {(size or 0) / 1e6:,.1f} MB')}",
+            f"tokens  {known(tokens, f'{about} {tokens or 0:,}')}",
+            f"disk    {known(size, f'{about} {(size or 0) / 1e6:,.1f} MB')}",
             f"time    {known(hours, f'about {(hours or 0) * 60:,.1f} minutes on {estimate.device}')}",
             "nothing was written; run the command without --dry-run to build",
         ]

@@ -28,6 +28,8 @@ from datasets import IterableDataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from zstandard import ZstdError
 
+from builder.messages import Message, canonical, has_answer, read_messages, without_last_answer
+
 PARQUET_BATCH_ROWS = 1000
 """Documents of a local Parquet file in memory at once; by default it would be a row group, however large."""
 
@@ -37,10 +39,12 @@ Position = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """One text of the corpus."""
+    """One text of the corpus, or one chat."""
 
     id: str
-    text: str
+    text: str = ""
+    messages: list[Message] | None = None
+    """Of a chat; its text is what a chat template makes of them."""
 
 
 def open_local(
@@ -103,7 +107,9 @@ class Corpus:
         self,
         stream: IterableDataset,
         *,
-        text_column: str,
+        text_column: str = "text",
+        messages_column: str | None = None,
+        without_last_answer: bool = False,
         id_column: str | None,
         format: Literal["hub", "text", "json", "parquet"] = "hub",
         file_names: tuple[str, ...] = (),
@@ -116,7 +122,9 @@ class Corpus:
         Args:
             stream: from `open_local` or `open_hub`.
             text_column: column of the text.
-            id_column: column of the document's id; where it is null or there is none, ids are hashes of the text.
+            messages_column: column of the messages, if the corpus is one of chats.
+            without_last_answer: end each chat where the assistant is to speak next, so that it is a prompt.
+            id_column: column of the document's id; where it is null or there is none, ids are hashes of the text, or of the messages.
             format: what the stream's rows are; those of `json` are lines, each an object whose keys are the columns.
             file_names: names of the stream's files for messages.
             partition: which of `num_partitions` contiguous ranges of files to read.
@@ -131,7 +139,9 @@ class Corpus:
                 "divide; choose fewer"
             )
         self.stream = stream
-        self._text_column = text_column
+        self._is_of_chats = messages_column is not None
+        self._column = messages_column or text_column
+        self._without_last_answer = without_last_answer
         self._id_column = id_column
         self._format = format
         self._file_names = file_names
@@ -157,7 +167,7 @@ class Corpus:
         }
 
     def __iter__(self) -> Iterator[Document]:
-        """Yield documents that are not empty.
+        """Yield documents that are not empty; of chats those with an answer, or with something to be answered.
 
         Raises:
             ValueError: a file cannot be read as what it should be, or a column is missing or of another type.
@@ -168,19 +178,38 @@ class Corpus:
                 if is_first_row:
                     self._check_columns(row)
                     is_first_row = False
-                text = row.get(self._text_column)
-                if text is not None and not isinstance(text, str):
-                    raise ValueError(
-                        f"{self._where_exactly()}: column {self._text_column!r} holds {type(text).__name__}, expected text; "
-                        "set corpus.text_column to a column of strings"
-                    )
-                if text is None or not text.strip():
+                document = self._chat(row) if self._is_of_chats else self._text(row)
+                if document is None:
                     self._skipped += 1
                     continue
-                identifier = self._identify(row, text)
                 self._documents += 1
-                yield Document(id=identifier, text=text)
+                yield document
             self._file, self._row_group = self._file + 1, 0
+
+    def _text(self, row: dict[str, Any]) -> Document | None:
+        text = row.get(self._column)
+        if text is not None and not isinstance(text, str):
+            raise ValueError(
+                f"{self._where_exactly()}: column {self._column!r} holds {type(text).__name__}, expected text; "
+                "set corpus.text_column to a column of strings, or corpus.messages_column to one of chats"
+            )
+        if text is None or not text.strip():
+            return None
+        return Document(id=self._identify(row, text), text=text)
+
+    def _chat(self, row: dict[str, Any]) -> Document | None:
+        try:
+            messages = read_messages(row.get(self._column))
+        except ValueError as error:
+            raise ValueError(
+                f"{self._where_exactly()}: column {self._column!r} {error}; mend the corpus, or set "
+                "corpus.messages_column to another column"
+            ) from None
+        if self._without_last_answer:
+            messages = without_last_answer(messages)
+        if not messages or not (self._without_last_answer or has_answer(messages)):
+            return None
+        return Document(id=self._identify(row, canonical(messages)), messages=messages)
 
     def _rows_of_file(self) -> Iterator[dict[str, Any]]:
         """The rows of the current file from the current place on."""
@@ -220,11 +249,11 @@ class Corpus:
                 return row
             reason = f"a JSON {type(row).__name__}"
         raise ValueError(
-            f"{self._where_exactly()} is {reason}; expected one JSON object a line, with the key {self._text_column!r}"
+            f"{self._where_exactly()} is {reason}; expected one JSON object a line, with the key {self._column!r}"
         )
 
     def _identify(self, row: dict[str, Any], text: str) -> str:
-        """The document's id, once it is known that it and the text can be written as UTF-8."""
+        """The document's id, once it is known that it and the text (or messages) can be written as UTF-8."""
         own = row.get(self._id_column) if self._id_column else None
         if not isinstance(own, str | int | None) or isinstance(own, bool):
             raise ValueError(
@@ -242,7 +271,7 @@ class Corpus:
         return hashlib.sha256(content).hexdigest()[:16] if own in (None, "") else str(own)
 
     def _check_columns(self, row: dict[str, Any]) -> None:
-        for name in filter(None, (self._text_column, self._id_column)):
+        for name in filter(None, (self._column, self._id_column)):
             if name not in row:
                 raise ValueError(f"{self._where()} {_no_column(name, row)}")
 
@@ -306,5 +335,5 @@ def _check_parquet(path: Path, columns: tuple[str, ...]) -> None:
 def _no_column(name: str, found: Iterable[str]) -> str:
     return (
         f"has no column {name!r}; its columns are {', '.join(found)}; "
-        "set corpus.text_column or corpus.id_column"
+        "set corpus.text_column, corpus.messages_column or corpus.id_column"
     )

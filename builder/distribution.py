@@ -41,6 +41,7 @@ Distribution = dict[str, Tensor]
 """What is stored of the teacher's distribution at N positions: name of a column → [N] or [N, values a token], in its stored type.
 
 Always there: target_logprob, logsumexp, entropy. With a top K: topk_indices, topk_logprobs, tail_logprob. The others as asked for.
+Where a dataset keeps completions only, columns of several values a token hold kept positions only from `pipeline` on.
 """
 
 

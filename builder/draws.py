@@ -64,20 +64,20 @@ def draw(
     beyond_R1 = beyond_logsumexp_R.double()[:, None]
     share_R1 = torch.sigmoid(beyond_R1 - rest_logsumexp_R.double()[:, None])
     weights_RC = (beyond_RC - beyond_logsumexp_R[:, None]).exp()
-    place_RM, _ = _invert(weights_RC, uniforms_RM / share_R1)
+    place_RM, _ = invert(weights_RC, uniforms_RM / share_R1)
     from_beyond_RM = ids_RC.gather(1, place_RM)
 
     rows, padded = rest_RP.shape
     sums_RB = rest_RP.unflatten(1, (-1, block_size)).sum(-1)
-    block_RM, within_RM = _invert(sums_RB, (uniforms_RM - share_R1) / (1 - share_R1))
+    block_RM, within_RM = invert(sums_RB, (uniforms_RM - share_R1) / (1 - share_R1))
     first_R1 = torch.arange(rows, device=rest_RP.device)[:, None] * (padded // block_size)
     entries_E = rest_RP.view(-1, block_size).index_select(0, (block_RM + first_R1).flatten())
-    entry, _ = _invert(entries_E, within_RM.view(-1, 1))
+    entry, _ = invert(entries_E, within_RM.view(-1, 1))
     from_rest_RM = block_RM * block_size + entry.view_as(block_RM)
     return torch.where(uniforms_RM < share_R1, from_beyond_RM, from_rest_RM)
 
 
-def _invert(weights_RB: Tensor, uniforms_RM: Tensor) -> tuple[Tensor, Tensor]:
+def invert(weights_RB: Tensor, uniforms_RM: Tensor) -> tuple[Tensor, Tensor]:
     """For each uniform number, the index at which the cumulated weights exceed it, and how far inside that weight it lies.
 
     Never an index of weight 0, unless there are no others.

@@ -18,15 +18,18 @@ import pyarrow.parquet as pq
 import torch
 import zstandard
 
-from builder.corpus import Corpus
+from builder.corpus import Corpus, Document
 from builder.plan import bytes_per_token, count_parameters
 from builder.recipe import Recipe
+from builder.sequences import Encoder
 from builder.sources import (
     CorpusSource,
     KnownSources,
     TeacherSource,
+    read_chat_template,
     resolve_corpus,
     resolve_teacher,
+    template_provenance,
 )
 from builder.stream import make_encoder, open_corpus
 from builder.teacher import load_tokenizer
@@ -48,6 +51,8 @@ class Estimate:
     bytes: int | None
     seconds: float | None
     device: str
+    is_most: bool
+    """Whether it will be no more than that: completions may end early."""
 
 
 def estimate(recipe: Recipe, base: Path, *, device: str) -> Estimate:
@@ -58,7 +63,10 @@ def estimate(recipe: Recipe, base: Path, *, device: str) -> Estimate:
     """
     corpus_source = resolve_corpus(recipe.corpus, base, KnownSources())
     teacher_source = resolve_teacher(recipe.teacher, base, KnownSources())
-    tokens = _count_tokens(recipe, corpus_source, teacher_source)
+    template = read_chat_template(recipe.sequences, base)
+    tokens, kept_share = _count_tokens(recipe, corpus_source, teacher_source, template)
+    if not recipe.output.completions_only:
+        kept_share = 1.0
     parameters = _count_parameters(teacher_source)
     rate = _tokens_per_second(parameters, recipe.teacher.dtype, device) if parameters else None
     sizes = _sizes(recipe, teacher_source)
@@ -66,44 +74,68 @@ def estimate(recipe: Recipe, base: Path, *, device: str) -> Estimate:
         plan={
             "recipe": recipe.published(),
             "corpus": corpus_source.provenance,
-            "teacher": teacher_source.provenance,
+            "teacher": teacher_source.provenance | template_provenance(template),
         },
         tokens=tokens,
         bytes=None
         if tokens is None or sizes is None
-        else round(tokens * bytes_per_token(recipe, **sizes)),
-        seconds=tokens / rate if tokens and rate else None,
+        else round(tokens * bytes_per_token(recipe, kept_share=kept_share, **sizes)),
+        # How fast a teacher writes depends on how many completions it writes at once, and on where they end.
+        seconds=tokens / rate if tokens and rate and not recipe.generation else None,
         device=device,
+        is_most=recipe.generation is not None,
     )
 
 
 def _count_tokens(
-    recipe: Recipe, corpus_source: CorpusSource, teacher_source: TeacherSource
-) -> int | None:
-    """Tokens of a build: counted where the sample is all of it, else scaled from the sample."""
+    recipe: Recipe, corpus_source: CorpusSource, teacher_source: TeacherSource, template: str | None
+) -> tuple[int | None, float]:
+    """Tokens of a build, counted where the sample is all of it, else scaled from the sample; and the share of kept positions."""
     corpus = recipe.corpus
     tokenizer = load_tokenizer(
         teacher_source.location, commit=teacher_source.commit, tokenizer=teacher_source.tokenizer
     )
-    encoder = make_encoder(recipe.sequences, tokenizer)
-    documents = open_corpus(corpus, corpus_source)
-    num_documents = num_rows = num_tokens = 0
+    encoder = make_encoder(recipe, tokenizer, template)
+    documents = open_corpus(corpus, corpus_source, are_prompts=recipe.generation is not None)
+    num_documents = num_rows = num_tokens = num_kept = 0
     for document in documents:
         if num_documents == SAMPLE_DOCUMENTS:
             break
         num_documents += 1
         num_rows = num_documents + documents.position["skipped"]
-        num_tokens += sum(len(sequence.token_ids) for sequence in encoder.encode(document))
+        found, kept = _tokens_of(document, encoder, recipe)
+        num_tokens += found
+        num_kept += kept
         if num_documents == corpus.max_documents or num_tokens >= (corpus.max_tokens or math.inf):
-            return num_tokens
+            return num_tokens, num_kept / max(num_tokens, 1)
     else:
-        if not num_documents:
-            raise ValueError("the corpus has no text; check corpus.text_column")
-        return num_tokens
+        if not num_tokens and recipe.generation:
+            raise ValueError(
+                "the corpus has no prompt that leaves room for generation.max_new_tokens; choose a larger sequences.max_length"
+            )
+        if not num_tokens:
+            column = "messages_column" if corpus.messages_column else "text_column"
+            what = "chat with an answer" if corpus.messages_column else "text"
+            raise ValueError(f"the corpus has no {what}; check corpus.{column}")
+        return num_tokens, num_kept / num_tokens
     share = _share_of_corpus(num_rows, documents, recipe, corpus_source)
     whole = share and round(num_tokens / share)
     most = corpus.max_documents and round(num_tokens / num_documents * corpus.max_documents)
-    return min((n for n in (whole, most, corpus.max_tokens) if n), default=None)
+    known = [n for n in (whole, most, corpus.max_tokens) if n]
+    return min(known, default=None), num_kept / max(num_tokens, 1)
+
+
+def _tokens_of(document: Document, encoder: Encoder, recipe: Recipe) -> tuple[int, int]:
+    """Tokens of the rows of a document, and kept positions among them; at most, where the teacher completes it."""
+    how = recipe.generation
+    if how is None:
+        sequences = encoder.encode(document)
+        return sum(len(s.token_ids) for s in sequences), sum(len(s.kept) for s in sequences)
+    prompt = encoder.encode_prompt(document)
+    if prompt is None or (len(prompt.token_ids) + how.max_new_tokens > recipe.sequences.max_length):
+        return 0, 0
+    length = len(prompt.token_ids) + how.max_new_tokens
+    return how.samples * length, how.samples * how.max_new_tokens
 
 
 def _share_of_corpus(

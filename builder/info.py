@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from builder import authorship
 from builder.manifest import read_manifest, records_of
 from builder.recompute import dataset_tokenizer, read_row, what_follows
-from builder.schema import Layout, columns
+from builder.schema import Layout, columns, is_generated, kept_positions
 from builder.sequences import NO_TOKEN
 
 Floats = npt.NDArray[np.float64]
@@ -35,6 +36,11 @@ def summarize(directory: Path) -> dict[str, Any]:
         "top_k": manifest["recipe"]["output"]["top_k"],
         "columns": [column.name for column in columns(_layout(manifest))],
         "max_length": manifest["recipe"]["sequences"]["max_length"],
+        **(
+            {"generation": manifest["recipe"]["generation"]}
+            if is_generated(manifest["recipe"])
+            else {}
+        ),
         "shards": len(manifest["shards"]),
         "environments": manifest["environments"],
     }
@@ -50,19 +56,26 @@ def describe(directory: Path) -> str:
     corpus_pin = (corpus.get("commit") or corpus.get("sha256") or corpus["files"][0]["sha256"])[:12]
     teacher_name = teacher.get("repo") or teacher["name"]
     teacher_pin = (teacher.get("commit") or teacher["sha256"])[:12]
+    what = "without an answer to learn" if "completion_tokens" in totals else "blank ones"
+    if "completions" in totals:
+        what = (
+            "too long or blank ones" if totals["completions"]["prompts_too_long"] else "blank ones"
+        )
     skipped = (
-        f", {totals['documents_skipped']:,} blank ones skipped"
-        if totals["documents_skipped"]
-        else ""
+        f", {totals['documents_skipped']:,} {what} skipped" if totals["documents_skipped"] else ""
     )
+    manifest = read_manifest(directory)
+    layout, written = _layout(manifest), authorship.line(manifest)
     lines = {
         "dataset": f"{summary['name']}  (schema {summary['schema_version']}, fingerprint {summary['fingerprint'][:12]})",
         "teacher": f"{teacher_name} @ {teacher_pin}, {teacher['parameters']:,} parameters, {teacher['dtype']}, "
         f"vocabulary {teacher['vocab_size']:,}",
         "corpus": f"{corpus_name} @ {corpus_pin}",
         "size": f"{totals['tokens']:,} tokens in {totals['rows']:,} rows of {totals['documents']:,} documents{skipped}",
+        **_completions(totals),
+        **({"written": written} if written else {}),
         "disk": f"{totals['bytes'] / 1e6:,.1f} MB in {summary['shards']} files, {totals['bytes_per_token']} bytes a token",
-        "stored": _stored(_layout(read_manifest(directory))),
+        "stored": _stored(layout),
         **_share(summary),
         "entropy": f"{totals['mean_entropy']:.3f} nats on average",
         "perplexity": f"{totals['teacher_perplexity'] or '?'} of the teacher on this text",
@@ -82,7 +95,16 @@ def _stored(layout: Layout) -> str:
         parts.append(f"log-partitions at temperature 1, {listed}")
     if layout.hidden_states:
         parts.append(f"hidden states of {layout.hidden_size}")
+    if layout.completions_only:
+        parts[0] += ", for completions only"
     return "; ".join(parts)
+
+
+def _completions(totals: dict[str, Any]) -> dict[str, str]:
+    if "completion_tokens" not in totals:
+        return {}
+    count = totals["completion_tokens"]
+    return {"of these": f"{count:,} tokens in completions, {count / totals['tokens']:.1%}"}
 
 
 def _share(summary: dict[str, Any]) -> dict[str, str]:
@@ -130,9 +152,17 @@ def alternatives(
     ids = values["input_ids"]
     if not 0 <= position < len(ids):
         raise ValueError(f"row {row} has positions 0 to {len(ids) - 1}, not {position}")
+    index = _kept_index(values, _layout(manifest), position)
+    if index is None:
+        kept = np.flatnonzero(kept_positions(values["completion_mask"]))
+        where = f"the first of which is {kept[0]}" if len(kept) else "of which this row has none"
+        raise ValueError(
+            f"row {row} keeps no alternatives at position {position}, for what follows is not the completion's; "
+            f"choose a position before a completion's token, {where}"
+        )
     tokenizer = dataset_tokenizer(manifest, teacher_path)
-    topk_ids, topk_logprobs, tail_logprob = _ranked(values, position)
-    drawn = values["tail_indices"][position].tolist() if "tail_indices" in values else []
+    topk_ids, topk_logprobs, tail_logprob = _ranked(values, position, index)
+    drawn = values["tail_indices"][index].tolist() if "tail_indices" in values else []
     following = targets[position]
     return Alternatives(
         context=_spell(tokenizer, ids[: position + 1]),
@@ -199,34 +229,47 @@ def describe_row(directory: Path, row: int, *, teacher_path: Path | None = None)
         f"{'position':>8}  {'token':<16} {'really followed':<24} {'teacher expected':<24} entropy",
     ]
     for position, token in enumerate(ids[:MAX_POSITIONS]):
-        topk_ids, topk_logprobs, _ = _ranked(values, position)
-        first, first_probability = topk_ids[0], np.exp(topk_logprobs[0])
+        index, expected = _kept_index(values, _layout(manifest), position), f"{'(not kept)':<24}"
+        if index is not None:
+            topk_ids, topk_logprobs, _ = _ranked(values, position, index)
+            expected = f"{show(topk_ids[0]):<15} {np.exp(topk_logprobs[0]):>8.4f}"
         target = np.exp(float(values["target_logprob"][position]))
         lines.append(
             f"{position:>8}  {show(token):<16} {show(targets[position]):<15} {target:>8.4f} "
-            f"{show(first):<15} {first_probability:>8.4f} {float(values['entropy'][position]):>8.3f}"
+            f"{expected} {float(values['entropy'][position]):>8.3f}"
         )
     if len(ids) > MAX_POSITIONS:
         lines.append(f"… and {len(ids) - MAX_POSITIONS} more; --position T shows any of them")
     return "\n".join(lines)
 
 
-def _ranked(values: dict[str, Any], position: int) -> tuple[list[int], Floats, float]:
-    """Ids and log-probabilities at a position, most probable first, and the log-probability of all others together."""
+def _kept_index(values: dict[str, Any], layout: Layout, position: int) -> int | None:
+    """Where a position stands among those whose columns of several values were kept; None if it was not."""
+    if not layout.completions_only:
+        return position
+    kept = kept_positions(values["completion_mask"])
+    return int(kept[:position].sum()) if kept[position] else None
+
+
+def _ranked(values: dict[str, Any], position: int, index: int) -> tuple[list[int], Floats, float]:
+    """Ids and log-probabilities at a position, most probable first, and the log-probability of all others together.
+
+    In columns of several values a token, it has this index.
+    """
     if "logprobs" in values:
-        logprobs = values["logprobs"][position].astype(np.float64)
+        logprobs = values["logprobs"][index].astype(np.float64)
         order = np.argsort(-logprobs, kind="stable")
         return order.tolist(), logprobs[order], -np.inf
-    logprobs = values["topk_logprobs"][position].astype(np.float64)
+    logprobs = values["topk_logprobs"][index].astype(np.float64)
     return (
-        values["topk_indices"][position].tolist(),
+        values["topk_indices"][index].tolist(),
         logprobs,
         float(values["tail_logprob"][position]),
     )
 
 
 def _layout(manifest: dict[str, Any]) -> Layout:
-    return Layout.of(manifest["recipe"]["output"], manifest["teacher"])
+    return Layout.of(manifest["recipe"], manifest["teacher"])
 
 
 def spell_token(tokenizer: Any, token: int) -> str:

@@ -1,6 +1,7 @@
 """The stored values of some positions → which positions break which invariant of the schema.
 
-In:   the columns of N positions as flat arrays in their stored types, and the tokens that follow where they are known.
+In:   the columns of N positions as flat arrays in their stored types, and the tokens that follow where they are known; of positions that
+      were not kept, the columns of one value a token.
 Out:  pairs of a mask [N] and a line on what is wrong where it is true.
 
 All of it holds for every true distribution, within the rounding of the stored types; nothing here needs the teacher.
@@ -8,7 +9,8 @@ All of it holds for every true distribution, within the rounding of the stored t
 Shape suffixes: N positions, K top-k (or the whole vocabulary), M draws from the tail.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,13 +34,15 @@ def broken(stored: dict[str, Array], targets_N: Ints, layout: Layout) -> Iterato
     """What is wrong, and where.
 
     Args:
-        stored: every column of one or several values a token.
+        stored: every column of one or several values a token, or of one value only.
         targets_N: the token that follows each position, negative where that is not known.
         layout: of the dataset.
     """
     columns: dict[str, Floats] = {}
     ids: dict[str, Ints] = {}
     for name, values in stored.items():
+        if values.dtype == np.bool_:
+            continue
         if np.issubdtype(values.dtype, np.integer):
             ids[name] = values.astype(np.int64).reshape(len(values), -1)
         else:
@@ -52,6 +56,9 @@ def broken(stored: dict[str, Array], targets_N: Ints, layout: Layout) -> Iterato
     yield columns["target_logprob"] > 0, "target_logprob is above 0"
     known = targets_N >= 0
     yield known & np.isnan(columns["target_logprob"]), "target_logprob is NaN"
+    if not stored.keys() & {"logprobs", "topk_logprobs"}:
+        yield from _not_kept(columns, layout)
+        return
     if layout.top_k == "all":
         yield from _whole(columns, np.clip(targets_N, 0, layout.vocab_size - 1), known)
     else:
@@ -63,12 +70,106 @@ def broken(stored: dict[str, Array], targets_N: Ints, layout: Layout) -> Iterato
         yield _temperature(columns, temperature, layout)
 
 
+def broken_completions(
+    stored: dict[str, Array],
+    starts_R: Ints,
+    ends_R: Ints,
+    *,
+    generation: Mapping[str, Any],
+    eos_ids: Sequence[int],
+) -> Iterator[tuple[Mask, str]]:
+    """What is wrong, and where, with completions that the teacher wrote.
+
+    Args:
+        stored: every column of one or several values a token, of whole rows.
+        starts_R: where each row begins.
+        ends_R: where each row ends.
+        generation: the recipe's section.
+        eos_ids: tokens that end a completion.
+    """
+    ids_N, mask_N = stored["input_ids"], stored["completion_mask"].astype(bool)
+    is_last_N = np.zeros(len(ids_N), bool)
+    is_last_N[ends_R - 1] = True
+    is_first_N = np.zeros(len(ids_N), bool)
+    is_first_N[starts_R] = True
+    next_is_written_N = np.append(mask_N[1:], False) & ~is_last_N
+    yield is_first_N & mask_N, "the row begins with its completion"
+    yield is_last_N & ~mask_N, "the row does not end with its completion"
+    yield mask_N & ~next_is_written_N & ~is_last_N, "the completion is interrupted"
+    known_N = ~np.isnan(stored["target_logprob"].astype(np.float64))
+    yield is_last_N & known_N, "target_logprob is there, but nothing follows a completion"
+
+    limit = generation["max_new_tokens"]
+    lengths_N = np.repeat(np.add.reduceat(mask_N.astype(np.int64), starts_R), ends_R - starts_R)
+    yield is_last_N & (lengths_N > limit), f"the completion is longer than {limit} tokens"
+    is_end_N = np.isin(ids_N, eos_ids) & mask_N
+    yield is_end_N & ~is_last_N, "the completion goes on after the token that ends it"
+    is_cut_N = is_last_N & ~is_end_N & (lengths_N < limit)
+    yield is_cut_N, f"the completion ends before {limit} tokens, and with none that ends it"
+
+    if generation["temperature"] == 0:
+        positions = np.flatnonzero(next_is_written_N)
+        wrong_N = np.zeros(len(ids_N), bool)
+        wrong_N[positions] = ~_is_choice(stored, positions, ids_N[positions + 1])
+        yield wrong_N, "the completion was written greedily, but not with the most probable token"
+
+
+def surprise_beyond_entropy(stored: dict[str, Array]) -> Floats:
+    """How much more surprising than the entropy says each token of the completions was, in nats; of whole rows that begin with a prompt.
+
+    Of tokens that are drawn from the stored distribution itself, this is 0 on average.
+    """
+    before_N = np.append(stored["completion_mask"][1:].astype(bool), False)
+    target_C, entropy_C = (
+        stored[name][before_N].astype(np.float64) for name in ("target_logprob", "entropy")
+    )
+    surplus: Floats = -target_C - entropy_C
+    return surplus
+
+
+def _is_choice(stored: dict[str, Array], positions: Ints, following_C: Array) -> Mask:
+    """Whether the token that follows each position is the first of the stored distribution there."""
+    name = "logprobs" if "logprobs" in stored else "topk_indices"
+    values_CK = stored[name]
+    if len(values_CK) == len(stored["input_ids"]):  # else they are of these positions only
+        values_CK = values_CK[positions]
+    if name == "topk_indices":
+        found: Mask = values_CK[:, 0] == following_C
+        return found
+    # Several may be the first once they are rounded.
+    at_following_C = np.take_along_axis(values_CK, following_C[:, None].astype(np.int64), -1)[:, 0]
+    highest: Mask = at_following_C == values_CK.max(-1)
+    return highest
+
+
 def sampled_entropy(stored: dict[str, Array]) -> Floats:
     """[N]: what top K and draws say of the entropy: on average over draws, the entropy itself."""
     names = ("topk_logprobs", "tail_logprob", "tail_logprobs")
     head_NK, tail_N, draws_NM = (stored[name].astype(np.float64) for name in names)
     estimate: Floats = -(np.exp(head_NK) * head_NK).sum(-1) - np.exp(tail_N) * draws_NM.mean(-1)
     return estimate
+
+
+def _not_kept(columns: dict[str, Floats], layout: Layout) -> Iterator[tuple[Mask, str]]:
+    entropy_N = columns["entropy"]
+    yield entropy_N < 0, "entropy is below 0"
+    yield entropy_N > np.log(layout.vocab_size) + ENTROPY_TOLERANCE, "entropy is above log V"
+    if layout.top_k == "all":
+        return
+    tail_N = columns["tail_logprob"]
+    yield tail_N > 0, "tail_logprob is above 0"
+    tail_mass_N = np.exp(tail_N)
+    head_mass_N = np.maximum(1 - tail_mass_N, 0)
+    head_N = np.log(np.maximum(head_mass_N, np.finfo(np.float64).tiny))
+    # Head and tail alone have less entropy than all events, but not by more than an even head and an even tail have.
+    least_N = -tail_mass_N * tail_N - head_mass_N * head_N
+    most_N = (
+        least_N
+        + head_mass_N * np.log(layout.top_k)
+        + tail_mass_N * np.log(max(_tail_size(layout), 1))
+    )
+    fits = (entropy_N >= least_N - ENTROPY_TOLERANCE) & (entropy_N <= most_N + ENTROPY_TOLERANCE)
+    yield ~fits, "entropy does not fit the stored tail"
 
 
 def _top_k(

@@ -12,7 +12,7 @@ import os
 import platform
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -46,6 +46,32 @@ class Sums:
     """−log-probability of the tokens that really follow, in nats."""
     targets: int = 0
     """Positions that have a token that follows."""
+    completion_tokens: int | None = None
+    """Tokens of completions; None in a dataset without a completion_mask."""
+    kept: int | None = None
+    """Positions of which columns of several values a token are kept; None where these are all."""
+
+    def __add__(self, other: Self) -> Self:
+        both = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        known = {name: [v for v in values if v is not None] for name, values in both.items()}
+        return type(self)(**{name: sum(values) for name, values in known.items() if values})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completions:
+    """What came of the prompts of a shard."""
+
+    prompts: int = 0
+    """That were completed."""
+    prompts_too_long: int = 0
+    """That leave no room for a completion, and were skipped."""
+    completions: int = 0
+    tokens: int = 0
+    """Of the completions."""
+    ended: int = 0
+    """Completions that end with an end-of-sequence token; the others were cut at max_new_tokens."""
+    corrected: int = 0
+    """Tokens of greedy drafts that gave way to what the capture pass says."""
 
     def __add__(self, other: Self) -> Self:
         return type(self)(
@@ -76,6 +102,8 @@ class ShardRecord:
     seconds: float
     environment: dict[str, Any]
     """Libraries and hardware that computed it."""
+    completions: Completions | None = None
+    """None where the corpus is taken as it is."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
@@ -86,11 +114,20 @@ class ShardRecord:
         """
         try:
             record = cls(**{**values, "sums": Sums(**values["sums"])})
+            if record.completions is not None:
+                record = replace(record, completions=Completions(**values["completions"]))
         except (TypeError, KeyError) as error:
             raise ValueError(f"not a shard record: {error}") from None
         if not DATA_FILE.fullmatch(str(record.file)):
             raise ValueError(f"shard record names {record.file!r}, expected data/*.parquet")
         return record
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON values."""
+        values = asdict(self)
+        if self.completions is None:
+            del values["completions"]
+        return values
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -124,8 +161,9 @@ def make_manifest(
             environments.append(record.environment)
     shards = []
     for record in records:
-        values = asdict(record)
+        values = record.to_json()
         del values["environment"]
+        values["sums"] = {name: v for name, v in values["sums"].items() if v is not None}
         shards.append({**values, "environment": environments.index(record.environment)})
     return {
         "schema_version": SCHEMA_VERSION,
@@ -157,6 +195,15 @@ def records_of(manifest: dict[str, Any]) -> list[ShardRecord]:
             f"{FILE_NAME} has damaged shard records ({error}); fetch or build the dataset again"
         ) from None
     return [ShardRecord.from_json(shard) for shard in shards]
+
+
+def mean_topk_mass(records: Iterable[ShardRecord]) -> float:
+    """Mean probability inside the top K, of the positions that have one."""
+    mass, positions = 0.0, 0
+    for record in records:
+        mass += record.sums.topk_mass
+        positions += record.tokens if record.sums.kept is None else record.sums.kept
+    return mass / max(positions, 1)
 
 
 def data_digest(manifest: dict[str, Any]) -> str:
@@ -238,18 +285,21 @@ def _totals(records: list[ShardRecord]) -> dict[str, Any]:
     seconds = sum(record.seconds for record in records)
     nll = sums.target_nll / sums.targets if sums.targets else None
     last = {record.partition: record.position_after for record in records}
+    written = [record.completions for record in records if record.completions]
     return {
         "documents": sum(position["documents"] for position in last.values()),
         "documents_skipped": sum(position["skipped"] for position in last.values()),
         "rows": sum(record.rows for record in records),
         "tokens": tokens,
+        **({} if sums.completion_tokens is None else {"completion_tokens": sums.completion_tokens}),
         "bytes": data_bytes,
         "bytes_per_token": round(data_bytes / tokens, 2),
         "mean_entropy": round(sums.entropy / tokens, 4),
-        "mean_topk_mass": round(sums.topk_mass / tokens, 4),
+        "mean_topk_mass": round(mean_topk_mass(records), 4),
         "mean_target_nll": None if nll is None else round(nll, 4),
         # Beyond float64 only if the teacher rules out (−inf) a good part of what really follows.
         "teacher_perplexity": None if nll is None or nll > 700 else round(math.exp(nll), 3),
         "seconds": round(seconds, 1),
         "tokens_per_second": round(tokens / max(seconds, 1e-3), 1),
+        **({"completions": asdict(sum(written, Completions()))} if written else {}),
     }

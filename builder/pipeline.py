@@ -174,6 +174,11 @@ class Pipeline:
         )
         if hidden_ND is not None:
             distribution["hidden_states"] = hidden_ND.half().to(teacher.logits_device)
+        if layout.completions_only:
+            kept_C = to_device(_kept(sequences), teacher.logits_device)
+            for name, values in distribution.items():
+                if values.ndim == 2:
+                    distribution[name] = values.index_select(0, kept_C)
         return distribution
 
     def _uniforms(self, sequence: Sequence) -> Tensor:
@@ -189,11 +194,11 @@ class Pipeline:
         """Take a batch in; yields the block of its window when that is complete."""
         distribution = batch.arrive()
         sequences = [batch.window.sequences[i] for i in batch.indices]
-        _check_finite(distribution, sequences)
+        _check_finite(distribution, sequences, kept_only=self._layout.completions_only)
         batch.window.landed.append((batch.indices, distribution))
         self._progress(len(distribution["logsumexp"]))
         if batch.is_last:
-            yield _in_order(batch.window)
+            yield _in_order(batch.window, kept_only=self._layout.completions_only)
 
 
 def start_copy(distribution: Distribution) -> Callable[[], Distribution]:
@@ -234,23 +239,43 @@ def _packing_order(distribution: Distribution) -> list[str]:
     return sorted(distribution, key=lambda name: -distribution[name].itemsize)
 
 
-def _in_order(window: _Window) -> Block:
+def _in_order(window: _Window, *, kept_only: bool) -> Block:
     """The block of a complete window: positions are brought back from the order of batches to that of sequences."""
-    lengths = [len(sequence.token_ids) for sequence in window.sequences]
+    order_N = order_C = _order(window, [len(sequence.token_ids) for sequence in window.sequences])
+    if kept_only:
+        order_C = _order(window, [len(sequence.kept) for sequence in window.sequences])
+    whole = concatenate([distribution for _, distribution in window.landed])
+    ordered = {
+        name: column.index_select(0, order_N if column.ndim == 1 else order_C)
+        for name, column in whole.items()
+    }
+    return Block(sequences=window.sequences, distribution=ordered)
+
+
+def _order(window: _Window, lengths: list[int]) -> Tensor:
+    """Where each value of the sequences, of which they have so many, stands among those that have landed."""
     starts, start = [0] * len(lengths), 0
     for indices, _ in window.landed:
         for i in indices:
             starts[i] = start
             start += lengths[i]
-    order_N = torch.cat(
+    return torch.cat(
         [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
     )
-    whole = concatenate([distribution for _, distribution in window.landed])
-    ordered = {name: column.index_select(0, order_N) for name, column in whole.items()}
-    return Block(sequences=window.sequences, distribution=ordered)
 
 
-def _check_finite(distribution: Distribution, sequences: list[Sequence]) -> None:
+def _kept(sequences: list[Sequence]) -> Tensor:
+    """Indices of the kept positions among all positions of some sequences, [C]."""
+    found, start = [], 0
+    for sequence in sequences:
+        found += [start + position for position in sequence.kept]
+        start += len(sequence.token_ids)
+    return torch.tensor(found, dtype=torch.long)
+
+
+def _check_finite(
+    distribution: Distribution, sequences: list[Sequence], *, kept_only: bool
+) -> None:
     bad = (~distribution["logsumexp"].isfinite()).nonzero()
     if len(bad):
         where = _place(int(bad[0]), sequences)
@@ -261,8 +286,9 @@ def _check_finite(distribution: Distribution, sequences: list[Sequence]) -> None
         return
     bad = (~distribution["hidden_states"].isfinite().all(-1)).nonzero()
     if len(bad):
+        position = int(_kept(sequences)[bad[0]]) if kept_only else int(bad[0])
         raise ValueError(
-            f"a hidden state for {_place(int(bad[0]), sequences)} is beyond {-FLOAT16_MIN:.0f}, the largest float16; "
+            f"a hidden state for {_place(position, sequences)} is beyond {-FLOAT16_MIN:.0f}, the largest float16; "
             "this teacher's cannot be stored: set output.hidden_states to false"
         )
 

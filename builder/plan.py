@@ -251,7 +251,9 @@ def _size(size: float) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def bytes_per_token(recipe: Recipe, *, vocab_size: int = 0, hidden_size: int = 0) -> float:
+def bytes_per_token(
+    recipe: Recipe, *, vocab_size: int = 0, hidden_size: int = 0, kept_share: float = 1.0
+) -> float:
     """What a token takes on disk, of a teacher whose vocabulary needs two bytes.
 
     Those of the embedded dataset (README): an entry of the top K takes 3.0 and the rest of a token 12.
@@ -260,14 +262,16 @@ def bytes_per_token(recipe: Recipe, *, vocab_size: int = 0, hidden_size: int = 0
         recipe: the recipe.
         vocab_size: of the teacher; needed where all log-probabilities are kept.
         hidden_size: of the teacher; needed where hidden states are kept.
+        kept_share: share of the positions of which the columns of several values are kept.
     """
     output, per_entry = recipe.output, 2.8 if recipe.output.profile == "compact" else 3.0
     size = 10.0 + 3.5 * len(output.temperatures) + (2 if output.text else 0)
-    if output.hidden_states:
-        size += 1.8 * hidden_size
+    wide = 1.8 * hidden_size if output.hidden_states else 0.0
     if output.top_k == "all":
-        return size + 1.5 * vocab_size
-    return size + per_entry * output.top_k + 3.5 * output.tail_samples
+        wide += 1.5 * vocab_size
+    else:
+        wide += per_entry * output.top_k + 3.5 * output.tail_samples
+    return size + kept_share * wide
 
 
 def teacher_shape(recipe: Recipe, base: Path, parameters: float | None = None) -> Shape:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -28,6 +28,10 @@ License = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]{0,63}$")]
 Language = Annotated[str, Field(pattern=r"^([a-z]{2,3}|code|multilingual)$")]
 """ISO 639 code, or one of the Hub's two special values."""
 Temperature = Annotated[float, Field(ge=0.1, le=100)]
+
+
+MIN_SAMPLER_TEMPERATURE = 0.01
+"""Below it, logits would leave the range of float32."""
 
 
 def _top_k(value: Any) -> Any:
@@ -53,6 +57,7 @@ LIMITS = ("max_documents", "max_tokens")
 PINNED = {
     "corpus": ("files", "revision"),
     "teacher": ("path", "gguf", "tokenizer", "revision"),
+    "sequences": ("chat_template",),
 }
 """Fields for which a plan holds hashes or a commit, so that how they are spelled decides nothing."""
 
@@ -78,8 +83,10 @@ class CorpusRecipe(_Section):
     embedded: Literal["python-docs"] | None = None
     """A corpus that every Python brings: the language reference."""
     text_column: str = "text"
+    messages_column: str | None = None
+    """Column with the messages of a chat, in place of a text: a list of {role, content}."""
     id_column: str | None = None
-    """Column with the document's id; without one, the id is a hash of the text."""
+    """Column with the document's id; without one, the id is a hash of the text, or of the messages."""
     text_unit: Literal["file", "line"] = "file"
     """What one document of a .txt file is."""
     max_documents: Positive | None = None
@@ -94,6 +101,14 @@ class CorpusRecipe(_Section):
     def _one_source(self) -> Self:
         _exactly_one(self, "repo", "files", "embedded")
         _only_with(self, "repo", "revision", "config", "split")
+        if self.messages_column and self.text_column != "text":
+            raise ValueError(
+                "give text_column for a corpus of texts, or messages_column for one of chats, not both"
+            )
+        if self.messages_column and self.embedded:
+            raise ValueError(
+                "the embedded corpus holds texts and no messages; leave out messages_column"
+            )
         return self
 
 
@@ -154,8 +169,44 @@ class SequencesRecipe(_Section):
     """Begin-of-sequence token before each sequence: as the tokenizer does it, always, or never."""
     eos: SpecialToken = "tokenizer"
     """End-of-sequence token after each document's last sequence: as the tokenizer does it, always, or never."""
+    chat_template: str | None = None
+    """A file with the chat template to use in place of the tokenizer's, relative to the recipe."""
     batch_tokens: Annotated[int, Field(ge=8)] = 16_384
     """Positions in a batch, padding included. Part of the recipe, for the shape of a batch changes last bits."""
+
+
+class GenerationRecipe(_Section):
+    """How the teacher writes completions, where the rows of the corpus are prompts."""
+
+    max_new_tokens: Positive
+    """Where a completion ends that has not come to an end-of-sequence token."""
+    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """Of the distribution that tokens are drawn from; 0 takes the most probable token. What is stored is that of temperature 1."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the most probable tokens only, as few as have this probability together."""
+    samples: Annotated[int, Field(gt=0, le=10_000)] = 1
+    """Completions of each prompt."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the draws, together with the document's id: change it to draw others."""
+    batch_tokens: Annotated[int, Field(ge=8)] = 16_384
+    """Positions of the sequences that are written at the same time, padding included: more are faster on a GPU."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if 0 < self.temperature < MIN_SAMPLER_TEMPERATURE:
+            raise ValueError(
+                f"temperature is {self.temperature:g}, expected at least {MIN_SAMPLER_TEMPERATURE:g}, or 0 for the most "
+                "probable token"
+            )
+        for name in ("top_p", "samples", "seed"):
+            if (
+                not self.temperature
+                and getattr(self, name) != type(self).model_fields[name].default
+            ):
+                raise ValueError(
+                    f"{name} means something only where tokens are drawn, and temperature is 0; leave it out"
+                )
+        return self
 
 
 class OutputRecipe(_Section):
@@ -171,6 +222,8 @@ class OutputRecipe(_Section):
     """Other temperatures at which the distribution is to be known."""
     hidden_states: bool = False
     """Keep the teacher's last hidden states, from which its open weights make the whole distribution again."""
+    completions_only: bool = False
+    """Keep columns of several values a token only where the next token is the completion's: prompts then cost next to nothing."""
     text: bool = True
     """Keep the `text` column."""
     profile: Literal["default", "compact"] = "default"
@@ -208,6 +261,8 @@ class Recipe(_Section):
     corpus: CorpusRecipe
     teacher: TeacherRecipe
     sequences: SequencesRecipe = SequencesRecipe()
+    generation: GenerationRecipe | None = None
+    """Have the teacher complete each document; without it, documents are captured as they are."""
     output: OutputRecipe = OutputRecipe()
 
     @model_validator(mode="after")
@@ -219,9 +274,50 @@ class Recipe(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _prompts_fit(self) -> Self:
+        if self.generation is None:
+            return self
+        if self.generation.max_new_tokens >= self.sequences.max_length:
+            raise ValueError(
+                f"generation.max_new_tokens is {self.generation.max_new_tokens}, which leaves no room for a prompt in "
+                f"sequences.max_length = {self.sequences.max_length}; choose a larger max_length"
+            )
+        for name, value in (("long_documents", "truncate"), ("eos", "always")):
+            if getattr(self.sequences, name) == value:
+                raise ValueError(
+                    f"sequences.{name} is {value!r}, but prompts are neither cut nor ended; leave it out, or leave out "
+                    "[generation]"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _completions_are_known(self) -> Self:
+        is_of_chats = self.corpus.messages_column is not None
+        if is_of_chats and self.sequences.eos != "tokenizer":
+            raise ValueError(
+                "sequences.eos means nothing with corpus.messages_column, for the chat template ends a chat; leave it out"
+            )
+        if self.sequences.chat_template and not is_of_chats:
+            raise ValueError(
+                "sequences.chat_template means something only with corpus.messages_column; leave it out"
+            )
+        if self.generation and self.teacher.tensor_parallel:
+            raise ValueError(
+                "a teacher that is split over processes does not write; leave out teacher.tensor_parallel, or [generation]"
+            )
+        if self.output.completions_only and not (is_of_chats or self.generation):
+            raise ValueError(
+                "output.completions_only needs completions: of a corpus of chats (give corpus.messages_column), or by the teacher "
+                "(give [generation])"
+            )
+        return self
+
     def published(self) -> dict[str, Any]:
         """The recipe as plain JSON values for manifest and card, paths that lead elsewhere cut to their last part."""
         values = self.model_dump(mode="json")
+        if self.generation is None:
+            del values["generation"]  # so that recipes that know nothing of it are the same as ever
         if self.output.top_k == "all":
             values["output"]["tail_samples"] = 0  # the default of a recipe that says nothing of it
         for section, fields in UNSAID.items():
@@ -232,6 +328,8 @@ class Recipe(_Section):
         for field in ("path", "gguf", "tokenizer"):
             if values["teacher"][field]:
                 values["teacher"][field] = _portable(values["teacher"][field])
+        if self.sequences.chat_template:
+            values["sequences"]["chat_template"] = _portable(self.sequences.chat_template)
         return values
 
 
@@ -353,7 +451,10 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         section: Any = Recipe
         for part in problem["loc"][:-1]:
-            section = section.model_fields[part].annotation
+            annotation = section.model_fields[part].annotation
+            section = next(
+                iter(get_args(annotation)), annotation
+            )  # of a section that may be absent
         names = list(section.model_fields)
         near = difflib.get_close_matches(problem["loc"][-1], names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"

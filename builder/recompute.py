@@ -3,7 +3,7 @@
 The comparison shares only the teacher's forward pass with the capture: the reference here is a plain float64
 log-softmax over the whole vocabulary, one sequence at a time.
 
-Shape suffixes: T positions, V vocabulary, K top-k, M draws from the tail, D hidden.
+Shape suffixes: T positions, C those that were kept, V vocabulary, K top-k, M draws from the tail, D hidden.
 """
 
 import random
@@ -21,11 +21,21 @@ import torch
 from torch import Tensor
 
 from builder.corpus import Document
+from builder.generation import spell_completion
 from builder.manifest import ShardRecord
 from builder.ranks import load
 from builder.recipe import SequencesRecipe, TeacherRecipe, differences
-from builder.schema import FLOAT16_MIN, Layout, float16_rounding, shortest_cut, temperature_column
-from builder.sequences import NO_TOKEN, Encoder
+from builder.schema import (
+    FLOAT16_MIN,
+    Layout,
+    columns,
+    float16_rounding,
+    is_generated,
+    kept_positions,
+    shortest_cut,
+    temperature_column,
+)
+from builder.sequences import NO_TOKEN, Encoder, backend_copy
 from builder.shards import nested_values
 from builder.sources import KnownSources, TeacherSource, resolve_teacher
 from builder.teacher import Teacher, load_tokenizer
@@ -53,7 +63,20 @@ class _Row:
     input_ids: list[int]
     next_token: int
     columns: dict[str, Tensor]
-    """Every other column of one or several values a token, in its stored type."""
+    """Every other column of one or several values a token, in its stored type; those of several may hold kept positions only."""
+    kept_T: Tensor
+    """[T] bool: positions of which columns of several values are there."""
+
+    def at(self, here: slice) -> dict[str, Tensor]:
+        """The columns at some positions, as float64 or int64."""
+        first, stop = (int(self.kept_T[:end].sum()) for end in (here.start, here.stop))
+        parts = {
+            name: values[here] if values.ndim == 1 else values[first:stop]
+            for name, values in self.columns.items()
+        }
+        return {
+            name: v.double() if v.is_floating_point() else v.long() for name, v in parts.items()
+        }
 
 
 def recompute_rows(
@@ -80,26 +103,20 @@ def recompute_rows(
     if changes := differences(recorded, found, "teacher"):
         raise ValueError(f"the teacher at hand is not the dataset's: {'; '.join(changes)}")
 
-    sequences = SequencesRecipe.model_validate(manifest["recipe"]["sequences"])
-    encoder = Encoder(
-        teacher.tokenizer,
-        max_length=sequences.max_length,
-        long_documents=sequences.long_documents,
-        bos=sequences.bos,
-        eos=sequences.eos,
-    )
-    layout = Layout.of(manifest["recipe"]["output"], manifest["teacher"])
+    spells = _spelling_of(manifest, teacher.tokenizer)
+    layout = Layout.of(manifest["recipe"], manifest["teacher"])
     problems: list[str] = []
     errors: list[Tensor] = []
     totals: dict[str, float] = defaultdict(float)
-    for row in _choose_rows(directory, manifest, records, count, seed, elsewhere or {}):
+    elsewhere = elsewhere or {}
+    for row in _choose_rows(directory, manifest, records, count, seed, layout, elsewhere):
         where = f"{row.file} row {row.number}"
-        if row.text is not None and row.is_whole_document:
-            encoded = encoder.encode(Document(id="", text=row.text))
-            if encoded[0].token_ids != row.input_ids:
-                problems.append(
-                    f"{where}: input_ids are not what the teacher's tokenizer makes of the text"
-                )
+        if row.text is not None and row.is_whole_document and not spells(row.text, row.input_ids):
+            problems.append(
+                f"{where}: input_ids are not what the teacher's tokenizer makes of the text"
+            )
+        if row.text is not None and is_generated(manifest["recipe"]):
+            problems += _check_prompt(row, spells, teacher, where)
         errors.append(_compare(row, teacher, layout, where, recipe.dtype, problems, totals))
     all_errors = torch.cat(errors)
     if recipe.dtype != "float32" and abs(bias := float(all_errors.mean())) > MAX_BIAS:
@@ -112,11 +129,44 @@ def recompute_rows(
         "tokens": int(totals["tokens"]),
         "max_abs_error": float(all_errors.abs().max()),
         "mean_abs_error": float(all_errors.abs().mean()),
-        "top1_agreement": totals["top1"] / totals["tokens"],
+        "top1_agreement": totals["top1"] / max(totals["kept"], 1),
         "nll_stored": totals["nll_stored"] / max(totals["targets"], 1),
         "nll_recomputed": totals["nll_recomputed"] / max(totals["targets"], 1),
     }
     return statistics, problems
+
+
+def _spelling_of(manifest: dict[str, Any], tokenizer: Any) -> Callable[[str, list[int]], bool]:
+    """Whether some token ids are those of a whole document's text, or of a prompt's.
+
+    Of a chat, special tokens in the text are these, unless a message holds what looks like one: then the text alone does not tell,
+    and any ids are taken.
+    """
+    sequences = SequencesRecipe.model_validate(manifest["recipe"]["sequences"])
+    if manifest["recipe"]["corpus"].get("messages_column"):
+        backend, added = backend_copy(tokenizer, match_special=True), tokenizer.added_tokens_decoder
+
+        def spells_chat(text: str, ids: list[int]) -> bool:
+            found = backend.encode(text, add_special_tokens=False).ids
+            counts = [sum(token in added for token in some) for some in (found, ids)]
+            return found == ids or counts[0] != counts[1]
+
+        return spells_chat
+    encoder = Encoder(
+        tokenizer,
+        max_length=sequences.max_length,
+        long_documents=sequences.long_documents,
+        bos=sequences.bos,
+        eos=sequences.eos,
+    )
+    if is_generated(manifest["recipe"]):
+        return lambda text, ids: _prompt_ids(encoder, text) == ids
+    return lambda text, ids: encoder.encode(Document(id="", text=text))[0].token_ids == ids
+
+
+def _prompt_ids(encoder: Encoder, text: str) -> list[int]:
+    prompt = encoder.encode_prompt(Document(id="", text=text))
+    return prompt.token_ids if prompt else []
 
 
 def teacher_source(manifest: dict[str, Any], teacher_path: Path | None = None) -> TeacherSource:
@@ -175,12 +225,27 @@ def what_follows(
     return NO_TOKEN if eos is None else int(eos), True
 
 
+def _check_prompt(
+    row: _Row, spells: Callable[[str, list[int]], bool], teacher: Teacher, where: str
+) -> list[str]:
+    """Whether a prompt and its completion by the teacher are what the text says."""
+    num_prompt = int((~row.columns["completion_mask"].bool()).sum())
+    written = spell_completion(teacher.tokenizer, row.input_ids, num_prompt)
+    assert row.text is not None
+    if not row.text.endswith(written):
+        return [f"{where}: the text does not end with what the completion's tokens spell"]
+    if not spells(row.text[: len(row.text) - len(written)], row.input_ids[:num_prompt]):
+        return [f"{where}: input_ids are not what the teacher's tokenizer makes of the prompt"]
+    return []
+
+
 def _choose_rows(
     directory: Path,
     manifest: dict[str, Any],
     records: list[ShardRecord],
     count: int,
     seed: int,
+    layout: Layout,
     elsewhere: Mapping[str, Callable[[], Any]],
 ) -> list[_Row]:
     total = sum(record.rows for record in records)
@@ -201,14 +266,29 @@ def _choose_rows(
                     text=values.get("text"),
                     input_ids=values["input_ids"],
                     next_token=next_token,
-                    columns={
-                        name: torch.from_numpy(column.copy())
-                        for name, column in values.items()
-                        if isinstance(column, np.ndarray)
-                    },
+                    columns=_tensors(values, layout),
+                    kept_T=_kept(values, layout),
                 )
             )
     return rows
+
+
+def _tensors(values: dict[str, Any], layout: Layout) -> dict[str, Tensor]:
+    tensors = {}
+    for column in columns(layout):
+        if column.shape and column.name != "input_ids":
+            array: np.ndarray[Any, Any] = values[column.name].copy()
+            if "," in column.shape:
+                array = array.reshape(-1, layout.width(column))  # where none is kept, too
+            tensors[column.name] = torch.from_numpy(array)
+    return tensors
+
+
+def _kept(values: dict[str, Any], layout: Layout) -> Tensor:
+    mask = np.ones(len(values["input_ids"]), np.bool_)
+    return torch.from_numpy(
+        kept_positions(values["completion_mask"]) if layout.completions_only else mask
+    )
 
 
 def read_row(file: Any, number: int, columns: list[str] | None = None) -> dict[str, Any]:
@@ -257,29 +337,26 @@ def _compare(
         logprobs_TV = logits_TV.log_softmax(-1)
         target_T = logprobs_TV.gather(1, targets_T[here].clamp(min=0)[:, None])[:, 0]
         entropy_T = -(logprobs_TV.exp() * logprobs_TV.clamp(min=FLOAT16_MIN)).sum(-1)
-        stored = {
-            name: values[here].double() if values.is_floating_point() else values[here].long()
-            for name, values in row.columns.items()
-        }
+        stored, kept_T = row.at(here), row.kept_T[here]
         known = targets_T[here] != NO_TOKEN
         compared = {
             "target_logprob": (stored["target_logprob"][known], target_T[known]),
             "entropy": (stored["entropy"], entropy_T),
-            **_head(stored, logprobs_TV, layout),
+            **_head(stored, logprobs_TV, layout, kept_T),
         }
         for name, (found, expected) in compared.items():
             errors[name].append(_beyond_rounding(found, expected))
         errors["logsumexp"].append(stored["logsumexp"] - logits_TV.logsumexp(-1))
-        hidden_TD = row.columns["hidden_states"][here] if layout.hidden_states else None
-        for name, error in _added(stored, hidden_TD, logits_TV, teacher, layout):
+        for name, error in _added(stored, logits_TV, teacher, layout, kept_T):
             errors[name].append(error)
-        best_TK, expected_TK = _best(stored, logprobs_TV)
+        best_TK, expected_TK = _best(stored, logprobs_TV[kept_T])
         errors["missing from the top K"].append(best_TK - expected_TK)
         name = "logprobs" if layout.top_k == "all" else "topk_logprobs"
         found, expected = compared[name]
         raw.append((found - expected.clamp(min=FLOAT16_MIN)).flatten())
         totals["tokens"] += len(logits_TV)
         totals["targets"] += int(known.sum())
+        totals["kept"] += len(best_TK)
         totals["top1"] += int((best_TK[:, 0] - expected_TK[:, 0] < 1e-9).sum())
         totals["nll_stored"] -= float(stored["target_logprob"][known].sum())
         totals["nll_recomputed"] -= float(target_T[known].sum())
@@ -290,39 +367,44 @@ def _compare(
 
 
 def _head(
-    stored: dict[str, Tensor], logprobs_TV: Tensor, layout: Layout
+    stored: dict[str, Tensor], logprobs_TV: Tensor, layout: Layout, kept_T: Tensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The columns of the top K, or of the whole vocabulary: (stored, expected) of each."""
     if layout.top_k == "all":
-        return {"logprobs": (stored["logprobs"], logprobs_TV)}
-    indices_TK = stored["topk_indices"]
+        return {"logprobs": (stored["logprobs"], logprobs_TV[kept_T])}
+    # Where no top K was kept, the tail is what is outside the teacher's own.
+    indices_TK = logprobs_TV.topk(layout.top_k).indices
+    indices_TK[kept_T] = stored["topk_indices"]
     rest_TV = logprobs_TV.scatter(1, indices_TK, -torch.inf)
     return {
-        "topk_logprobs": (stored["topk_logprobs"], logprobs_TV.gather(1, indices_TK)),
+        "topk_logprobs": (
+            stored["topk_logprobs"],
+            logprobs_TV[kept_T].gather(1, stored["topk_indices"]),
+        ),
         "tail_logprob": (stored["tail_logprob"], rest_TV.logsumexp(-1)),
     }
 
 
 def _added(
     stored: dict[str, Tensor],
-    hidden_TD: Tensor | None,
     logits_TV: Tensor,
     teacher: Teacher,
     layout: Layout,
+    kept_T: Tensor,
 ) -> Iterator[tuple[str, Tensor]]:
     """Errors of the columns that a recipe may add."""
-    logprobs_TV = logits_TV.log_softmax(-1)
+    logprobs_CV = logits_TV[kept_T].log_softmax(-1)
     if layout.tail_samples:
-        gone_T1 = (stored["tail_logprob"] <= FLOAT16_MIN)[:, None]
-        drawn_TM = logprobs_TV.gather(1, stored["tail_indices"]).masked_fill(gone_T1, -torch.inf)
-        yield "tail_logprobs", _beyond_rounding(stored["tail_logprobs"], drawn_TM)
+        gone_C1 = (stored["tail_logprob"][kept_T] <= FLOAT16_MIN)[:, None]
+        drawn_CM = logprobs_CV.gather(1, stored["tail_indices"]).masked_fill(gone_C1, -torch.inf)
+        yield "tail_logprobs", _beyond_rounding(stored["tail_logprobs"], drawn_CM)
     for temperature in layout.temperatures:
         name = temperature_column(temperature).name
         yield name, stored[name] - (logits_TV / temperature).logsumexp(-1)
-    if hidden_TD is not None:
-        pieces = teacher.head(hidden_TD.to(teacher.device, teacher.dtype))
-        rebuilt_TV = torch.cat(list(pieces)).cpu().double().log_softmax(-1)
-        yield REBUILT, _divergence(logprobs_TV, rebuilt_TV)
+    if layout.hidden_states and len(logprobs_CV):
+        pieces = teacher.head(stored["hidden_states"].to(teacher.device, teacher.dtype))
+        rebuilt_CV = torch.cat(list(pieces)).cpu().double().log_softmax(-1)
+        yield REBUILT, _divergence(logprobs_CV, rebuilt_CV)
 
 
 def _best(stored: dict[str, Tensor], logprobs_TV: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,21 @@ Nothing is shifted on disk. So for the text "The capital of France is Paris":
 
 At the last position, the target is the document's next token where the sequence is cut from a longer
 document, else the tokenizer's end-of-sequence token. If the tokenizer has none, nothing follows, and
-target_logprob is NaN there (the only NaN that is ever stored).
+target_logprob is NaN there (the only NaN that is ever stored). Nor is it known what follows a completion that the teacher wrote,
+whether an end-of-sequence token or a limit ended it: target_logprob is NaN at the last position of all such rows.
+
+COMPLETIONS. completion_mask says of each token whether it was written by the assistant of a chat, or by the teacher itself: it
+is about input_ids[t] and not about what follows. So a completion is learned from the distributions at the positions t with
+completion_mask[t+1], which are `kept_positions`; with one answer in a row, they begin at the last token of its prompt:
+
+    t                    0      1          2     3         4       5       6
+    input_ids[t]         The    ▁capital   ▁of   ▁France   ?       ▁Paris  <end>
+    completion_mask[t]   no     no         no    no        no      yes     yes
+    distribution t                                         ▁Paris  <end>
+    kept                 no     no         no    no        yes     yes     no
+
+The last position is never kept: no token of the row follows it. With `completions_only`, columns of several values a token
+hold the C kept positions and no others, one after the other: [C,K] for [T,K]. Columns of one value a token are whole.
 
 EXPECTATIONS. The head is exact and the tail is sampled, so that for any f over the vocabulary this is unbiased:
 
@@ -25,17 +39,17 @@ tail_logprob and tail_logprobs are −65504, so that such draws count for nothin
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-SCHEMA_VERSION = "1.1.0"
+SCHEMA_VERSION = "1.2.0"
 
-Shape = Literal["", "T", "T,K", "T,M", "T,V", "T,D"]
-"""Shape of one row's value: a scalar, one value a token, or several values a token."""
+Shape = Literal["", "T", "T,K", "T,M", "T,V", "T,D", "C,K", "C,M", "C,V", "C,D"]
+"""Shape of one row's value: a scalar, one value a token, or several values a token or a kept position."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +57,13 @@ class Column:
     """One column of the dataset."""
 
     name: str
-    dtype: Literal["string", "int32", "float16", "float32"]
+    dtype: Literal["string", "bool", "int32", "float16", "float32"]
     shape: Shape
     meaning: str
     """One line for the dataset card and the README."""
 
 
+INPUT_IDS = Column(name="input_ids", dtype="int32", shape="T", meaning="the teacher's token ids")
 COLUMNS: tuple[Column, ...] = (
     Column(
         name="id",
@@ -58,7 +73,7 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column(name="chunk_index", dtype="int32", shape="", meaning="0, 1, … within a document"),
     Column(name="text", dtype="string", shape="", meaning="the text of exactly these tokens"),
-    Column(name="input_ids", dtype="int32", shape="T", meaning="the teacher's token ids"),
+    INPUT_IDS,
     Column(
         name="topk_indices",
         dtype="int32",
@@ -97,6 +112,13 @@ COLUMNS: tuple[Column, ...] = (
     ),
 )
 """Of a dataset with `top_k = K` and nothing else."""
+
+COMPLETION_MASK = Column(
+    name="completion_mask",
+    dtype="bool",
+    shape="T",
+    meaning="whether this token is the completion's: written by the assistant, or by the teacher itself",
+)
 
 LOGPROBS = Column(
     name="logprobs",
@@ -137,6 +159,8 @@ def temperature_column(temperature: float) -> Column:
     )
 
 
+_OF_KEPT: dict[Shape, Shape] = {"T,K": "C,K", "T,M": "C,M", "T,V": "C,V", "T,D": "C,D"}
+
 FLOAT16_MIN = -65504.0
 """Log-probabilities below this (−inf among them) are stored as this value, float16's lowest."""
 
@@ -153,25 +177,31 @@ class Layout:
     tail_samples: int = 0
     temperatures: tuple[float, ...] = ()
     hidden_states: bool = False
+    completion_mask: bool = False
+    completions_only: bool = False
+    """Columns of several values a token hold kept positions only."""
     vocab_size: int = 0
     """V; needed with `top_k = "all"`."""
     hidden_size: int = 0
     """D; needed with hidden states."""
 
     @classmethod
-    def of(cls, output: Mapping[str, Any], teacher: Mapping[str, Any]) -> Self:
-        """The layout that the `output` section of a recipe asks for.
+    def of(cls, recipe: Mapping[str, Any], teacher: Mapping[str, Any]) -> Self:
+        """The layout that a recipe asks for.
 
         Args:
-            output: the section as plain values; what it does not name is off.
+            recipe: as plain values; what it does not name is off.
             teacher: what the loaded teacher is (`Teacher.provenance`).
         """
+        output = recipe["output"]
         return cls(
             text=output["text"],
             top_k=output["top_k"],
             tail_samples=output.get("tail_samples", 0),
             temperatures=tuple(map(float, output.get("temperatures", ()))),
             hidden_states=output.get("hidden_states", False),
+            completion_mask=bool(recipe["corpus"].get("messages_column") or is_generated(recipe)),
+            completions_only=output.get("completions_only", False),
             vocab_size=teacher["vocab_size"],
             hidden_size=teacher.get("hidden_size") or 0,
         )
@@ -180,7 +210,7 @@ class Layout:
         """How many values a token has in a column."""
         top_k = self.vocab_size if self.top_k == "all" else self.top_k
         sizes = {"K": top_k, "M": self.tail_samples, "V": self.vocab_size, "D": self.hidden_size}
-        return sizes.get(column.shape.removeprefix("T,"), 1)
+        return sizes.get(column.shape[2:], 1)
 
     @property
     def widest(self) -> int:
@@ -191,6 +221,8 @@ class Layout:
 def columns(layout: Layout) -> tuple[Column, ...]:
     """The columns of a dataset, in their order."""
     found = [column for column in COLUMNS if layout.text or column.name != "text"]
+    if layout.completion_mask:
+        found.insert(found.index(INPUT_IDS) + 1, COMPLETION_MASK)
     if layout.top_k == "all":
         first = found.index(next(column for column in found if column.shape == "T,K"))
         found = [c for c in found if c.shape != "T,K" and c.name != "tail_logprob"]
@@ -200,7 +232,15 @@ def columns(layout: Layout) -> tuple[Column, ...]:
     found += map(temperature_column, layout.temperatures)
     if layout.hidden_states:
         found.append(HIDDEN_STATES)
+    if layout.completions_only:
+        found = [replace(c, shape=_OF_KEPT.get(c.shape, c.shape)) for c in found]
     return tuple(found)
+
+
+def kept_positions(completion_mask: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    """[T]: where the next token of the row is the completion's (see COMPLETIONS)."""
+    mask = np.asarray(completion_mask, dtype=np.bool_)
+    return np.append(mask[1:], False)[: len(mask)]
 
 
 def arrow_schema(layout: Layout) -> pa.Schema:
@@ -217,14 +257,14 @@ def arrow_schema(layout: Layout) -> pa.Schema:
 def card_features(layout: Layout) -> list[dict[str, object]]:
     """The card's YAML `dataset_info.features`.
 
-    Columns of several values a token are declared as Array2D((None, K)): stock `load_dataset` then yields (T, K) tensors,
+    Columns of several values a token are declared as Array2D((None, K)): stock `load_dataset` then yields (T, K) or (C, K) tensors,
     many times faster than from nested lists, while the Parquet files stay plain.
     """
     features: list[dict[str, object]] = []
     for column in columns(layout):
         if column.shape == "":
             features.append({"name": column.name, "dtype": column.dtype})
-        elif column.shape == "T":
+        elif "," not in column.shape:
             features.append({"name": column.name, "list": column.dtype})
         else:
             array = {"shape": [None, layout.width(column)], "dtype": column.dtype}
@@ -239,8 +279,18 @@ def float16_rounding(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]
     return rounding
 
 
+def is_generated(recipe: Mapping[str, Any]) -> bool:
+    """Whether the corpus holds prompts, which the teacher completes."""
+    return bool(recipe.get("generation"))
+
+
 def shortest_cut(manifest: Mapping[str, Any]) -> float:
-    """The length from which on a row may be the beginning of a longer document, the rest of which was left out."""
+    """The length from which on a row may be the beginning of a longer document, the rest of which was left out.
+
+    Any, where the teacher wrote the end of a row, for what would follow is not known.
+    """
+    if is_generated(manifest["recipe"]):
+        return 0
     sequences = manifest["recipe"]["sequences"]
     if sequences["long_documents"] != "truncate":
         return float("inf")

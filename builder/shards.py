@@ -33,6 +33,8 @@ MAX_LIST_VALUES = 2**25
 MAX_ROW_VALUES = 2**31 - 1
 """Values that a row can have in a column: those very offsets."""
 ZSTD_LEVEL = 3
+OF_SEQUENCES = {"input_ids": "token_ids", "completion_mask": "completion_mask"}
+"""Columns that come from attributes of a sequence; the others are of its distribution."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +43,8 @@ class Block:
 
     sequences: list["Sequence"]
     distribution: "Distribution"
-    """Of all positions of all sequences, in order, on the CPU."""
+    """Of all positions of all sequences, in order, on the CPU; with `completions_only`, columns of several values a token are of
+    kept positions only."""
 
 
 def parquet_writer(sink: pa.NativeFile | Path, schema: pa.Schema, profile: str) -> pq.ParquetWriter:
@@ -72,6 +75,7 @@ class ShardWriter:
     ) -> None:
         """Start a Parquet file whose key–value metadata is `metadata`."""
         self._schema = arrow_schema(layout).with_metadata(metadata)
+        self._completions_only = layout.completions_only
         self._row_group_tokens = min(ROW_GROUP_TOKENS, MAX_LIST_VALUES // layout.widest)
         self._writer = parquet_writer(sink, self._schema, profile)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer")
@@ -91,20 +95,14 @@ class ShardWriter:
 
     def _write_block(self, block: Block) -> None:
         """Append rows, in row groups of at most ROW_GROUP_TOKENS tokens (or one row)."""
-        first_row, first_token, num_tokens = 0, 0, 0
+        first_row, num_tokens = 0, 0
         for row, sequence in enumerate(block.sequences):
             length = len(sequence.token_ids)
             if row > first_row and num_tokens + length > self._row_group_tokens:
-                self._write_rows(
-                    block, slice(first_row, row), slice(first_token, first_token + num_tokens)
-                )
-                first_row, first_token, num_tokens = row, first_token + num_tokens, 0
+                self._write_rows(block, slice(first_row, row))
+                first_row, num_tokens = row, 0
             num_tokens += length
-        self._write_rows(
-            block,
-            slice(first_row, len(block.sequences)),
-            slice(first_token, first_token + num_tokens),
-        )
+        self._write_rows(block, slice(first_row, len(block.sequences)))
 
     def __enter__(self) -> Self:
         return self
@@ -120,10 +118,12 @@ class ShardWriter:
             with suppress(OSError, pa.ArrowException) if failed else nullcontext():
                 self._writer.close()
 
-    def _write_rows(self, block: Block, rows: slice, tokens: slice) -> None:
+    def _write_rows(self, block: Block, rows: slice) -> None:
         sequences = block.sequences[rows]
-        row_offsets = np.cumsum([0, *(len(s.token_ids) for s in sequences)], dtype=np.int32)
-        input_ids = np.concatenate([np.asarray(s.token_ids, dtype=np.int32) for s in sequences])
+        tokens, token_offsets = _places([len(s.token_ids) for s in block.sequences], rows)
+        kept, kept_offsets = tokens, token_offsets
+        if self._completions_only:
+            kept, kept_offsets = _places([len(s.kept) for s in block.sequences], rows)
         per_row = {
             "id": [s.document_id for s in sequences],
             "chunk_index": [s.chunk_index for s in sequences],
@@ -133,11 +133,16 @@ class ShardWriter:
         for field in self._schema:
             if field.name in per_row:
                 arrays.append(pa.array(per_row[field.name], type=field.type))
-            elif field.name == "input_ids":
-                arrays.append(_lists(row_offsets, pa.array(input_ids)))
+            elif attribute := OF_SEQUENCES.get(field.name):
+                flat = np.concatenate([getattr(s, attribute) for s in sequences])
+                values = pa.array(flat, type=field.type.value_type)
+                arrays.append(_lists(token_offsets, values))
+            elif block.distribution[field.name].ndim == 1:
+                flat = block.distribution[field.name][tokens].numpy()
+                arrays.append(_lists(token_offsets, pa.array(flat)))
             else:
-                values = block.distribution[field.name][tokens].numpy()
-                arrays.append(_lists(row_offsets, _per_token(values)))
+                values_CK = block.distribution[field.name][kept].numpy()
+                arrays.append(_lists(kept_offsets, _lists_of_equal_length(values_CK)))
         table = pa.Table.from_arrays(arrays, schema=self._schema)
         self._writer.write_table(table, row_group_size=len(sequences))
 
@@ -168,29 +173,39 @@ def file_sha256(path: Path) -> str:
 def nested_values(
     column: pa.ChunkedArray | pa.Array,
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
-    """The numbers of a list column, without its lists: [total T] or [total T, K], zero-copy where Arrow allows it."""
+    """The numbers of a list column, without its lists: [total T] or [total T, K], zero-copy where Arrow allows it. Where there are no
+    lists, nothing says how long they would be: [0, 0]."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     depth_sizes = []
     while pa.types.is_list(array.type):
         depth_sizes.append(len(array))
         array = array.flatten()
     values: np.ndarray[tuple[int, ...], np.dtype[np.generic]] = array.to_numpy(zero_copy_only=False)
-    return (
-        values.reshape(depth_sizes[1], -1) if len(depth_sizes) == 2 and depth_sizes[1] else values
-    )
+    if len(depth_sizes) < 2:
+        return values
+    return values.reshape(depth_sizes[1], -1) if depth_sizes[1] else values.reshape(0, 0)
+
+
+def _places(
+    lengths: list[int], rows: slice
+) -> tuple[slice, np.ndarray[tuple[int], np.dtype[np.int32]]]:
+    """Where the values of some rows stand among those of all, and where among these the values of each begin and end."""
+    start = sum(lengths[: rows.start])
+    offsets = np.cumsum([0, *lengths[rows]], dtype=np.int32)
+    return slice(start, start + int(offsets[-1])), offsets
 
 
 def _lists(offsets: np.ndarray[tuple[int], np.dtype[np.int32]], values: pa.Array) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), values)
 
 
-def _per_token(values: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> pa.Array:
-    """[N] numbers, or [N, K] as N lists."""
-    flat = pa.array(values.reshape(-1))
-    if values.ndim == 1:
-        return flat
-    num_tokens, k = values.shape
-    return _lists(np.arange(0, num_tokens * k + 1, k, dtype=np.int32), flat)
+def _lists_of_equal_length(
+    values_CK: np.ndarray[tuple[int, ...], np.dtype[np.generic]],
+) -> pa.ListArray:
+    """[C, K] numbers as C lists."""
+    count, k = values_CK.shape
+    flat = pa.array(values_CK.reshape(-1))
+    return _lists(np.arange(0, count * k + 1, k, dtype=np.int32), flat)
 
 
 def _fsync(path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from builder import demo
-from builder.recipe import CorpusRecipe, TeacherRecipe, expand_home, is_commit
+from builder.recipe import CorpusRecipe, SequencesRecipe, TeacherRecipe, expand_home, is_commit
 
 CorpusFormat = Literal["hub", "text", "json", "parquet"]
 
@@ -148,6 +148,30 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
     tokenizer = _existing(base, recipe.tokenizer, "teacher.tokenizer", "directory")
     provenance["tokenizer_files_sha256"] = _tree_sha256(tokenizer, known)
     return TeacherSource(location=str(file), tokenizer=str(tokenizer), provenance=provenance)
+
+
+def read_chat_template(recipe: SequencesRecipe, base: Path) -> str | None:
+    """The chat template that a recipe names, if any.
+
+    Raises:
+        ValueError: there is no such file, or it is not text.
+    """
+    if recipe.chat_template is None:
+        return None
+    path = _existing(base, recipe.chat_template, "sequences.chat_template", "file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"sequences.chat_template: {path.name!r} is not UTF-8 text; expected a Jinja template"
+        ) from None
+
+
+def template_provenance(template: str | None) -> dict[str, str]:
+    """What pins a chat template that the recipe names; that of the tokenizer is pinned with it."""
+    if template is None:
+        return {}
+    return {"chat_template_sha256": hashlib.sha256(template.encode()).hexdigest()}
 
 
 def _check_not_here(repo: str, key: str) -> None:

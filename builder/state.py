@@ -166,7 +166,7 @@ class BuildState:
                     f"{record.file} was built again but ends elsewhere in the corpus ({'; '.join(changes)}); "
                     "the corpus or a library has changed: start anew in another directory"
                 )
-        write_json(path, asdict(record))
+        write_json(path, record.to_json())
 
     def sweep(self) -> None:
         """Delete what killed processes left half-written. One that still writes there fails when it is done."""

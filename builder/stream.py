@@ -1,12 +1,28 @@
 """A resolved recipe → the sequences of one partition of its corpus, cut into shards at the ends of documents."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from builder.corpus import Corpus, Document, Position, open_hub, open_local
-from builder.recipe import CorpusRecipe, Recipe, SequencesRecipe
+from builder.chats import ChatTemplate
+from builder.corpus import Corpus, Position, open_hub, open_local
+from builder.generation import Generator
+from builder.pipeline import Notice
+from builder.recipe import CorpusRecipe, Recipe
 from builder.sequences import Encoder, Sequence
+from builder.shards import Block
 from builder.sources import CorpusSource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prompt:
+    """A document that was read ahead, to be completed."""
+
+    sequence: Sequence
+    position: Position
+    """Of the corpus after it."""
+    too_long: int
+    """Documents just before it that are too long to be prompts."""
 
 
 class SequenceStream:
@@ -19,8 +35,13 @@ class SequenceStream:
         encoder: Encoder,
         partition: int,
         start: Position | None,
+        *,
+        notice: Notice = lambda _: None,
     ) -> None:
-        """Open the corpus where an earlier shard of the partition ended, or at its beginning."""
+        """Open the corpus where an earlier shard of the partition ended, or at its beginning.
+
+        `notice` is told of the first prompt that is too long.
+        """
         corpus, partitions = recipe.corpus, recipe.output.partitions
         self.partition = partition
         self.exhausted = False
@@ -32,36 +53,135 @@ class SequenceStream:
         )
         self._tokens: int = start["tokens"] if start else 0
         self._num_documents: int = start["documents"] if start else 0
+        self._without_rows = 0
         self._corpus = open_corpus(
-            corpus, source, partition=partition, num_partitions=partitions, start=start
+            corpus,
+            source,
+            are_prompts=recipe.generation is not None,
+            partition=partition,
+            num_partitions=partitions,
+            start=start,
         )
         self._documents = iter(self._corpus)
-        self._pending: Document | None = None
+        self._pending: list[Sequence] | None = None
         self._encoder = encoder
+        self.is_of_prompts = recipe.generation is not None
+        self._max_prompt_tokens = recipe.sequences.max_length
+        if recipe.generation:
+            self._max_prompt_tokens -= recipe.generation.max_new_tokens
+        self._pending_prompt: _Prompt | None = None
+        self._too_long_ahead = 0
+        self._notice, self._has_told = notice, False
+        self.prompts_too_long = 0
+        """In the last shard of prompts."""
 
     def shard_sequences(self) -> Iterator[Sequence]:
         """The sequences of the next shard; afterwards `position` and `exhausted` say where it ended."""
         shard_end = self._tokens + self._shard_tokens
         while self._tokens < shard_end and not self._limit_reached():
-            document = self._pending or next(self._documents, None)
+            sequences = self._pending or self._next_document()
             self._pending = None
-            if document is None:
+            if sequences is None:
                 break
             self._num_documents += 1
-            for sequence in self._encoder.encode(document):
+            for sequence in sequences:
                 self._tokens += len(sequence.token_ids)
                 yield sequence
         self.position = self._position()
         # Look one document ahead, so that the last shard knows that it is the last and no empty one follows. The
         # recorded position is the one before the look, unless there was nothing to see.
         if not self._limit_reached():
-            self._pending = next(self._documents, None)
+            self._pending = self._next_document()
         if self._pending is None:
             self.exhausted = True
             self.position = self._position()
 
+    def _next_document(self) -> list[Sequence] | None:
+        """The sequences of the next document that has any; None at the end of the corpus."""
+        for document in self._documents:
+            if sequences := self._encoder.encode(document):
+                return sequences
+            self._without_rows += 1
+        return None
+
+    def shard_blocks(self, generator: Generator) -> Iterator[Block]:
+        """The rows of the next shard where documents are prompts; afterwards `position` and `exhausted` say where it ended.
+
+        Prompts are completed a window at a time, and a shard ends with the window that reaches its tokens.
+        """
+        shard_end, self.prompts_too_long = self._tokens + self._shard_tokens, 0
+        while self._tokens < shard_end and not self._limit_reached():
+            left = None if self._max_tokens is None else self._max_tokens - self._tokens
+            window = self._window(generator, left)
+            if not window:
+                break
+            prompts = [prompt.sequence for prompt in window]
+            block, count = generator.complete(prompts, max_tokens=left)
+            self._tokens += len(block.distribution["logsumexp"])
+            self.position = {**window[count - 1].position, "tokens": self._tokens}
+            self._num_documents = self.position["documents"]
+            self.prompts_too_long += sum(prompt.too_long for prompt in window[:count])
+            yield block
+        # Look ahead as above. Documents that are no prompts at the end of the corpus belong to the last shard.
+        if self._limit_reached():
+            self.exhausted = True
+        elif self._look_ahead() is None:
+            self.exhausted = True
+            self.prompts_too_long += self._too_long_ahead
+            self.position = self._position()
+
+    def _window(self, generator: Generator, left: int | None) -> list[_Prompt]:
+        """The prompts that are completed together: of a shard's tokens, and no more than `left` can need."""
+        window: list[_Prompt] = []
+        limit, room, least = min(generator.window_tokens, self._shard_tokens), 0, 0
+        while (prompt := self._look_ahead()) and (left is None or least < left):
+            room += generator.room(prompt.sequence)
+            if window and room > limit:
+                break
+            least += generator.samples * (len(prompt.sequence.token_ids) + 1)
+            window.append(prompt)
+            self._pending_prompt = None
+        return window
+
+    def _look_ahead(self) -> _Prompt | None:
+        """The next prompt; where there is none, the documents that were too long stay counted in `_too_long_ahead`."""
+        if self._pending_prompt:
+            return self._pending_prompt
+        limit = self._max_documents
+        while limit is None or self._position()["documents"] < limit:
+            document = next(self._documents, None)
+            if document is None:
+                break
+            sequence = self._encoder.encode_prompt(document)
+            if sequence and len(sequence.token_ids) <= self._max_prompt_tokens:
+                self._pending_prompt = _Prompt(
+                    sequence=sequence, position=self._position(), too_long=self._too_long_ahead
+                )
+                self._too_long_ahead = 0
+                return self._pending_prompt
+            self._without_rows += 1
+            if sequence:
+                self._too_long_ahead += 1
+                self._tell_too_long(sequence)
+        return None
+
+    def _tell_too_long(self, sequence: Sequence) -> None:
+        if not self._has_told:
+            self._notice(
+                f"document {sequence.document_id!r} has {len(sequence.token_ids):,} tokens, and with sequences.max_length and "
+                f"generation.max_new_tokens as they are, a prompt has {self._max_prompt_tokens:,} at most: such documents are "
+                "skipped and counted"
+            )
+        self._has_told = True
+
     def _position(self) -> Position:
-        return {**self._corpus.position, "tokens": self._tokens}
+        position = self._corpus.position
+        moved = self._without_rows  # from those that the corpus yielded to those that were skipped
+        counts = {
+            "documents": position["documents"] - moved,
+            "skipped": position["skipped"] + moved,
+        }
+        return {**position, **counts, "tokens": self._tokens}
 
     def _limit_reached(self) -> bool:
         documents, tokens = self._max_documents, self._max_tokens
@@ -71,29 +191,33 @@ class SequenceStream:
 
 
 def open_corpus(
-    recipe: CorpusRecipe,
+    corpus: CorpusRecipe,
     source: CorpusSource,
     *,
+    are_prompts: bool = False,
     partition: int = 0,
     num_partitions: int = 1,
     start: Position | None = None,
 ) -> Corpus:
     """The documents of one partition of a resolved corpus, from a position on."""
-    id_column = "id" if recipe.embedded else recipe.id_column
+    id_column = "id" if corpus.embedded else corpus.id_column
+    content_column = corpus.messages_column or corpus.text_column
     if source.format == "hub":
-        assert recipe.repo
+        assert corpus.repo
         assert source.commit
-        rows = open_hub(recipe.repo, commit=source.commit, config=recipe.config, split=recipe.split)
+        rows = open_hub(corpus.repo, commit=source.commit, config=corpus.config, split=corpus.split)
     else:
         rows = open_local(
             source.files,
             format=source.format,
-            text_unit=recipe.text_unit,
-            columns=tuple(dict.fromkeys(filter(None, (recipe.text_column, id_column)))),
+            text_unit=corpus.text_unit,
+            columns=tuple(dict.fromkeys(filter(None, (content_column, id_column)))),
         )
     return Corpus(
         rows,
-        text_column=recipe.text_column,
+        text_column=corpus.text_column,
+        messages_column=corpus.messages_column,
+        without_last_answer=are_prompts,
         id_column=id_column,
         format=source.format,
         file_names=tuple(path.name for path in source.files),
@@ -103,14 +227,23 @@ def open_corpus(
     )
 
 
-def make_encoder(recipe: SequencesRecipe, tokenizer: Any) -> Encoder:
-    """The encoder that a recipe asks for."""
+def make_encoder(recipe: Recipe, tokenizer: Any, template: str | None = None) -> Encoder:
+    """The encoder that a recipe asks for, with the chat template that it names, if any.
+
+    Raises:
+        ValueError: as `Encoder` and, where the corpus is one of chats, `ChatTemplate`.
+    """
+    sequences, is_of_prompts = recipe.sequences, recipe.generation is not None
+    chats = None
+    if recipe.corpus.messages_column:
+        chats = ChatTemplate(tokenizer, template, is_of_prompts=is_of_prompts)
     return Encoder(
         tokenizer,
-        max_length=recipe.max_length,
-        long_documents=recipe.long_documents,
-        bos=recipe.bos,
-        eos=recipe.eos,
+        max_length=sequences.max_length,
+        long_documents=sequences.long_documents,
+        bos=sequences.bos,
+        eos="never" if is_of_prompts else sequences.eos,
+        chats=chats,
     )
 
 

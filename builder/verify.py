@@ -20,7 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from builder.card import VERIFICATION, read_release, write_card
-from builder.invariants import Array, broken, sampled_entropy
+from builder.invariants import (
+    Array,
+    broken,
+    broken_completions,
+    sampled_entropy,
+    surprise_beyond_entropy,
+)
 from builder.manifest import (
     ShardRecord,
     Sums,
@@ -30,13 +36,17 @@ from builder.manifest import (
     records_of,
     write_json,
 )
-from builder.schema import Layout, arrow_schema, columns, shortest_cut
+from builder.schema import Layout, arrow_schema, columns, kept_positions, shortest_cut
 from builder.shards import file_sha256, nested_values
 
 VALUES_AT_ONCE = 2**22
 """Values of a column whose invariants are checked together: 32 MB in float64."""
 DRAWS_SIGMAS, DRAWS_TOLERANCE = 6.0, 2e-3
 """How far the entropy by draws may be off in a file: standard errors, and nats a token for the rounding to float16."""
+
+SURPRISE_TOLERANCE = 0.02
+"""Nats a token by which completions may be more or less surprising than the entropy says: a teacher in 16 bits writes with other
+rounding than it is captured with."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -172,7 +182,7 @@ def check_shard(
         report: added to.
         progress: told of checked tokens.
     """
-    layout = Layout.of(manifest["recipe"]["output"], manifest["teacher"])
+    layout = Layout.of(manifest["recipe"], manifest["teacher"])
     try:
         file = pq.ParquetFile(directory / record.file)
         if not file.schema_arrow.equals(arrow_schema(layout)):
@@ -203,8 +213,12 @@ class _RowChecker:
         self._sums = Sums()
         self._layout = layout
         self._surplus = self._surplus_squares = 0.0
+        self._surprise = self._surprise_squares = 0.0
+        self._kept = self._written = 0
         self._eos: int | None = manifest["teacher"]["eos_token_id"]
         self._prefix: list[int] = manifest["teacher"]["prefix_ids"]
+        self._generation: dict[str, Any] | None = manifest["recipe"].get("generation")
+        self._generation_eos_ids: list[int] = manifest["teacher"].get("generation_eos_ids", [])
         self._shortest_cut = shortest_cut(manifest)
         self._previous: tuple[str, int] | None = None
         self._seen: set[tuple[int, str]] = set()
@@ -216,28 +230,47 @@ class _RowChecker:
             return
         ids, chunks = table["id"].to_pylist(), table["chunk_index"].to_pylist()
         self._check_order(ids, chunks)
+        if self._generation:
+            for wrong, message in broken_completions(
+                rows.columns,
+                rows.starts,
+                rows.ends,
+                generation=self._generation,
+                eos_ids=self._generation_eos_ids,
+            ):
+                self._add_where(rows, np.flatnonzero(wrong), message)
+            surprise = surprise_beyond_entropy(rows.columns)
+            self._surprise += float(np.nansum(surprise))
+            self._surprise_squares += float(np.nansum(surprise**2))
+            self._written += len(surprise)
         targets = self._targets(rows, ids, chunks)
         size = max(1, VALUES_AT_ONCE // self._layout.widest)
-        for start in range(0, len(targets), size):
-            part = slice(start, start + size)
-            stored = {name: values[part] for name, values in rows.columns.items()}
-            with np.errstate(invalid="ignore", over="ignore"):  # of forged values
-                for wrong, message in broken(stored, targets[part], self._layout):
-                    self._add_where(rows, np.flatnonzero(wrong) + start, message)
-                self._sum(stored)
+        with np.errstate(invalid="ignore", over="ignore"):  # of forged values
+            for where in (rows.kept, rows.left_out):
+                for start in range(0, len(where), size):
+                    part = where[start : start + size]
+                    stored = rows.at(where, slice(start, start + size))
+                    for wrong, message in broken(stored, targets[part], self._layout):
+                        self._add_where(rows, part[np.flatnonzero(wrong)], message)
+                    self._sum(stored)
         self._seen.clear()
         self.tokens += len(targets)
         self._first_row += table.num_rows
 
     def _sum(self, stored: dict[str, Array]) -> None:
-        logprobs = stored["logprobs" if self._layout.top_k == "all" else "topk_logprobs"]
+        logprobs = stored.get("logprobs", stored.get("topk_logprobs"))
         entropy, target = (stored[n].astype(np.float64) for n in ("entropy", "target_logprob"))
+        mask = stored.get("completion_mask")
         self._sums += Sums(
             entropy=float(entropy.sum()),
-            topk_mass=float(np.exp(logprobs.astype(np.float64)).sum()),
+            topk_mass=0 if logprobs is None else float(np.exp(logprobs.astype(np.float64)).sum()),
             target_nll=float(-np.nansum(target)),
             targets=int((~np.isnan(target)).sum()),
+            completion_tokens=None if mask is None else int(mask.sum()),
         )
+        if logprobs is None:
+            return
+        self._kept += len(logprobs)
         if self._layout.tail_samples:
             surplus = sampled_entropy(stored) - entropy
             self._surplus += float(surplus.sum())
@@ -252,18 +285,35 @@ class _RowChecker:
                 self.problems.append(
                     f"{self._file}: has {found:,} {name}, the manifest says {expected:,}"
                 )
-        limit = DRAWS_SIGMAS * self._surplus_squares**0.5 + DRAWS_TOLERANCE * self.tokens
+        limit = DRAWS_SIGMAS * self._surplus_squares**0.5 + DRAWS_TOLERANCE * self._kept
         if not abs(self._surplus) <= limit:
             self.problems.append(
-                f"{self._file}: the draws are not from the tail: with them the entropy is {self._surplus / self.tokens:+.3f} nats "
-                f"off on average, where chance explains {limit / self.tokens:.3f}"
+                f"{self._file}: the draws are not from the tail: with them the entropy is {self._surplus / self._kept:+.3f} nats "
+                f"off on average, where chance explains {limit / self._kept:.3f}"
             )
-        for name in ("entropy", "topk_mass", "target_nll"):
-            found_sum, expected_sum = getattr(self._sums, name), getattr(record.sums, name)
+        self._check_surprise()
+        names = ["entropy", "topk_mass", "target_nll"]
+        if self._layout.completion_mask:
+            names.append("completion_tokens")
+        for name in names:
+            found_sum, expected_sum = (getattr(s, name) or 0 for s in (self._sums, record.sums))
             if not np.isclose(found_sum, expected_sum, rtol=1e-6, atol=1e-3):
                 self.problems.append(
                     f"{self._file}: sum of {name} is {found_sum:.3f}, the manifest says {expected_sum:.3f}"
                 )
+
+    def _check_surprise(self) -> None:
+        """Completions that were drawn from the stored distribution itself are as surprising as its entropy says."""
+        generation = self._generation
+        if not generation or generation["temperature"] != 1 or generation["top_p"] != 1:
+            return
+        limit = DRAWS_SIGMAS * self._surprise_squares**0.5 + SURPRISE_TOLERANCE * self._written
+        if not abs(self._surprise) <= limit:
+            self.problems.append(
+                f"{self._file}: the completions were not drawn from the stored distributions: their tokens are "
+                f"{self._surprise / self._written:+.3f} nats more surprising than the entropy says, where chance explains "
+                f"{limit / self._written:.3f}"
+            )
 
     def _add(self, row: int, message: str) -> None:
         self.problems.append(f"{self._file} row {self._first_row + row}: {message}")
@@ -309,7 +359,18 @@ class _Rows:
     row_of: npt.NDArray[np.int64]
     input_ids: npt.NDArray[np.int64]
     columns: dict[str, Array]
-    """Every column of one or several values a token, in its stored type."""
+    """Every column of one or several values a token, in its stored type; those of several hold kept positions only."""
+    kept: npt.NDArray[np.int64]
+    """Positions that have several values, in order: all of them, but with `completions_only`."""
+    left_out: npt.NDArray[np.int64]
+    """The others."""
+
+    def at(self, where: npt.NDArray[np.int64], part: slice) -> dict[str, Array]:
+        """The columns that there are at a part of the positions `where`: `kept` or `left_out`."""
+        stored = {n: v[where[part]] for n, v in self.columns.items() if v.ndim == 1}
+        if where is self.kept:
+            stored |= {n: v[part] for n, v in self.columns.items() if v.ndim == 2}
+        return stored
 
     @classmethod
     def of(cls, table: pa.Table, layout: Layout) -> "_Rows | str":
@@ -319,23 +380,38 @@ class _Rows:
         lengths = table["input_ids"].combine_chunks().value_lengths().to_numpy()
         if not lengths.all():
             return "a row has no tokens"
+        ends = lengths.cumsum()
+        row_of = np.repeat(np.arange(len(lengths)), lengths)
+        is_kept = np.ones(len(row_of), np.bool_)
+        if layout.completions_only:
+            mask = table["completion_mask"].combine_chunks()
+            if not np.array_equal(mask.value_lengths().to_numpy(), lengths):
+                return "completion_mask and input_ids have different lengths"
+            is_kept = kept_positions(nested_values(mask))
+            is_kept[ends - 1] = False
+        kept_lengths = np.bincount(row_of[is_kept], minlength=len(lengths))
         per_token = [column for column in columns(layout) if column.shape]
         for column in per_token:
             lists = table[column.name].combine_chunks()
-            if not np.array_equal(lists.value_lengths().to_numpy(), lengths):
-                return f"{column.name} and input_ids have different lengths"
+            is_cut = column.shape.startswith("C,")
+            if not np.array_equal(
+                lists.value_lengths().to_numpy(), kept_lengths if is_cut else lengths
+            ):
+                what = "the completions of completion_mask" if is_cut else "input_ids"
+                return f"{column.name} and {what} have different lengths"
             inner, width = lists.flatten(), layout.width(column)
             if inner.null_count or (
                 pa.types.is_list(inner.type)
                 and not (inner.value_lengths().to_numpy() == width).all()
             ):
                 return f"{column.name} does not have {width} values a token"
-        ends = lengths.cumsum()
         values = {column.name: nested_values(table[column.name]) for column in per_token}
         return cls(
             starts=ends - lengths,
             ends=ends,
-            row_of=np.repeat(np.arange(len(lengths)), lengths),
+            row_of=row_of,
             input_ids=values["input_ids"].astype(np.int64),
             columns=values,
+            kept=np.flatnonzero(is_kept),
+            left_out=np.flatnonzero(~is_kept),
         )

@@ -15,16 +15,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from builder.chats import ChatTemplate
 from builder.corpus import Position
-from builder.distribution import Distribution
-from builder.manifest import ShardRecord, Sums, environment
+from builder.decoding import Decoder
+from builder.generation import Generator
+from builder.manifest import Completions, ShardRecord, Sums, environment
 from builder.pipeline import Notice, Pipeline, Progress
 from builder.ranks import load
-from builder.recipe import Recipe, row_fingerprint
+from builder.recipe import CorpusRecipe, Recipe, row_fingerprint
 from builder.schema import SCHEMA_VERSION, Layout
 from builder.sequences import Encoder
-from builder.shards import MAX_ROW_VALUES, ShardWriter, atomic_file, file_sha256
-from builder.sources import CorpusSource, TeacherSource
+from builder.shards import MAX_ROW_VALUES, Block, ShardWriter, atomic_file, file_sha256
+from builder.sources import CorpusSource, TeacherSource, template_provenance
 from builder.stream import SequenceStream, make_encoder
 from builder.teacher import Teacher
 
@@ -75,6 +77,7 @@ class Worker:
         plan: dict[str, Any],
         corpus_source: CorpusSource,
         teacher_source: TeacherSource,
+        template: str | None,
         *,
         device: str,
         progress: Progress,
@@ -87,6 +90,7 @@ class Worker:
             plan: the recipe and its sources as they were resolved.
             corpus_source: where the documents come from.
             teacher_source: where the teacher comes from.
+            template: the chat template that the recipe names, if any.
             device: a torch device.
             progress: told of captured tokens.
             notice: told, in a line, of what the user should know.
@@ -94,6 +98,7 @@ class Worker:
         self._recipe = recipe
         self._corpus_source = corpus_source
         self._teacher_source = teacher_source
+        self._template = template
         self._device = device
         self._progress = progress
         self._notice = notice
@@ -113,26 +118,38 @@ class Worker:
     @cached_property
     def encoder(self) -> Encoder:
         """The way from documents to sequences of the recipe and the teacher's tokenizer."""
-        return make_encoder(self._recipe.sequences, self.teacher.tokenizer)
+        return make_encoder(self._recipe, self.teacher.tokenizer, self._template)
 
     @cached_property
     def layout(self) -> Layout:
         """What the rows hold."""
-        return Layout.of(self._recipe.published()["output"], self.teacher.provenance())
+        return Layout.of(self._recipe.published(), self.teacher.provenance())
+
+    @cached_property
+    def decoder(self) -> Decoder | None:
+        """The teacher as it writes; None where it does not."""
+        recipe = self._recipe.generation
+        if recipe is None:
+            return None
+        return Decoder(self.teacher, temperature=recipe.temperature, top_p=recipe.top_p)
 
     def prepare(self, task: Task) -> dict[str, Any]:
         """Load the teacher and open the corpus for a first task, without reading it.
 
         Returns:
-            What the loaded teacher is, and what is put around its sequences.
+            What the loaded teacher is, what is put around its sequences, and where those end that it writes.
 
         Raises:
             ValueError: no shard can be computed, for the teacher cannot be loaded or does not fit the recipe, or the
                 corpus cannot be opened.
         """
         self._stream = self._stream_for(task)
-        special = {"prefix_ids": self.encoder.prefix, "suffix_ids": self.encoder.suffix}
-        return self.teacher.provenance() | special
+        encoder = self.encoder
+        special: dict[str, Any] = {"prefix_ids": encoder.prefix, "suffix_ids": encoder.suffix}
+        if self.decoder:
+            special["generation_eos_ids"] = sorted(self.decoder.eos_ids)
+        template = encoder.chats.source if isinstance(encoder.chats, ChatTemplate) else None
+        return self.teacher.provenance() | special | template_provenance(template)
 
     def shard(self, output: Path, task: Task) -> ShardRecord:
         """Compute one shard and write its file below the directory `output`.
@@ -145,14 +162,12 @@ class Worker:
         file = output / task.file
         stream, self._stream = self._stream_for(task), None
         rows, tokens, sums = 0, 0, Sums()
-        pipeline = Pipeline(
-            self.teacher,
-            layout=self.layout,
-            seed=self._recipe.output.seed,
-            batch_tokens=self._recipe.sequences.batch_tokens,
-            progress=self._progress,
-            notice=self._notice,
-        )
+        pipeline = self._pipeline()
+        generator = self._generator(pipeline)
+        if generator:
+            blocks = stream.shard_blocks(generator)
+        else:
+            blocks = pipeline.blocks(stream.shard_sequences())
         with (
             atomic_file(file, writer=secrets.token_hex(4)) as sink,
             ShardWriter(
@@ -162,20 +177,13 @@ class Worker:
                 metadata=self._metadata,
             ) as writer,
         ):
-            for block in pipeline.blocks(stream.shard_sequences()):
+            for block in blocks:
                 writer.write(block)
                 rows += len(block.sequences)
                 tokens += len(block.distribution["logsumexp"])
-                sums += _sums(block.distribution)
+                sums += _sums(block, self.layout)
             if not rows:
-                skipped = stream.position["skipped"]
-                where = (
-                    f"partition {task.partition} of the corpus" if task.partition else "the corpus"
-                )
-                raise ValueError(
-                    f"{where} has no text ({skipped} null, empty or blank documents); "
-                    "check corpus.text_column"
-                )
+                raise ValueError(_nothing_in(self._recipe.corpus, stream))
         self._stream = stream
         return ShardRecord(
             file=task.file,
@@ -188,9 +196,40 @@ class Worker:
             position_after=stream.position,
             exhausted=stream.exhausted,
             sums=sums,
-            halved_batches=pipeline.halved_batches,
+            halved_batches=(generator or pipeline).halved_batches,
             seconds=round(time.perf_counter() - started, 3),
             environment=environment(self._device),
+            completions=Completions(**generator.counts, prompts_too_long=stream.prompts_too_long)
+            if generator
+            else None,
+        )
+
+    def _pipeline(self) -> Pipeline:
+        return Pipeline(
+            self.teacher,
+            layout=self.layout,
+            seed=self._recipe.output.seed,
+            batch_tokens=self._recipe.sequences.batch_tokens,
+            # What is written is counted while it is written.
+            progress=(lambda _: None) if self.decoder else self._progress,
+            notice=self._notice,
+        )
+
+    def _generator(self, pipeline: Pipeline) -> Generator | None:
+        recipe = self._recipe.generation
+        if recipe is None or self.decoder is None:
+            return None
+        return Generator(
+            self.decoder,
+            pipeline,
+            layout=self.layout,
+            is_greedy=recipe.temperature == 0,
+            max_new_tokens=recipe.max_new_tokens,
+            samples=recipe.samples,
+            seed=recipe.seed,
+            batch_tokens=recipe.batch_tokens,
+            progress=self._progress,
+            notice=self._notice,
         )
 
     def _stream_for(self, task: Task) -> SequenceStream:
@@ -199,8 +238,34 @@ class Worker:
         if stream and (stream.partition, stream.position) == (task.partition, task.start):
             return stream
         return SequenceStream(
-            self._recipe, self._corpus_source, self.encoder, task.partition, task.start
+            self._recipe,
+            self._corpus_source,
+            self.encoder,
+            task.partition,
+            task.start,
+            notice=self._notice,
         )
+
+
+def _nothing_in(recipe: CorpusRecipe, stream: SequenceStream) -> str:
+    """Why there is no row."""
+    skipped, partition = stream.position["skipped"], stream.partition
+    where = f"partition {partition} of the corpus" if partition else "the corpus"
+    if stream.prompts_too_long:
+        return (
+            f"{where} has no prompt that leaves room for generation.max_new_tokens ({stream.prompts_too_long} are too long); "
+            "choose a larger sequences.max_length"
+        )
+    if stream.is_of_prompts:
+        return f"{where} has no prompt ({skipped} are null, empty or blank); check its column in [corpus]"
+    if recipe.messages_column:
+        return (
+            f"{where} has no chat to learn from ({skipped} without an answer, or with the first one beyond sequences.max_length); "
+            "check corpus.messages_column"
+        )
+    return (
+        f"{where} has no text ({skipped} null, empty or blank documents); check corpus.text_column"
+    )
 
 
 def _check_fit(recipe: Recipe, teacher: Teacher) -> None:
@@ -220,7 +285,7 @@ def _check_fit(recipe: Recipe, teacher: Teacher) -> None:
             f"output.hidden_states is true, but {type(teacher.model).__name__} does not come apart into a body and a head; "
             "set it to false"
         )
-    widest = Layout.of(recipe.published()["output"], teacher.provenance()).widest
+    widest = Layout.of(recipe.published(), teacher.provenance()).widest
     if max_length * widest > MAX_ROW_VALUES:
         raise ValueError(
             f"a row of sequences.max_length = {max_length} tokens would hold {max_length * widest:,} values in one column, more "
@@ -228,7 +293,8 @@ def _check_fit(recipe: Recipe, teacher: Teacher) -> None:
         )
 
 
-def _sums(distribution: Distribution) -> Sums:
+def _sums(block: Block, layout: Layout) -> Sums:
+    distribution = block.distribution
     nll = -distribution["target_logprob"].double()
     logprobs = distribution.get("topk_logprobs", distribution.get("logprobs"))
     assert logprobs is not None
@@ -238,4 +304,8 @@ def _sums(distribution: Distribution) -> Sums:
         topk_mass=sum(float(part.double().exp().sum()) for part in logprobs.split(rows)),
         target_nll=float(nll.nansum()),
         targets=int((~nll.isnan()).sum()),
+        completion_tokens=sum(sum(s.completion_mask or ()) for s in block.sequences)
+        if layout.completion_mask
+        else None,
+        kept=len(logprobs) if layout.completions_only else None,
     )

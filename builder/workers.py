@@ -71,6 +71,7 @@ class Order:
     plan: dict[str, Any]
     corpus_source: CorpusSource
     teacher_source: TeacherSource
+    template: str | None
     output: Path
     files: dict[str, int]
     """Path → bytes, of what must be the same at every worker."""
@@ -82,6 +83,7 @@ def make_order(
     plan: dict[str, Any],
     corpus_source: CorpusSource,
     teacher_source: TeacherSource,
+    template: str | None,
     output: Path,
 ) -> Order:
     """An order, with the sizes of local files as they are here."""
@@ -97,6 +99,7 @@ def make_order(
         plan=plan,
         corpus_source=corpus_source,
         teacher_source=teacher_source,
+        template=template,
         output=output.resolve(),
         files={str(path): path.stat().st_size for path in paths},
         libraries=_libraries(),
@@ -142,6 +145,7 @@ class Actor:
             order.plan,
             corpus_source,
             teacher_source,
+            order.template,
             device=self._device,
             progress=self._count,
             notice=self._notices.append,

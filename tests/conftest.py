@@ -116,7 +116,7 @@ def recipe_text(teacher_dir: Path, files: str, /, **changes: str) -> str:
         keys = {line.split("=")[0].strip() for line in lines.splitlines()}
         kept = [
             line
-            for line in sections[section].splitlines()
+            for line in sections.get(section, "").splitlines()
             if line.split("=")[0].strip() not in keys
         ]
         sections[section] = "\n".join([*kept, lines])

@@ -8,7 +8,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from chats import chatty_teacher
 from conftest import REPOSITORY
+from test_build import run
+from test_chat_builds import write_recipe
 
 from builder.schema import LOGPROBS, Layout, columns
 
@@ -17,11 +20,11 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 # A module may import those before it; `demo` prepares a teacher, so it stands after `teacher`.
 ORDER = [
-    *["schema", "recipe", "corpus", "sequences", "teacher", "draws", "distribution", "demo"],
-    *["sources", "ranks", "shards", "pipeline", "manifest", "charts", "markdown", "licences"],
-    *["card", "state", "stream", "worker", "workers", "invariants", "verify", "remote", "outbox"],
-    *["build", "recompute", "versions", "release", "hub", "delivery", "info", "plan", "estimate"],
-    *["cli_plan", "cli"],
+    *["schema", "recipe", "messages", "corpus", "sequences", "chats", "teacher", "draws"],
+    *["distribution", "demo", "sources", "ranks", "shards", "pipeline", "decoding", "generation"],
+    *["manifest", "charts", "markdown", "licences", "authorship", "card", "state", "stream"],
+    *["worker", "workers", "invariants", "verify", "remote", "outbox", "build", "recompute"],
+    *["versions", "release", "hub", "delivery", "info", "plan", "estimate", "cli_plan", "cli"],
 ]
 # The package for trainers knows of the others the schema only; its modules have an order of their own.
 STUDENT_ORDER = [
@@ -77,12 +80,13 @@ def test_importing_the_student_loads_neither_transformers_nor_the_builder():
 
 
 def test_stages_know_nothing_of_recipes():
-    for stage in ("schema", "corpus", "sequences", "teacher", "draws", "distribution", "shards"):
+    stages = ("schema", "messages", "corpus", "sequences", "chats", "teacher", "draws")
+    for stage in (*stages, "distribution", "shards"):
         assert not imported(BUILDER / f"{stage}.py") & {"recipe", "manifest", "build", "cli"}
 
 
 def test_the_row_table_of_the_readme_is_the_schema():
-    layout = Layout(tail_samples=4, temperatures=(2.0,), hidden_states=True)
+    layout = Layout(tail_samples=4, temperatures=(2.0,), hidden_states=True, completion_mask=True)
     for column in (*columns(layout), LOGPROBS):
         kind = f"{column.dtype} [{column.shape}]" if column.shape else column.dtype
         assert f"| `{column.name}` | {kind} | {column.meaning} |" in README
@@ -94,9 +98,14 @@ def test_the_file_tree_of_the_readme_is_complete():
     assert listed == {*ORDER, *STUDENT_ORDER}
 
 
-def test_the_python_of_the_readme_runs_as_pasted(built, tmp_path, monkeypatch):
+def test_the_python_of_the_readme_runs_as_pasted(
+    built, tiny_tokenizer, tiny_model, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
+    teacher = chatty_teacher(tiny_tokenizer, tiny_model, tmp_path / "teacher")
+    recipe = write_recipe(tmp_path, teacher, output="completions_only = true")
+    run(recipe, tmp_path / "out" / "chats")
     (tmp_path / "out" / "smollm2-135m-python-docs").symlink_to(built)
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert snippets

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from builder.distribution import capture
-from builder.draws import _invert, uniforms
+from builder.draws import invert, uniforms
 from builder.schema import FLOAT16_MIN
 
 # Uniform numbers
@@ -129,7 +129,7 @@ def test_no_draw_is_in_the_head_or_ruled_out(case):
 
 def test_a_number_that_rounding_made_one_hits_the_last_token_that_has_a_probability():
     weights_RB = torch.tensor([[0.3, 0.0, 1.7, 0.0, 0.0], [0.0, 1e-30, 0.0, 0.0, 0.0]])
-    index_RM, within_RM = _invert(weights_RB, torch.tensor([[0.0, 1.0], [0.0, 1.0]]).double())
+    index_RM, within_RM = invert(weights_RB, torch.tensor([[0.0, 1.0], [0.0, 1.0]]).double())
     assert index_RM.tolist() == [[0, 2], [1, 1]]
     assert (within_RM[:, 0] == 0).all()
     assert (within_RM[:, 1] > 1 - 1e-9).all()

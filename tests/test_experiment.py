@@ -290,6 +290,7 @@ def small_plan(**changes):
         num_kept=NUM_KEPT,
         rates=(2e-3, 1e-2),
         rate_checks=("whole",),
+        quarter_steps=SMALL["steps"],
         arms=("whole", "text", "tail_draws"),
         **SMALL,
     )

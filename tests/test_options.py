@@ -47,7 +47,7 @@ CHOICES = {
 
 def layout_of(output: Path) -> RowLayout:
     manifest = read_manifest(output)
-    return RowLayout.of(manifest["recipe"]["output"], manifest["teacher"])
+    return RowLayout.of(manifest["recipe"], manifest["teacher"])
 
 
 def students_can_learn(dataset):

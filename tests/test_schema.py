@@ -67,11 +67,12 @@ def test_the_columns_are_those_that_were_asked_for():
 
 def test_a_layout_is_read_from_a_manifest():
     output = {"top_k": 20, "text": True, "profile": "default"}
+    recipe = {"corpus": {"text_column": "text"}, "output": output}
     teacher = {"vocab_size": 448, "architecture": "x"}
     # What is not named is off: schema 1.0 had no such names.
-    assert Layout.of(output, teacher) == Layout(top_k=20, vocab_size=448)
+    assert Layout.of(recipe, teacher) == Layout(top_k=20, vocab_size=448)
     output |= {"tail_samples": 4, "temperatures": [0.5, 2], "hidden_states": True}
-    found = Layout.of(output, teacher | {"hidden_size": 32})
+    found = Layout.of(recipe, teacher | {"hidden_size": 32})
     assert found == Layout(top_k=20, tail_samples=4, **OPTIONS)
     widths = {column.name: found.width(column) for column in columns(found)}
     assert widths["topk_indices"] == widths["topk_logprobs"] == 20

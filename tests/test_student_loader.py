@@ -191,7 +191,7 @@ def test_columns_that_the_schema_does_not_know_are_in_the_batch_if_they_are_numb
         table = pq.read_table(path)
         lengths = table["input_ids"].combine_chunks().value_lengths().to_pylist()
         extra = {
-            "completion_mask": [[t % 2 == 0 for t in range(n)] for n in lengths],
+            "is_quoted": [[t % 2 == 0 for t in range(n)] for n in lengths],
             "neighbours": [[[t, t + 1] for t in range(n)] for n in lengths],
             "messages": [["user", "hello"] for _ in lengths],
         }
@@ -201,8 +201,8 @@ def test_columns_that_the_schema_does_not_know_are_in_the_batch_if_they_are_numb
     batch = next(iter(load_logits(copy).batches(batch_size=2)))
     assert "messages" not in batch
     mask, position = batch["mask"], batch["position_ids"]
-    assert batch["completion_mask"].dtype == torch.bool
-    assert torch.equal(batch["completion_mask"], (position % 2 == 0) & mask)
+    assert batch["is_quoted"].dtype == torch.bool
+    assert torch.equal(batch["is_quoted"], (position % 2 == 0) & mask)
     assert torch.equal(batch["neighbours"][mask][:, 1], position[mask] + 1)
 
 

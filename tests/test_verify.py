@@ -61,6 +61,11 @@ def forge(directory: Path, change: Callable[[list[Row]], None], *, all_files: bo
                 values = [list(value) for value in values]
             arrays.append(pa.array(values, type=field.type))
         pq.write_table(pa.Table.from_arrays(arrays, schema=schema), path)
+        completions = {}
+        if "completion_mask" in schema.names:
+            completions["completion_tokens"] = sum(
+                int(row["completion_mask"].sum()) for row in rows
+            )
         valid = np.concatenate([row["target_logprob"] for row in rows]).astype(float)
         shard.update(
             sha256=file_sha256(path),
@@ -72,6 +77,7 @@ def forge(directory: Path, change: Callable[[list[Row]], None], *, all_files: bo
                 "topk_mass": sum(float(np.exp(head(row).astype(float)).sum()) for row in rows),
                 "target_nll": -float(np.nansum(valid)),
                 "targets": int((~np.isnan(valid)).sum()),
+                **completions,
             },
         )
     write_json(directory / "manifest.json", manifest)

@@ -51,9 +51,11 @@ class Batches(IterableDataset[dict[str, Tensor]]):
     A batch has, for B rows of T positions:
 
     - every column of the dataset that has a value a token, [B, T] or [B, T, K], in its stored type;
-    - `target_ids` [B, T] int32: the token that follows each position; −100 where it is not known, and in padding;
-    - `mask` [B, T] bool: where there is a teacher's distribution. It is True at the last position of a sequence too, whose
-      distribution is about the document's next token or its end, and not about the sequence packed behind it;
+    - `target_ids` [B, T] int32: the token that follows each position; −100 where it is not known, in padding and, of a dataset
+      with completions, where that token is not one of theirs (unless it was loaded with `prompt_targets`);
+    - `mask` [B, T] bool: where there is a teacher's distribution to learn. It is True at the last position of a sequence too, whose
+      distribution is about the document's next token or its end, and not about the sequence packed behind it. Of a dataset with
+      completions it is True only where the distribution is about a completion's token of the same sequence;
     - `sequence_ids` [B, T] int32: 0, 1, … of the sequences packed in a row, −1 in padding. A position must attend only to those
       of its own sequence;
     - `position_ids` [B, T] int32: 0, 1, … within each sequence; padding counts on. transformers separates the sequences by them if

@@ -39,11 +39,13 @@ class LogitDataset:
     """Columns with values a token; all of them are in a batch."""
     open_file: Callable[[str], pq.ParquetFile]
     projection: Projection | None = None
+    prompt_targets: bool = False
+    """Whether `target_ids` outside completions are kept."""
 
     @property
     def layout(self) -> Layout:
         """What its rows hold."""
-        return Layout.of(self.manifest["recipe"]["output"], self.manifest["teacher"])
+        return Layout.of(self.manifest["recipe"], self.manifest["teacher"])
 
     @property
     def num_rows(self) -> int:
@@ -95,6 +97,7 @@ class LogitDataset:
             identity={
                 "fingerprint": self.manifest["fingerprint"],
                 "projection": self.projection.fingerprint if self.projection else None,
+                "prompt_targets": self.prompt_targets or None,  # as states of before have it
             },
             batch_size=batch_size,
             length=length,
@@ -126,7 +129,13 @@ class LogitDataset:
         """
         try:
             file = self.open_file(group.file)
-            rows = read_rows(file, group.index, self.columns, Ends.of(self.manifest))
+            rows = read_rows(
+                file,
+                group.index,
+                self.columns,
+                Ends.of(self.manifest),
+                prompt_targets=self.prompt_targets,
+            )
         except (pa.ArrowException, ValueError, OSError) as error:
             raise ValueError(
                 f"{group.file}, row group {group.index}: {_first_line(error)}; verify the dataset"
@@ -142,6 +151,7 @@ def load_logits(
     require_teacher: str | None = None,
     require_tokenizer: Any = None,
     require_vocab_size: int | None = None,
+    prompt_targets: bool = False,
 ) -> LogitDataset:
     """Open a logit dataset.
 
@@ -152,6 +162,8 @@ def load_logits(
         require_teacher: repository, name, commit, `repository@commit` or file hash of the teacher that you expect.
         require_tokenizer: the fast tokenizer that you expect, or the SHA-256 that a manifest has of it.
         require_vocab_size: number of logits that you expect the teacher to have.
+        prompt_targets: of a dataset with completions, keep the text of prompts in `target_ids`, so that a text_weight teaches it too;
+            distributions are learned for completions in any case.
 
     Raises:
         ValueError: there is no such dataset, it is damaged, or it is not what was required; names both values.
@@ -173,7 +185,7 @@ def load_logits(
         footers = dict(
             zip(names, pool.map(lambda name: _footer(source, name, manifest), names), strict=True)
         )
-    layout = Layout.of(manifest["recipe"]["output"], manifest["teacher"])
+    layout = Layout.of(manifest["recipe"], manifest["teacher"])
     row_groups = tuple(
         RowGroup(
             file=name,
@@ -189,6 +201,7 @@ def load_logits(
         row_groups=row_groups,
         columns=token_columns(footers[names[0]].schema.to_arrow_schema(), layout),
         open_file=lambda name: pq.ParquetFile(source(name), metadata=footers[name]),
+        prompt_targets=prompt_targets,
     )
 
 
@@ -262,7 +275,7 @@ def _footer(source: Callable[[str], Any], name: str, manifest: dict[str, Any]) -
             f"{name} cannot be read ({_first_line(error)}); fetch the dataset again"
         ) from None
     try:
-        layout = Layout.of(manifest["recipe"]["output"], manifest["teacher"])
+        layout = Layout.of(manifest["recipe"], manifest["teacher"])
         token_columns(footer.schema.to_arrow_schema(), layout)
     except ValueError as error:
         raise ValueError(f"{name}: {error}; it is not of schema {SCHEMA_VERSION}") from None

@@ -245,10 +245,11 @@ def _at_temperature(
     scaled_NK = raw_NK / temperature - logsumexp_t_N[:, None]
     head_N = scaled_NK.logsumexp(-1)
     tail_raw_N = logp_tail_N.double() + logsumexp_N
-    bound_N = tail_raw_N + raw_NK.amin(-1) * (1 / temperature - 1) - logsumexp_t_N
+    gone_NK = logp_NK <= FLOAT16_MIN
+    least_N = raw_NK.masked_fill(gone_NK, torch.inf).amin(-1)
+    bound_N = tail_raw_N + least_N * (1 / temperature - 1) - logsumexp_t_N
     tail_N = torch.log(-torch.expm1(head_N)).where(head_N < 0, bound_N)
     tail_N = torch.maximum(tail_N, bound_N) if temperature > 1 else torch.minimum(tail_N, bound_N)
-    gone_NK = logp_NK <= FLOAT16_MIN
     return (
         scaled_NK.masked_fill(gone_NK, FLOAT16_MIN).to(logp_NK.dtype),
         tail_N.masked_fill(logp_tail_N <= FLOAT16_MIN, FLOAT16_MIN).to(logp_tail_N.dtype),

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from builder.schema import FLOAT16_MIN
-from builder.student.rows import NO_TARGET, Array, Rows
-from builder.student.vocabulary import EMPTY, add_mass
+from builder.student.rows import EMPTY, NO_TARGET, Array, Rows
+from builder.student.vocabulary import add_mass
 
 
 class TokenizerProjection:
@@ -40,6 +40,9 @@ class TokenizerProjection:
     last boundary, "re" after "The" for a student that knows "There", counts as if it had not), and as the teacher gives no mass to ways of
     spelling that its own tokenizer would not choose. Draws from the tail are dropped. Rows that are not UTF-8 (they end within a
     character) are left out. Byte-level and sentencepiece vocabularies are understood.
+
+    Completions. A student's token is the completion's if one of its bytes is, and `mask` is True where the teacher's distribution is about
+    a completion's token. Special tokens have no bytes: rows that hold one within (chats do, between their turns) are refused.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class TokenizerProjection:
 
         Raises:
             ValueError: the student's tokenizer changes the text (lower-casing it, for example), so that bytes cannot be compared; or
-                the rows have whole distributions.
+                the rows have whole distributions; or completions are known, and special tokens stand within a row.
         """
         if "logprobs" in rows.columns:
             raise ValueError(
@@ -88,6 +91,8 @@ class TokenizerProjection:
         ids_N = rows.columns["input_ids"]
         stops_R = rows.lengths_R.cumsum()
         starts_R, kept_R, texts = stops_R - rows.lengths_R, [], []
+        if "completion_mask" in rows.columns:
+            self._check_turns(ids_N, starts_R, stops_R)
         for row, (start, stop) in enumerate(zip(starts_R, stops_R, strict=True)):
             try:
                 texts.append(b"".join(teacher.bytes[i] for i in ids_N[start:stop]).decode())
@@ -98,12 +103,15 @@ class TokenizerProjection:
             self._align(rows, slice(starts_R[row], stops_R[row]), text, ids)
             for row, text, ids in zip(kept_R, texts, self._student.encode(texts), strict=True)
         ]
-        source_M, ids_M, targets_M = (
+        source_M, ids_M, targets_M, completion_M = (
             np.concatenate([part[i] for part in parts]) if parts else np.zeros(0, np.int32)
-            for i in range(3)
+            for i in range(4)
         )
         mask_M = source_M >= 0
         columns = {"input_ids": ids_M, "target_ids": targets_M, "mask": mask_M}
+        if "completion_mask" in rows.columns:
+            mask_M &= rows.columns["mask"][source_M]
+            columns["completion_mask"] = completion_M
         topk_ids_NK, topk_logprobs_NK, tail_N = self._merge(rows)
         for name, values, nothing in (
             ("topk_indices", topk_ids_NK, EMPTY),
@@ -118,8 +126,9 @@ class TokenizerProjection:
 
     def _align(
         self, rows: Rows, where: slice, text: str, ids: list[int]
-    ) -> tuple[Array, Array, Array]:
-        """For each of the student's positions in a row: the teacher's position that ends at the same byte, or −1; its id; its target."""
+    ) -> tuple[Array, Array, Array, Array]:
+        """For each of the student's positions in a row: the teacher's position that ends at the same byte, or −1; its id; its target;
+        whether it is the completion's."""
         teacher, student = self._teacher, self._student
         content = text.encode()
         spelled = b"".join(student.bytes[i] for i in ids)
@@ -141,12 +150,35 @@ class TokenizerProjection:
         if len(ids) and matches_M[-1] and student_eos is not None:
             is_end = rows.columns["target_ids"][where][found_M[-1]] == teacher_eos
             targets_M[-1] = student_eos if is_end else NO_TARGET
-        return np.where(matches_M, found_M + where.start, -1), ids_M, targets_M
+        completion_M = np.zeros(len(ids), np.bool_)
+        if len(ids) and "completion_mask" in rows.columns:
+            mask_T, known_T = (
+                rows.columns["completion_mask"][where],
+                rows.columns["target_ids"][where] != NO_TARGET,
+            )
+            known_T = np.append(known_T[:1], known_T[:-1])  # of the token itself, as a target
+            sizes_T, starts_M = np.diff(teacher_ends_T, prepend=0), np.append(0, ends_M[:-1])
+            completion_M = _shares_bytes(mask_T, sizes_T, starts_M, ends_M)
+            is_target_M = _shares_bytes(known_T, sizes_T, starts_M, ends_M)
+            targets_M[:-1][~is_target_M[1:]] = NO_TARGET
+        return np.where(matches_M, found_M + where.start, -1), ids_M, targets_M, completion_M
+
+    def _check_turns(self, ids_N: Array, starts_R: Array, stops_R: Array) -> None:
+        """Refuses special tokens that stand between tokens with bytes."""
+        has_bytes_N = self._teacher.num_bytes[ids_N] > 0
+        for start, stop in zip(starts_R, stops_R, strict=True):
+            spelled = np.flatnonzero(has_bytes_N[start:stop])
+            if len(spelled) and not has_bytes_N[start + spelled[0] : start + spelled[-1]].all():
+                raise ValueError(
+                    "a row holds special tokens between others, as the turns of a chat do, and these have no bytes by which another "
+                    "tokenizer could be told of them; use FrequentTokens, or a teacher with the student's tokenizer"
+                )
 
     def _merge(self, rows: Rows) -> tuple[Array, Array, Array]:
         """Listed ids in the student's vocabulary, by falling probability; their log-probs; the tail with all that found no place."""
         ids_NK = rows.columns["topk_indices"]
-        is_token_NK = ids_NK < len(self._map_V)  # some teachers have more logits than tokens
+        # Some teachers have more logits than tokens; some places are EMPTY.
+        is_token_NK = (ids_NK >= 0) & (ids_NK < len(self._map_V))
         mapped_NK = np.where(is_token_NK, self._map_V[np.where(is_token_NK, ids_NK, 0)], EMPTY)
         mass_NK = np.exp(rows.columns["topk_logprobs"].astype(np.float64))
         lost_N = np.where(mapped_NK == EMPTY, mass_NK, 0).sum(-1)
@@ -167,6 +199,13 @@ class TokenizerProjection:
         logprobs_NK = np.log(sums_NK, where=sums_NK > 0, out=np.full(sums_NK.shape, FLOAT16_MIN))
         tail_N = add_mass(rows.columns["tail_logprob"], lost_N)
         return merged_NK, logprobs_NK.astype(np.float32), tail_N
+
+
+def _shares_bytes(flags_T: Array, sizes_T: Array, starts_M: Array, ends_M: Array) -> Array:
+    """[M] bool: whether a token of the student has a byte of one of the teacher's tokens that are flagged."""
+    marked = np.append(0, np.repeat(flags_T, sizes_T).cumsum())
+    shared: Array = marked[ends_M] > marked[starts_M]
+    return shared
 
 
 class _Vocabulary:

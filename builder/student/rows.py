@@ -11,10 +11,14 @@ that same token, so neither needs a shift later. The last position of a row is a
 
 The distribution at a last position counts in every case; only its token can be unknown (a row in a hundred or so).
 
+Of a dataset with a completion_mask, only what is about a completion's token of the same row counts: `mask` is the completion_mask, moved by
+one here, and False at the last position of a row. What the file has at these positions only is put at its place; elsewhere stands
+nothing: −1 for an id of the top K, −65504 for a log-probability, 0 for all else.
+
 Shape suffixes: R rows, N positions of all of them, K values a position.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,10 +27,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from builder.schema import Layout, arrow_schema, shortest_cut
+from builder.schema import (
+    COMPLETION_MASK,
+    FLOAT16_MIN,
+    Layout,
+    arrow_schema,
+    kept_positions,
+    shortest_cut,
+)
+from builder.schema import columns as all_columns
 
 NO_TARGET = -100
 """In `target_ids`, where it is not known which token follows; what torch's cross-entropy ignores."""
+
+EMPTY = -1
+"""In `topk_indices`: a place without a token."""
+NOTHING = {
+    "topk_indices": EMPTY,
+    **dict.fromkeys(("topk_logprobs", "tail_logprobs", "logprobs"), FLOAT16_MIN),
+}
+"""What stands at positions that were not kept; 0 in other columns."""
 
 Array = npt.NDArray[Any]
 
@@ -37,7 +57,8 @@ class Rows:
 
     lengths_R: npt.NDArray[np.int64]
     columns: dict[str, Array]
-    """Each [N] or [N, K]: `target_ids`, and every column of the file that has a value a token."""
+    """Each [N] or [N, K]: `target_ids`, and every column of the file that has a value a token. Of a dataset with completions also
+    `mask`: where the distribution is about one of their tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,21 +85,28 @@ class Projection(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ends:
-    """What a manifest says of how rows begin and end."""
+    """What a manifest says of how rows begin and end, and of positions that are left out."""
 
     eos_token_id: int | None
     num_prefix_ids: int
     """Special tokens at the start of every row."""
     shortest_cut: float
     """A row of this length or more may have been cut from a longer document, of which the rest is not there."""
+    kept_widths: dict[str, int] = field(default_factory=dict)
+    """Columns that hold kept positions only, and how many values they have there."""
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> "Ends":
         """Read from a manifest."""
+        kept_widths = {}
+        if manifest["recipe"].get("output", {}).get("completions_only"):
+            layout = Layout.of(manifest["recipe"], manifest["teacher"])
+            kept_widths = {c.name: layout.width(c) for c in all_columns(layout) if "C," in c.shape}
         return cls(
             eos_token_id=manifest["teacher"]["eos_token_id"],
             num_prefix_ids=len(manifest["teacher"]["prefix_ids"]),
             shortest_cut=shortest_cut(manifest),
+            kept_widths=kept_widths,
         )
 
 
@@ -95,22 +123,70 @@ def token_columns(schema: pa.Schema, layout: Layout) -> list[str]:
     return [field.name for field in schema if _is_per_token(field.type)]
 
 
-def read_rows(file: pq.ParquetFile, row_group: int, columns: list[str], ends: Ends) -> Rows:
+def read_rows(
+    file: pq.ParquetFile,
+    row_group: int,
+    columns: list[str],
+    ends: Ends,
+    *,
+    prompt_targets: bool = False,
+) -> Rows:
     """Decode one row group.
+
+    Args:
+        file: of a dataset.
+        row_group: its number.
+        columns: from `token_columns`.
+        ends: of the dataset.
+        prompt_targets: keep `target_ids` outside completions, too.
 
     Raises:
         ValueError: a value is null, or columns do not fit each other.
     """
     table = file.read_row_group(row_group, columns=["id", "chunk_index", *columns])
     lengths_R = _lists(table, "input_ids").value_lengths().to_numpy().astype(np.int64)
-    values = {}
+    values: dict[str, Array] = {}
+    learned_N, learned_R = _learned(table, lengths_R)
     for name in columns:
         lists = _lists(table, name)
-        if name != "input_ids" and not np.array_equal(lists.value_lengths(), lengths_R):
-            raise ValueError(f"{name} and input_ids have different lengths")
+        is_cut = name in ends.kept_widths
+        if not np.array_equal(lists.value_lengths(), learned_R if is_cut else lengths_R):
+            what = "the completions of completion_mask" if is_cut else "input_ids"
+            raise ValueError(f"{name} and {what} have different lengths")
         values[name] = _values(lists, name)
+        if is_cut:
+            values[name] = _at_their_places(
+                values[name].reshape(-1, ends.kept_widths[name]), learned_N, name
+            )
     values["target_ids"] = _target_ids(table, values["input_ids"], lengths_R, ends)
+    if COMPLETION_MASK.name in columns:
+        values["mask"] = learned_N
+        if not prompt_targets:
+            values["target_ids"] = np.where(learned_N, values["target_ids"], np.int32(NO_TARGET))
     return Rows(lengths_R=lengths_R, columns=values)
+
+
+def _learned(
+    table: pa.Table, lengths_R: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+    """[N]: where the distribution is about a completion's token of its row, all True without a completion_mask; [R]: how often."""
+    if COMPLETION_MASK.name not in table.column_names:
+        return np.ones(lengths_R.sum(), np.bool_), lengths_R
+    lists = _lists(table, COMPLETION_MASK.name)
+    if not np.array_equal(lists.value_lengths(), lengths_R):
+        raise ValueError("completion_mask and input_ids have different lengths")
+    learned_N = kept_positions(_values(lists, COMPLETION_MASK.name))
+    learned_N[lengths_R.cumsum() - 1] = False  # the next token is the next row's
+    row_N = np.repeat(np.arange(len(lengths_R)), lengths_R)
+    return learned_N, np.bincount(row_N[learned_N], minlength=len(lengths_R))
+
+
+def _at_their_places(values_CK: Array, learned_N: npt.NDArray[np.bool_], name: str) -> Array:
+    """[N, K]: values of the positions that have them; elsewhere no token (`EMPTY`) with no probability, or zeros."""
+    nothing = NOTHING.get(name, 0)
+    values_NK = np.full((len(learned_N), values_CK.shape[1]), nothing, values_CK.dtype)
+    values_NK[learned_N] = values_CK
+    return values_NK
 
 
 def _target_ids(

@@ -17,10 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from builder.schema import FLOAT16_MIN
-from builder.student.rows import Array, Rows
-
-EMPTY = -1
-"""In `topk_indices`: a place without a token."""
+from builder.student.rows import EMPTY, Array, Rows
 
 
 class FrequentTokens:
@@ -73,7 +70,8 @@ class FrequentTokens:
         if "logprobs" in columns:
             columns["logprobs"] = self._whole(columns["logprobs"])
             return Rows(lengths_R=rows.lengths_R, columns=columns)
-        mapped_NK = self._map_V[columns["topk_indices"]]
+        ids_NK = columns["topk_indices"]
+        mapped_NK = np.where(ids_NK == EMPTY, np.int32(self.other), self._map_V[ids_NK])
         is_kept_NK = mapped_NK != self.other
         logprobs_NK = columns["topk_logprobs"]
         other_N = np.exp(

@@ -33,7 +33,7 @@ def write_report(results: Path, page: Path) -> None:
     runs = [
         run
         for path in sorted(results.glob("*-rate*.json"))
-        if (run := read_json(path))["settings"]["steps"] == plan["steps"]
+        if (run := read_json(path))["settings"]["steps"] in (plan["steps"], plan["quarter_steps"])
     ]
     found: dict[tuple[str, str], dict[int, Any]] = defaultdict(dict)
     for run in runs:
@@ -67,7 +67,7 @@ def _state(
     tokens, python = dataset["tokens"], dataset["environment"]["python"]
     minutes = sum(run["seconds"] for run in runs) / 60
     lines = [
-        f"{done} of {wanted} runs, {runs[0]['parameters']:,} parameters, {plan['steps']:,} steps of up to "
+        f"{done} of {wanted} runs, {runs[0]['parameters']:,} parameters, {plan['steps']:,} steps with all data and {plan['quarter_steps']:,} with a quarter, of up to "
         f"{plan['batch_size'] * plan['length']:,} tokens at rate {plan['rate']:g}, {minutes:.0f} minutes of one core; "
         f"{tokens['train']:,} tokens to learn from, {tokens['quarter']:,} in the quarter, {tokens['validation']:,} to choose by, "
         f"{tokens['test']:,} to test on, of which {dataset['text_outside_vocabulary']:.1%} are `other`; Python {python}."

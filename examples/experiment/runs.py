@@ -28,7 +28,10 @@ class Plan:
     max_characters: int | None
     num_kept: int
     steps: int
+    """With all data."""
+    quarter_steps: int
     evaluate_every: int
+    """With all data; with a quarter, as many times in a run."""
     batch_size: int
     length: int
     seeds: int
@@ -43,13 +46,14 @@ class Plan:
 
     def settings(self, arm: str, data: str, seed: int, rate: float) -> Settings:
         """Of one run."""
+        steps = self.steps if data == "train" else self.quarter_steps
         return Settings(
             arm=arm,
             data=data,
             seed=seed,
             rate=rate,
-            steps=self.steps,
-            evaluate_every=self.evaluate_every,
+            steps=steps,
+            evaluate_every=max(1, self.evaluate_every * steps // self.steps),
             batch_size=self.batch_size,
             length=self.length,
         )
@@ -58,33 +62,38 @@ class Plan:
         """The text arm at every rate: the one at which it does best is used for all arms."""
         return [self.settings("text", "train", 0, rate) for rate in self.rates]
 
+    def to_check_rate(self) -> list[Settings]:
+        """Other arms at every rate, to see whether the choice matters to them."""
+        return [
+            self.settings(arm, "train", 0, rate) for arm in self.rate_checks for rate in self.rates
+        ]
+
     def runs(self, rate: float) -> Iterator[Settings]:
-        """All runs, the most informative first."""
+        """All runs at the chosen rate, the most informative first."""
         for seed in range(self.seeds):
             for data in ("train", "quarter"):
                 for arm in self.arms:
                     if seed == 0 or ARMS[arm].has_seeds:
                         yield self.settings(arm, data, seed, rate)
-        for arm in self.rate_checks:
-            for other in self.rates:
-                yield self.settings(arm, "train", 0, other)
 
 
 FULL = Plan(
     max_characters=None,
     num_kept=2_048,
-    steps=1_200,
-    evaluate_every=50,
+    steps=2_400,
+    quarter_steps=1_200,
+    evaluate_every=100,
     batch_size=4,
     length=256,
     seeds=3,
     rates=(1e-3, 2e-3, 4e-3),
-    rate_checks=("tail_draws", "renormalised", "whole"),
+    rate_checks=("whole",),
 )
 QUICK = Plan(
     max_characters=150_000,
     num_kept=1_024,
     steps=150,
+    quarter_steps=100,
     evaluate_every=25,
     batch_size=4,
     length=256,
@@ -103,7 +112,7 @@ def experiment(plan: Plan, place: Place, results: Path, *, workers: int) -> None
     torch.set_num_threads(workers)  # now the teacher has all cores
     prepare(place, results, max_characters=plan.max_characters, progress=_say)
     torch.set_num_threads(1)
-    run_all(plan.to_choose_rate(), place, results, workers)
+    run_all([*plan.to_choose_rate(), *plan.to_check_rate()], place, results, workers)
     rate = choose_rate(plan.to_choose_rate(), results)
     write_json(results / "plan.json", {**asdict(plan), "rate": rate})
     run_all(list(plan.runs(rate)), place, results, workers)

@@ -1,0 +1,362 @@
+"""A chat → its text as the teacher's chat template writes it, its tokens, and which of them are the assistant's.
+
+In:   messages, and a tokenizer with a chat template (or another template in its place).
+Out:  Tokens: exactly what stands in the template's text, with a completion_mask.
+
+Mask. A token is the completion's if any of its characters is. Which characters are the assistant's,
+
+      - a template says that marks them, with {% generation %} … {% endgeneration %};
+      - of any other, it follows from what the teacher would have been asked: the text of the messages before an answer, with the
+        generation prompt, must be the beginning of the text with the answer, and that the beginning of the whole. The answer is what
+        stands between, with the special token that ends it and without white space behind that. Templates that write an earlier
+        answer differently once the conversation goes on, or the end of the last one, or have no generation prompt and yet a header, are refused.
+
+Special tokens are those that the template writes. Of what a message says, nothing becomes one: where it holds what looks like one (or is,
+begins or ends with a part of one), the chat is rendered once more with marks around that, as transformers does it for its
+`sanitize_control_tokens`, to learn which are the template's; these are then replaced by characters that no text holds, for which a copy of
+the tokenizer knows the same tokens. Added tokens that are not special (`<think>`) are taken as in texts, but for those with which the template
+asks for an answer: where a template marks turns with them, a message cannot.
+
+Cost: one rendering with marks in the template, else three more an answer.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from builder.corpus import Document
+from builder.messages import ASSISTANT, Message
+from builder.sequences import Tokens, backend_copy
+
+MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""In a template: what follows is the assistant's."""
+OPEN, CLOSE = "\U000f0000", "\U000f0001"
+"""Around what looks like a special token in a message; one alone keeps what stands on both sides apart."""
+FIRST_STAND_IN = 0xF0100
+"""Private characters from here on stand for the template's own special tokens."""
+STAND_INS = re.compile("[\U000f0000-\U000fffff]")
+ADVICE = 'give a template that marks the answers with {% generation %} as sequences.chat_template = "file.jinja"'
+
+Span = tuple[int, int]
+
+
+class ChatTemplate:
+    """Turns chats into tokens."""
+
+    def __init__(
+        self, tokenizer: Any, source: str | None = None, *, is_of_prompts: bool = False
+    ) -> None:
+        """Prepare a tokenizer and its chat template.
+
+        Args:
+            tokenizer: a fast transformers tokenizer.
+            source: a template in place of its own.
+            is_of_prompts: whether chats end where the assistant is asked to speak, and the template does ask it.
+
+        Raises:
+            ValueError: there is no template, or it is not one.
+        """
+        self._is_of_prompts = is_of_prompts
+        self.source = _own_template(tokenizer) if source is None else source
+        self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        self._check_syntax()
+        self._backend = backend_copy(tokenizer, match_special=True)
+        self._controls = self._find_controls(tokenizer)
+        stand_ins = {
+            content: chr(FIRST_STAND_IN + i) for i, content in enumerate(self._controls.values())
+        }
+        self._stand_ins = stand_ins
+        self._renamed = backend_copy(tokenizer, match_special=True, renamed=stand_ins)
+        # Renaming some tokens moves the ids of others.
+        self._ids_of_renamed = {
+            self._renamed.token_to_id(stand_ins.get(added.content, added.content)): token
+            for token, added in tokenizer.added_tokens_decoder.items()
+        }
+        longest_first = sorted(self._controls.values(), key=len, reverse=True)
+        self._looks_special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._beginnings = {c[:n] for c in longest_first for n in range(1, len(c))}
+        self._endings = {c[n:] for c in longest_first for n in range(1, len(c))}
+
+    def __call__(self, document: Document) -> Tokens:
+        """The tokens of a chat.
+
+        Raises:
+            ValueError: the template refuses it, it cannot be told which tokens are the assistant's, or what is a special token; names
+                the document, and says what to do.
+        """
+        messages = document.messages
+        assert messages is not None
+        try:
+            if self._is_of_prompts:
+                text = self._text(messages, add_generation_prompt=True)
+                ids, offsets = self._encode(messages, text)
+                return Tokens(text=text, ids=ids, offsets=offsets)
+            text, answers = self._render_with_answers(messages)
+            ids, offsets = self._encode(messages, text)
+            mask = _overlaps(offsets, answers)
+            if not any(mask):
+                raise ValueError(f"the chat template marks no token as the assistant's; {ADVICE}")
+        except ValueError as error:
+            raise ValueError(f"document {document.id!r}: {error}") from None
+        return Tokens(text=text, ids=ids, offsets=offsets, completion_mask=mask)
+
+    # What the template writes
+
+    def _render_with_answers(self, messages: list[Message]) -> tuple[str, list[Span]]:
+        """The text of a chat, and where in it the assistant's answers are."""
+        if MARKS.search(self.source):
+            return self._render(messages, marks=True)
+        text = self._text(messages)
+        answers = []
+        for number, message in enumerate(messages):
+            if message["role"] == ASSISTANT:
+                answers.append(self._answer(messages, number, text))
+        return text, answers
+
+    def _answer(self, messages: list[Message], number: int, text: str) -> Span:
+        """Where in the text of all messages an answer stands, by the texts of the messages up to it."""
+        before = self._text(messages[:number], add_generation_prompt=True)
+        until = text
+        if number + 1 < len(messages):
+            until = self._text(messages[: number + 1])
+        if not until.startswith(before):
+            raise ValueError(
+                f"the chat template does not write message {number} behind what it asks the assistant with "
+                f"({_difference(before, until)}), so that it cannot be told which tokens are the answer; {ADVICE}"
+            )
+        if not text.startswith(until):
+            until = until.rstrip()
+        if not text.startswith(until):
+            raise ValueError(
+                f"the chat template writes message {number} differently when the conversation goes on "
+                f"({_difference(until, text)}), so that the teacher would not have been asked like this; {ADVICE}"
+            )
+        start, content = len(before), messages[number]["content"].strip()
+        has_prompt = before != self._text(messages[:number])
+        if not has_prompt and not (content and until[start:].lstrip().startswith(content)):
+            raise ValueError(
+                f"the chat template has no generation prompt, and writes more before message {number} than can be told from "
+                f"the answer; {ADVICE}"
+            )
+        if number + 1 == len(messages):
+            self._check_end(messages, until[start:], start, content)
+        return start, max(start, len(until.rstrip()))
+
+    def _check_end(self, messages: list[Message], answer: str, start: int, content: str) -> None:
+        """Refuses a template that writes more behind the last answer (`<|endoftext|>`) than behind any other."""
+        try:
+            text = self._text([*messages, {"role": "user", "content": "a"}])[start:]
+        except ValueError:
+            return  # it knows no further question
+        shared = answer[: _parting(answer, text)]
+        if content and content in shared and not text.startswith(answer.rstrip()):
+            raise ValueError(
+                f"the chat template ends the last answer differently when the conversation goes on ({_difference(answer, text)}), so "
+                f"that it cannot be told what ends an answer; {ADVICE}"
+            )
+
+    def _text(self, messages: list[Message], **options: bool) -> str:
+        return self._render(messages, **options)[0]
+
+    def _render(
+        self, messages: list[Message], *, marks: bool = False, add_generation_prompt: bool = False
+    ) -> tuple[str, list[Span]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        rendered: Any
+        try:
+            rendered = render_jinja_template(
+                conversations=[messages],
+                chat_template=self.source,
+                return_assistant_tokens_mask=marks,
+                add_generation_prompt=add_generation_prompt,
+                # No function, so that calling it fails: the bytes of a dataset must not depend on the day.
+                **{**self._variables, "strftime_now": "today's date"},
+            )
+        except Exception as error:  # whatever a template does
+            if "strftime_now" in self.source and isinstance(error, TypeError):
+                raise ValueError(
+                    "the chat template writes today's date, so that a build would not end as it began; give a template with a "
+                    'fixed date as sequences.chat_template = "file.jinja"'
+                ) from None
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"the chat template refuses it ({reason}); mend the corpus, or give another template as "
+                'sequences.chat_template = "file.jinja"'
+            ) from None
+        texts, spans = rendered
+        return texts[0], spans[0] if marks else []
+
+    def _check_syntax(self) -> None:
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            render_jinja_template(conversations=[], chat_template=self.source)
+        except TemplateError as error:
+            raise ValueError(f"the chat template is not valid ({error})") from None
+
+    # What is a special token
+
+    def _find_controls(self, tokenizer: Any) -> dict[int, str]:
+        """Tokens that only the template may write: id → content."""
+        added: dict[int, Any] = tokenizer.added_tokens_decoder
+        try:
+            asked = self._text([{"role": "user", "content": "a"}], add_generation_prompt=True)
+            turns = set(self._backend.encode(asked, add_special_tokens=False).ids)
+        except ValueError:  # it may ask for a system message, or for several turns
+            turns = {token for token, value in added.items() if value.content in self.source}
+        return {
+            token: value.content
+            for token, value in added.items()
+            if value.special or (token in turns and not value.content.isspace())
+        }
+
+    def _encode(self, messages: list[Message], text: str) -> tuple[list[int], list[Span]]:
+        """Token ids, and where each stands in the text. Special tokens are the template's."""
+        if not any(map(self._is_suspicious, _strings(messages))):
+            encoding = self._backend.encode(text, add_special_tokens=False)
+            return encoding.ids, encoding.offsets
+        if STAND_INS.search(text):
+            raise ValueError(
+                "a message holds private characters beside what looks like a special token; leave out either"
+            )
+        marked = self._text(
+            [_with_strings(message, self._mark) for message in messages],
+            add_generation_prompt=self._is_of_prompts,
+        )
+        if re.sub(f"[{OPEN}{CLOSE}]", "", marked) != text:
+            found = next(filter(self._is_suspicious, _strings(messages)))
+            raise ValueError(
+                f"a message holds {_excerpt(found)}, which looks like a special token, and the chat template does not write it as it "
+                "is; mend the corpus, or give a template that does as sequences.chat_template"
+            )
+        with_stand_ins, origin = self._stand_in(marked)
+        encoding = self._renamed.encode(with_stand_ins, add_special_tokens=False)
+        ids = [self._ids_of_renamed.get(token, token) for token in encoding.ids]
+        found_controls = sum(token in self._controls for token in ids)
+        if found_controls != len(STAND_INS.findall(with_stand_ins)):
+            raise ValueError(
+                "a message holds what looks like a special token, and this tokenizer has no other way to write it; mend the corpus"
+            )
+        return ids, [(origin[start], origin[end]) for start, end in encoding.offsets]
+
+    def _is_suspicious(self, text: str) -> bool:
+        """Whether a string holds what looks like a special token, or could become a part of one."""
+        return bool(self._looks_special.search(text)) or self._mark_edges(text) != text
+
+    def _mark(self, text: str) -> str:
+        return self._looks_special.sub(f"{OPEN}\\g<0>{CLOSE}", self._mark_edges(text))
+
+    def _mark_edges(self, text: str) -> str:
+        """Keeps the first and the last word from being a part of a special token; templates may strip the space around them."""
+        core = text.strip()
+        start = text.index(core)
+        before, behind = text[:start], text[start + len(core) :]
+        longest = max(map(len, self._beginnings), default=0)
+        lengths = range(1, min(longest, len(core)) + 1)
+        is_within = bool(core) and any(core in control for control in self._controls.values())
+        first = OPEN if is_within or any(core[:n] in self._endings for n in lengths) else ""
+        last = OPEN if any(core[-n:] in self._beginnings for n in lengths) else ""
+        return f"{before}{first}{core}{last}{behind}"
+
+    def _stand_in(self, marked: str) -> tuple[str, list[int]]:
+        """The text with stand-ins for the template's special tokens, and for each place in it the place in the text.
+
+        In `hidden`, all that looks special in a message is OPEN: what is still found there is the template's.
+        """
+        hidden, place = "", 0
+        places: list[int] = []
+        for part in re.split(f"({OPEN}[^{OPEN}{CLOSE}]*{CLOSE}|[{OPEN}{CLOSE}])", marked):
+            if part in (OPEN, CLOSE):
+                hidden += OPEN
+                places.append(place)
+                continue
+            is_said = part.startswith(OPEN)
+            length = len(part) - 2 if is_said else len(part)
+            hidden += OPEN * length if is_said else part
+            places += range(place, place + length)
+            place += length
+        places.append(place)
+        text = re.sub(f"[{OPEN}{CLOSE}]", "", marked)
+        encoding = self._backend.encode(hidden, add_special_tokens=False)
+        pieces: list[str] = []
+        origin: list[int] = []
+        done = 0
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token not in self._controls:
+                continue
+            content = self._controls[token]
+            # A token may take the white space around it; that is the tokenizer's to find again.
+            inside = hidden.find(content, start, end)
+            begin = places[start if inside < 0 else inside]
+            stop = places[end if inside < 0 else inside + len(content)]
+            pieces += [text[done:begin], self._stand_ins[content]]
+            origin += [*range(done, begin), begin]
+            done = stop
+        pieces.append(text[done:])
+        origin += [*range(done, len(text)), len(text)]
+        return "".join(pieces), origin
+
+
+def _own_template(tokenizer: Any) -> str:
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError:
+        raise ValueError(
+            'the teacher\'s tokenizer has no chat template; give one as sequences.chat_template = "file.jinja"'
+        ) from None
+
+
+def _overlaps(offsets: list[Span], spans: list[Span]) -> list[bool]:
+    """Which tokens have a character in any of the spans, which are in order."""
+    mask, current = [], 0
+    for start, end in offsets:
+        while current < len(spans) and spans[current][1] <= start:
+            current += 1
+        mask.append(current < len(spans) and end > spans[current][0])
+    return mask
+
+
+def _strings(value: Any) -> Iterable[str]:
+    """All strings of some messages but their roles."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            if key != "role":
+                yield from _strings(item)
+
+
+def _with_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """The same with all strings changed that `_strings` yields."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_with_strings(item, change) for item in value]
+    if isinstance(value, dict):
+        return {
+            change(key): item if key == "role" else _with_strings(item, change)
+            for key, item in value.items()
+        }
+    return value
+
+
+def _difference(wanted: str, found: str) -> str:
+    """Two texts from where they part."""
+    place = _parting(wanted, found)
+    return f"{_excerpt(wanted[place:])} and {_excerpt(found[place:])} behind {wanted[max(0, place - 20) : place]!r}"
+
+
+def _parting(one: str, other: str) -> int:
+    """How many characters two texts share at their beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _excerpt(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}…")
