@@ -203,7 +203,9 @@ def test_without_ray_the_message_says_what_to_install_and_all_else_works(recipe,
     code = WITHOUT_RAY.replace("ARGUMENTS", repr(arguments))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     error, *statuses = done.stderr.splitlines()
-    assert error.startswith("error: several workers need Ray, which is not installed; run: pip install 'ray")
+    assert error.startswith(
+        "error: several workers need Ray, which is not installed; run: pip install 'ray"
+    )
     assert statuses == ["status 1", "status 0"]
     assert (tmp_path / "out" / "manifest.json").exists()
 
