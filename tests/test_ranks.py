@@ -191,3 +191,8 @@ def test_recipes(make_recipe):
         load_recipe(make_recipe(teacher_options='device_map = "auto"\ntensor_parallel = 2'))
     with pytest.raises(ValueError, match="a GGUF teacher runs on one device"):
         TeacherRecipe(gguf="x.gguf", device_map="auto")
+    recipe = make_recipe(teacher_options="tensor_parallel = 2")
+    with recipe.open("a") as file:
+        file.write("\n[generation]\nmax_new_tokens = 8\n")
+    with pytest.raises(ValueError, match=r"split over processes .* cannot write"):
+        load_recipe(recipe)
