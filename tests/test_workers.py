@@ -174,7 +174,7 @@ def test_a_worker_that_has_something_else_says_so(recipe, tmp_path, change, mess
         resolve_corpus(loaded.corpus, tmp_path, known),
         resolve_teacher(loaded.teacher, tmp_path, known),
     )
-    order = workers.make_order(loaded, {}, *sources, tmp_path / "out")
+    order = workers.make_order(loaded, {}, *sources, None, tmp_path / "out")
     if change == "gone":
         (tmp_path / "part-1.jsonl").unlink()
     elif change == "other":
@@ -206,7 +206,7 @@ def test_without_ray_the_message_says_what_to_install_and_all_else_works(recipe,
     assert error.startswith(
         "error: several workers need Ray, which is not installed; run: pip install 'ray"
     )
-    assert statuses == ["status 1", "status 0"]
+    assert statuses == ["status 1", "status None"]
     assert (tmp_path / "out" / "manifest.json").exists()
 
 
