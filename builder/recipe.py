@@ -278,6 +278,11 @@ class Recipe(_Section):
     def _prompts_fit(self) -> Self:
         if self.generation is None:
             return self
+        if self.teacher.tensor_parallel:
+            raise ValueError(
+                "a teacher that is split over processes (teacher.tensor_parallel) cannot write; use teacher.device_map, or leave "
+                "out [generation]"
+            )
         if self.generation.max_new_tokens >= self.sequences.max_length:
             raise ValueError(
                 f"generation.max_new_tokens is {self.generation.max_new_tokens}, which leaves no room for a prompt in "

@@ -244,3 +244,17 @@ def test_numbers_are_views_where_arrow_allows_it():
     column = pa.array(NESTED, pa.list_(pa.list_(pa.int32())))
     address = column.flatten().flatten().buffers()[1].address
     assert nested_values(column).ctypes.data == address
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path):
+    path = tmp_path / "x"
+    with atomic_file(path, writer="a") as first:
+        first.write(b"same ")
+        with atomic_file(path, writer="b") as second:
+            second.write(b"same bytes")
+        assert path.read_bytes() == b"same bytes"
+        first.write(b"bytes")
+        first.flush()
+        assert path.read_bytes() == b"same bytes"
+    assert path.read_bytes() == b"same bytes"
+    assert list(tmp_path.iterdir()) == [path]
