@@ -171,7 +171,7 @@ def _run(settings: Settings, place: Place, results: Path) -> str:
         with FileLock(results / f".{settings.name}.lock", timeout=0):
             if _is_done(settings, place, results):
                 return f"{settings.name}: done by another process"
-            result = train(settings, _worker_data[0], progress=_say)
+            result = train(settings, _worker_data[0], progress=_say_while_wanted)
             write_json(results / settings.name, result)
     except Timeout:
         return f"{settings.name}: another process is at it"
@@ -193,6 +193,14 @@ def _is_done(settings: Settings, place: Place, results: Path) -> bool:
 
 def _result(settings: Settings, results: Path) -> dict[str, Any]:
     return read_json(results / settings.name)
+
+
+def _say_while_wanted(message: str) -> None:
+    """Say it, and end this process if the one that wanted the run was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        sys.exit(1)
+    _say(message)
 
 
 def _say(message: str) -> None:
