@@ -93,7 +93,7 @@ class Cramped:
 
     def __init__(self, teacher: Teacher, room: int) -> None:
         self._teacher, self._room = teacher, room
-        self.device = teacher.device
+        self.device = self.logits_device = teacher.device
         self.sizes: list[int] = []
 
     def logits(self, sequences):
