@@ -90,7 +90,11 @@ def write_synthetic(directory, *, num_tokens, vocab_size, top_k, row_length=256,
         "schema_version": SCHEMA_VERSION,
         "fingerprint": fingerprint,
         "row_fingerprint": fingerprint,
-        "recipe": {"sequences": {"max_length": row_length, "long_documents": "chunk"}},
+        "recipe": {
+            "corpus": {},
+            "sequences": {"max_length": row_length, "long_documents": "chunk"},
+            "output": {"text": True, "top_k": top_k},
+        },
         "teacher": {
             **{"name": "synthetic", "sha256": "0", "vocab_size": vocab_size},
             **{"tokenizer_sha256": "0", "eos_token_id": 2, "prefix_ids": [], "suffix_ids": []},
