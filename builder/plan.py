@@ -130,7 +130,7 @@ def work(
         peak_tflops: of other hardware, in place of the GPU's.
         utilization: share of the peak that the build reaches.
         parameters: of the teacher, where it cannot be seen.
-        workers: GPUs, each with a copy of the teacher.
+        workers: GPUs, each with a copy of the teacher, or `tensor_parallel` of them together.
         mbit: of upload a second, for all workers together.
 
     Raises:
@@ -157,7 +157,13 @@ def work(
     shards = max(math.ceil(tokens / output.shard_tokens), output.partitions)
     size = tokens * per_token
     commits = math.ceil(shards / DISCARDED_TOGETHER) + 2  # the card, and main
-    busy = min(workers, output.partitions)
+    gpus_each = recipe.teacher.tensor_parallel or 1
+    if workers < gpus_each:
+        raise ValueError(
+            f"--workers is {workers}, but teacher.tensor_parallel is {gpus_each}: one copy of the teacher takes so many GPUs"
+        )
+    copies = min(workers // gpus_each, output.partitions)
+    busy = copies * gpus_each
     hours = {
         "computing": gpu_hours / busy,
         "sending": size * 8 / (mbit * 1e6) / 3600,
@@ -183,10 +189,10 @@ def work(
         commit_hours=hours["committing"],
         upload_mbit=mbit,
         upload_hours=hours["sending"],
-        disk_bytes=MAX_LOCAL_SHARDS * size / shards,
+        disk_bytes=(MAX_LOCAL_SHARDS + copies - 1) * size / shards,
         hours=hours[limit],
         limit=limit,
-        advice=_advice(recipe, tokens, shards, size, workers, limit),
+        advice=_advice(recipe, tokens, shards, size, workers - busy, limit),
     )
 
 
@@ -196,9 +202,17 @@ def flop_per_token(shape: Shape, length: int) -> float:
 
 
 def _advice(
-    recipe: Recipe, tokens: int, shards: int, size: float, workers: int, limit: str
+    recipe: Recipe, tokens: int, shards: int, size: float, idle: int, limit: str
 ) -> list[str]:
-    lines, partitions = [], recipe.output.partitions
+    lines = []
+    if recipe.generation:
+        lines.append(
+            "the teacher writes, which is not counted: a token at a time, and limited by memory rather than by FLOP"
+        )
+    if recipe.output.completions_only:
+        lines.append(
+            "bytes are counted as if all positions were kept: output.completions_only keeps fewer"
+        )
     if shards > MAX_FILES:
         least = math.ceil(tokens / MAX_FILES / 1e6) * 1_000_000
         lines.append(
@@ -208,9 +222,9 @@ def _advice(
         lines.append(
             f"the Hub takes files of up to {MAX_FILE_BYTES / 1e9:.0f} GB, so {MAX_FILES:,} of them hold {MAX_FILES * MAX_FILE_BYTES / 1e12:.0f} TB"
         )
-    if workers > partitions:
+    if idle:
         lines.append(
-            f"output.partitions is {partitions}: {workers - partitions} of {workers} workers have nothing to do"
+            f"output.partitions is {recipe.output.partitions}: {idle} of the GPUs have nothing to do"
         )
     if limit == "committing" and shards <= MAX_FILES:
         lines.append(

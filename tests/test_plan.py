@@ -15,7 +15,7 @@ from conftest import REPOSITORY
 
 from builder import cli_plan
 from builder.plan import EMBEDDED, GPUS, MBIT, UTILIZATION, Shape, describe, teacher_shape, work
-from builder.recipe import Recipe, load_recipe
+from builder.recipe import GenerationRecipe, Recipe, load_recipe
 
 EMBEDDED_RECIPE = REPOSITORY / "dataset_cards" / "smollm2-135m-python-docs" / "recipe.toml"
 
@@ -51,7 +51,7 @@ def test_a_trillion_tokens_of_an_8b_teacher_by_hand():
     assert found.bytes == 176e12
     assert found.shards == 20_000
     assert found.shard_bytes == 8.8e9
-    assert found.disk_bytes == 4 * 8.8e9
+    assert found.disk_bytes == (4 + 7) * 8.8e9  # four, and one more for each further worker
     assert found.commits == 10_002  # two shards in each, the card, main
     assert found.commit_hours == 78  # 128 in the first hour, 18 in the last
     assert found.upload_hours == pytest.approx(176e12 * 8 / 1e9 / 3600)
@@ -76,7 +76,36 @@ def test_workers_without_a_partition_do_not_count():
     )
     assert one.hours == pytest.approx(16 * many.hours)
     assert (more.hours, more.workers) == (many.hours, 16)
-    assert "output.partitions is 16: 48 of 64 workers have nothing to do" in more.advice
+    assert "output.partitions is 16: 48 of the GPUs have nothing to do" in more.advice
+
+
+def test_a_copy_that_is_split_takes_its_gpus_together():
+    recipe = hub_recipe(partitions=2)
+    teacher = recipe.teacher.model_copy(update={"tensor_parallel": 4})
+    split = recipe.model_copy(update={"teacher": teacher})
+    one = planned(recipe, parameters=7e10, workers=1, mbit=1e6)
+    eight = planned(split, parameters=7e10, workers=8, mbit=1e6)
+    assert eight.hours == pytest.approx(one.hours / 8)
+    assert eight.workers == 8
+    assert not any("nothing to do" in line for line in eight.advice)
+    assert (
+        "6 of the GPUs have nothing to do"
+        in planned(split, tokens=1e9, parameters=7e10, workers=14).advice[-1]
+    )
+    with pytest.raises(ValueError, match="one copy of the teacher takes so many GPUs"):
+        planned(split, parameters=7e10, workers=3)
+
+
+def test_what_is_not_counted_is_said():
+    writing = hub_recipe().model_copy(update={"generation": GenerationRecipe(max_new_tokens=8)})
+    advice = planned(writing, tokens=1e9, parameters=1e9).advice
+    assert "the teacher writes, which is not counted" in advice[0]
+    recipe = hub_recipe()
+    output = recipe.output.model_copy(update={"completions_only": True})
+    few = recipe.model_copy(update={"output": output})
+    assert (
+        "output.completions_only keeps fewer" in planned(few, tokens=1e9, parameters=1e9).advice[0]
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 300_000, 300_001])
