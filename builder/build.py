@@ -23,6 +23,7 @@ from builder.manifest import FILE_NAME, ShardRecord, make_manifest, read_manifes
 from builder.outbox import Outbox
 from builder.pipeline import Notice, Progress
 from builder.recipe import Recipe, deciding, differences, without_description
+from builder.schema import SCHEMA_VERSION
 from builder.sources import (
     KnownSources,
     read_chat_template,
@@ -95,7 +96,7 @@ def build(
             "corpus": corpus_source.provenance,
             "teacher": teacher_source.provenance | template_provenance(template),
         }
-        state.settle("plan", deciding(plan))
+        state.settle("plan", {**deciding(plan), "schema_version": SCHEMA_VERSION})
         state.remember(known)
         state.sweep()
         chains = _Chains(state, recipe, outbox, max_shards=max_shards, found=found, notice=notice)
@@ -155,7 +156,7 @@ class _Chains:
         self.stopped = False
         """Whether a shard was not given out because there were to be no more than `max_shards`."""
         self.failure: Exception | None = None
-        """The last one; the user was told of those before."""
+        """The first one; the user is told of the others."""
 
     def next_task(self) -> Task | None:
         """A shard to compute, of the partition that was worked on last; None if all others wait for one under way."""
@@ -164,9 +165,11 @@ class _Chains:
             task = self._waiting.popleft()
             record = outbox.held(task.partition, task.index) if outbox else None
             if record is not None:
+                _check_follows(record, task)
                 self._found(record.tokens)
                 self._follow(record)
             elif record := self._state.intact_record(task.partition, task.index, self._notice):
+                _check_follows(record, task)
                 self._found(record.tokens)
                 if outbox:
                     outbox.put(record)
@@ -211,10 +214,13 @@ class _Chains:
             return
         if isinstance(outcome, OSError) and outcome.errno in DISK_FULL:
             raise outcome
-        self.failure = outcome
+        if self.failure is None:
+            self.failure = outcome
         self._unfinished.remove(task.partition)
         if self._unfinished:
             self._notice(f"{task.file} failed ({outcome}); the other partitions go on")
+        elif outcome is not self.failure:
+            self._notice(f"{task.file} failed ({outcome})")
 
     def records(self) -> list[ShardRecord]:
         """The records of all shards, in order."""
@@ -230,6 +236,15 @@ class _Chains:
         )
 
 
+def _check_follows(record: ShardRecord, task: Task) -> None:
+    """Refuses a finished shard behind one that was built again and ends elsewhere than before: documents would be lost, or twice there."""
+    if record.position_before not in (None, task.start or {}):
+        raise ValueError(
+            f"{record.file} starts elsewhere in the corpus than the shard before it ends, which was built again (on other hardware, "
+            "or with other libraries?); start anew in another directory, and without the shards of this build's branch"
+        )
+
+
 def _compute_here(worker: Worker, output: Path, chains: _Chains) -> Generator[Computed]:
     """Compute shards in this process, one after the other."""
     if task := chains.next_task():
@@ -240,6 +255,7 @@ def _compute_here(worker: Worker, output: Path, chains: _Chains) -> Generator[Co
             outcome = worker.shard(output, task)
         except Exception as error:
             outcome = error
+            worker.forget_split_teacher()
         yield task, outcome
         task = chains.next_task()
 

@@ -22,6 +22,7 @@ Cost: one rendering with marks in the template, else three more an answer.
 
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from builder.corpus import Document
@@ -149,7 +150,7 @@ class ChatTemplate:
         except ValueError:
             return  # it knows no further question
         shared = answer[: _parting(answer, text)]
-        if content and content in shared and not text.startswith(answer.rstrip()):
+        if content in shared and not text.startswith(answer.rstrip()):
             raise ValueError(
                 f"the chat template ends the last answer differently when the conversation goes on ({_difference(answer, text)}), so "
                 f"that it cannot be told what ends an answer; {ADVICE}"
@@ -201,11 +202,14 @@ class ChatTemplate:
     def _find_controls(self, tokenizer: Any) -> dict[int, str]:
         """Tokens that only the template may write: id → content."""
         added: dict[int, Any] = tokenizer.added_tokens_decoder
-        try:
-            asked = self._text([{"role": "user", "content": "a"}], add_generation_prompt=True)
-            turns = set(self._backend.encode(asked, add_special_tokens=False).ids)
-        except ValueError:  # it may ask for a system message, or for several turns
-            turns = {token for token, value in added.items() if value.content in self.source}
+        turns = {token for token, value in added.items() if value.content in self.source}
+        system, user, answer = (
+            {"role": r, "content": "a"} for r in ("system", "user", "assistant")
+        )
+        for chat in ([user], [user, answer, user], [system, user, answer]):
+            with suppress(ValueError):  # it may ask for a system message, or know none
+                text = self._text(chat, add_generation_prompt=chat[-1] is user)
+                turns |= set(self._backend.encode(text, add_special_tokens=False).ids)
         return {
             token: value.content
             for token, value in added.items()
@@ -214,7 +218,7 @@ class ChatTemplate:
 
     def _encode(self, messages: list[Message], text: str) -> tuple[list[int], list[Span]]:
         """Token ids, and where each stands in the text. Special tokens are the template's."""
-        if not any(map(self._is_suspicious, _strings(messages))):
+        if not any(map(self._is_suspicious, _said(messages))):
             encoding = self._backend.encode(text, add_special_tokens=False)
             return encoding.ids, encoding.offsets
         if STAND_INS.search(text):
@@ -222,11 +226,11 @@ class ChatTemplate:
                 "a message holds private characters beside what looks like a special token; leave out either"
             )
         marked = self._text(
-            [_with_strings(message, self._mark) for message in messages],
+            [_marked(message, self._mark) for message in messages],
             add_generation_prompt=self._is_of_prompts,
         )
         if re.sub(f"[{OPEN}{CLOSE}]", "", marked) != text:
-            found = next(filter(self._is_suspicious, _strings(messages)))
+            found = next(filter(self._is_suspicious, _said(messages)))
             raise ValueError(
                 f"a message holds {_excerpt(found)}, which looks like a special token, and the chat template does not write it as it "
                 "is; mend the corpus, or give a template that does as sequences.chat_template"
@@ -318,8 +322,22 @@ def _overlaps(offsets: list[Span], spans: list[Span]) -> list[bool]:
     return mask
 
 
+def _said(messages: list[Message]) -> Iterable[str]:
+    """All strings of some messages but their roles, which are known."""
+    for message in messages:
+        yield from message
+        yield from _strings([item for key, item in message.items() if key != "role"])
+
+
+def _marked(message: Message, change: Callable[[str], str]) -> Message:
+    """A message with all strings changed that `_said` yields."""
+    return {
+        change(key): item if key == "role" else _with_strings(item, change)
+        for key, item in message.items()
+    }
+
+
 def _strings(value: Any) -> Iterable[str]:
-    """All strings of some messages but their roles."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
@@ -328,21 +346,16 @@ def _strings(value: Any) -> Iterable[str]:
     elif isinstance(value, dict):
         for key, item in value.items():
             yield key
-            if key != "role":
-                yield from _strings(item)
+            yield from _strings(item)
 
 
 def _with_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """The same with all strings changed that `_strings` yields."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
         return [_with_strings(item, change) for item in value]
     if isinstance(value, dict):
-        return {
-            change(key): item if key == "role" else _with_strings(item, change)
-            for key, item in value.items()
-        }
+        return {change(key): _with_strings(item, change) for key, item in value.items()}
     return value
 
 

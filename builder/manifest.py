@@ -104,6 +104,8 @@ class ShardRecord:
     """Libraries and hardware that computed it."""
     completions: Completions | None = None
     """None where the corpus is taken as it is."""
+    position_before: dict[str, Any] | None = None
+    """Corpus position at which it starts, {} at the beginning of a partition; None in a dataset of a schema before 1.2."""
     column_bytes: dict[str, int] | None = None
     """Compressed, of each column; None in a dataset of a schema before 1.2."""
 
@@ -130,7 +132,7 @@ class ShardRecord:
         return {
             name: value
             for name, value in values.items()
-            if name not in ("completions", "column_bytes") or value is not None
+            if name not in ("completions", "position_before", "column_bytes") or value is not None
         }
 
 

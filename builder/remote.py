@@ -329,6 +329,8 @@ class Repository:
                 httpx2.HTTPError,
                 LocalEntryNotFoundError,
                 OfflineModeIsEnabled,
+                ConnectionError,  # these two are what Xet raises
+                TimeoutError,
                 RuntimeError,
             ) as error:
                 cause = _cause(error)
@@ -369,7 +371,9 @@ def explain(error: BaseException, repo_id: str) -> str:
         said = (error.server_message or "").splitlines()
         reason = f" ({said[0][:200]})" if said and "://" not in said[0] else ""
         return f"the Hub answers {status} {HTTPStatus(status).phrase}{reason}; try again later"
-    if isinstance(error, httpx2.HTTPError | LocalEntryNotFoundError):
+    if isinstance(
+        error, httpx2.HTTPError | LocalEntryNotFoundError | ConnectionError | TimeoutError
+    ):
         return f"the Hub cannot be reached ({_symptom(error)}); check the network"
     return f"uploading failed ({type(error).__name__}); try again"
 
@@ -388,7 +392,7 @@ def _status(error: BaseException) -> int | None:
 def _is_transient(error: BaseException, retried: tuple[int, ...]) -> bool:
     if isinstance(error, HfHubHTTPError):
         return _status(error) in retried
-    return isinstance(error, httpx2.TransportError)
+    return isinstance(error, httpx2.TransportError | ConnectionError | TimeoutError)
 
 
 def _retry_after(error: BaseException) -> int | None:

@@ -142,6 +142,13 @@ class Worker:
             return None
         return Decoder(self.teacher, temperature=recipe.temperature, top_p=recipe.top_p)
 
+    def forget_split_teacher(self) -> None:
+        """Have a teacher that is split over processes loaded anew for the next shard: these may be out of step."""
+        if self._recipe.teacher.tensor_parallel:
+            for name in ("teacher", "encoder", "layout", "decoder"):
+                self.__dict__.pop(name, None)
+            self._stream = None
+
     def prepare(self, task: Task) -> dict[str, Any]:
         """Load the teacher and open the corpus for a first task, without reading it.
 
@@ -202,6 +209,7 @@ class Worker:
             tokens=tokens,
             partition=task.partition,
             index=task.index,
+            position_before=task.start or {},
             position_after=stream.position,
             exhausted=stream.exhausted,
             sums=sums,

@@ -414,7 +414,12 @@ def _resources(pool: Pool, ranks: int | None, notice: Notice) -> tuple[str, int,
         notice(f"{shortage}: going on with those that fit, and waiting for more")
     cpus = [int(node.get("CPU", 0)) for node in nodes]
     shares = range(1, max(cpus, default=0) + 1)
-    fitting = [share for share in shares if sum(count // share for count in cpus) >= pool.workers]
+
+    def room(node: dict[str, float], share: int) -> int:
+        by_cpus = int(node.get("CPU", 0)) // share
+        return min(by_cpus, int(node.get("GPU", 0) // gpus)) if gpus else by_cpus
+
+    fitting = [share for share in shares if sum(room(n, share) for n in nodes) >= pool.workers]
     return device, max(fitting, default=0), gpus
 
 

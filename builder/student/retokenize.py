@@ -97,7 +97,7 @@ class TokenizerProjection:
             try:
                 texts.append(b"".join(teacher.bytes[i] for i in ids_N[start:stop]).decode())
                 kept_R.append(row)
-            except UnicodeDecodeError:
+            except (UnicodeDecodeError, IndexError):  # or an id of a logit that is no token's
                 continue
         parts = [
             self._align(rows, slice(starts_R[row], stops_R[row]), text, ids)
@@ -156,7 +156,9 @@ class TokenizerProjection:
                 rows.columns["completion_mask"][where],
                 rows.columns["target_ids"][where] != NO_TARGET,
             )
-            known_T = np.append(known_T[:1], known_T[:-1])  # of the token itself, as a target
+            # Of each token itself, as a target. The first is none; as text of a prompt it is known where others are.
+            of_prompts = (known_T & ~rows.columns["mask"][where])[:-1].any()
+            known_T = np.append(mask_T[:1] | of_prompts, known_T[:-1])
             sizes_T, starts_M = np.diff(teacher_ends_T, prepend=0), np.append(0, ends_M[:-1])
             completion_M = _shares_bytes(mask_T, sizes_T, starts_M, ends_M)
             is_target_M = _shares_bytes(known_T, sizes_T, starts_M, ends_M)
@@ -165,7 +167,11 @@ class TokenizerProjection:
 
     def _check_turns(self, ids_N: Array, starts_R: Array, stops_R: Array) -> None:
         """Refuses special tokens that stand between tokens with bytes."""
-        has_bytes_N = self._teacher.num_bytes[ids_N] > 0
+        num_bytes = self._teacher.num_bytes
+        # An id of a logit that is no token's is for `__call__` to leave out.
+        has_bytes_N = (ids_N >= len(num_bytes)) | (
+            num_bytes[np.minimum(ids_N, len(num_bytes) - 1)] > 0
+        )
         for start, stop in zip(starts_R, stops_R, strict=True):
             spelled = np.flatnonzero(has_bytes_N[start:stop])
             if len(spelled) and not has_bytes_N[start + spelled[0] : start + spelled[-1]].all():

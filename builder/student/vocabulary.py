@@ -41,12 +41,16 @@ class FrequentTokens:
             always_keep: ids that have a place however rare they are, such as the end of a sequence.
 
         Raises:
-            ValueError: there are not so many ids, or more than that must be kept.
+            ValueError: there are not so many ids, more than that must be kept, or one that is not there.
         """
         counts_V = np.asarray(token_counts_V)
         if not len(set(always_keep)) <= num_kept <= len(counts_V):
             raise ValueError(
                 f"num_kept is {num_kept}, expected {len(set(always_keep))} (always_keep) to {len(counts_V)} (the vocabulary)"
+            )
+        if unknown := [i for i in always_keep if not 0 <= i < len(counts_V)]:
+            raise ValueError(
+                f"always_keep names the id {unknown[0]}, but the teacher's vocabulary has the ids 0 to {len(counts_V) - 1}"
             )
         must_V = np.isin(np.arange(len(counts_V)), list(always_keep))
         order_V = np.lexsort((np.arange(len(counts_V)), -counts_V, ~must_V))
