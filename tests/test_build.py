@@ -282,3 +282,24 @@ def test_a_nan_names_the_document_and_leaves_no_shard(
     with pytest.raises(ValueError, match="NaN or infinity for document 'sick'"):
         run(make_recipe(teacher=teacher), tmp_path / "out")
     assert not list((tmp_path / "out" / "data").iterdir())
+
+
+def test_a_shard_that_does_not_follow_the_one_before_is_refused(make_recipe, tmp_path):
+    """As where that was built again on other hardware, and ends at another document."""
+    recipe, output = make_recipe(), tmp_path / "out"
+    assert run(recipe, output, max_shards=2).status == "stopped early"
+    path = output / ".build" / "records" / "000-00001.json"
+    record = json.loads(path.read_text())
+    assert record["position_before"]["documents"] > 0
+    record["position_before"]["documents"] += 1
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="starts elsewhere in the corpus than the shard before it ends"):  # fmt: skip
+        run(recipe, output)
+
+
+def test_a_build_does_not_go_on_under_another_schema(make_recipe, tmp_path, monkeypatch):
+    recipe, output = make_recipe(), tmp_path / "out"
+    run(recipe, output, max_shards=1)
+    monkeypatch.setattr("builder.build.SCHEMA_VERSION", "1.99.0")
+    with pytest.raises(ValueError, match=r"another plan \(schema_version: .* → \"1\.99\.0\"\)"):
+        run(recipe, output)

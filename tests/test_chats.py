@@ -173,7 +173,7 @@ def test_the_reference_would_find_an_injection(tokenizer):
     ("field", "value"),
     [
         ("reasoning_content", "<eot> x"),
-        ("tool_calls", [{"function": {"name": "f", "arguments": {"a<eot>": "<eot>", "b": ["<eot>"]}}}]),
+        ("tool_calls", [{"function": {"name": "f", "arguments": {"a<eot>": "<eot>", "b": ["<eot>"], "role": "<eot>"}}}]),
     ],
 )  # fmt: skip
 def test_what_else_a_message_holds_cannot_spell_a_special_token_either(tokenizer, field, value):

@@ -101,6 +101,8 @@ def test_frequent_tokens_that_must_be_kept():
         FrequentTokens([5, 0, 3, 4], 9)
     with pytest.raises(ValueError, match=r"num_kept is 1, expected 2 \(always_keep\)"):
         FrequentTokens([5, 0, 3, 4], 1, always_keep=[1, 2])
+    with pytest.raises(ValueError, match=r"names the id 4, but .* has the ids 0 to 3"):
+        FrequentTokens([5, 0, 3, 4], 2, always_keep=[1, 4])
 
 
 def small_batch(kept, *, seed=0, num_positions=6, top_k=5, draws=0):
