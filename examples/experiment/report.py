@@ -41,10 +41,11 @@ def write_report(results: Path, page: Path) -> None:
         if settings["rate"] == plan["rate"]:
             found[settings["arm"], settings["data"]][settings["seed"]] = run
     _plots(found, results)
-    at = results.relative_to(page.parent)
+    at = results.resolve().relative_to(page.resolve().parent)
     parts = [_state(found, runs, plan, dataset), _verdicts(found)]
     for data, words in DATA.items():
-        parts.append(f"### With {words}\n\n{_table(found, data, dataset)}")
+        if any(which == data for _, which in found):
+            parts.append(f"### With {words}\n\n{_table(found, data, dataset)}")
     parts += [
         f"![Validation cross-entropy over steps]({at}/curves.svg)",
         f"![Test cross-entropy of every arm]({at}/arms.svg)",
