@@ -89,7 +89,7 @@ class ChatTemplate:
         assert messages is not None
         try:
             if self._is_of_prompts:
-                text = self._text(messages, add_generation_prompt=True)
+                text = self._ask(messages)
                 ids, offsets = self._encode(messages, text)
                 return Tokens(text=text, ids=ids, offsets=offsets)
             text, answers = self._render_with_answers(messages)
@@ -101,7 +101,32 @@ class ChatTemplate:
             raise ValueError(f"document {document.id!r}: {error}") from None
         return Tokens(text=text, ids=ids, offsets=offsets, completion_mask=mask)
 
+    @property
+    def ends(self) -> list[int]:
+        """The special token that the template writes behind an answer, if it writes one: where a teacher that answers has to stop."""
+        user = {"role": "user", "content": "a"}
+        with suppress(ValueError):  # it may ask for a system message
+            texts = [self._text([user, {"role": ASSISTANT, "content": c}])[::-1] for c in "ab"]
+            behind = texts[0][: _parting(*texts)][::-1]
+            ids = self._backend.encode(behind, add_special_tokens=False).ids
+            return [token for token in ids if token in self._controls][:1]
+        return []
+
     # What the template writes
+
+    def _ask(self, messages: list[Message]) -> str:
+        """The text of a chat up to where the assistant is asked to speak."""
+        asked = self._text(messages, add_generation_prompt=True)
+        if asked == self._text(messages):
+            answered = self._text([*messages, {"role": ASSISTANT, "content": "a"}])
+            if not answered.startswith(asked) or not answered[len(asked) :].lstrip().startswith(
+                "a"
+            ):
+                raise ValueError(
+                    f"the chat template has no generation prompt, and writes more before an answer, so that the teacher would not be "
+                    f"asked for one; {ADVICE}"
+                )
+        return asked
 
     def _render_with_answers(self, messages: list[Message]) -> tuple[str, list[Span]]:
         """The text of a chat, and where in it the assistant's answers are."""

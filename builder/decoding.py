@@ -16,6 +16,7 @@ Shape suffixes: B sequences, T positions, S steps, V vocabulary.
 """
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -37,19 +38,22 @@ PROBE_STEPS = 4
 class Decoder:
     """A teacher that writes."""
 
-    def __init__(self, teacher: Teacher, *, temperature: float, top_p: float) -> None:
+    def __init__(
+        self, teacher: Teacher, *, temperature: float, top_p: float, ends: Iterable[int] = ()
+    ) -> None:
         """Find out how this teacher can be run step by step.
 
         Args:
             teacher: the teacher.
             temperature: of the distribution that tokens are drawn from; 0 takes the most probable one.
             top_p: draw from the most probable tokens only, as few as have this probability together.
+            ends: tokens that end a text beside the teacher's own, such as that of a turn in a chat template.
 
         Raises:
             ValueError: its steps do not yield what its forward pass does.
         """
         self.teacher = teacher
-        self.eos_ids = _eos_ids(teacher)
+        self.eos_ids = _eos_ids(teacher) | set(ends)
         self._model = copy.copy(teacher.model)
         self._model.generation_config = GenerationConfig()
         self._warpers = LogitsProcessorList()

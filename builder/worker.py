@@ -140,7 +140,13 @@ class Worker:
         recipe = self._recipe.generation
         if recipe is None:
             return None
-        return Decoder(self.teacher, temperature=recipe.temperature, top_p=recipe.top_p)
+        chats = self.encoder.chats
+        return Decoder(
+            self.teacher,
+            temperature=recipe.temperature,
+            top_p=recipe.top_p,
+            ends=chats.ends if isinstance(chats, ChatTemplate) else (),
+        )
 
     def forget_split_teacher(self) -> None:
         """Have a teacher that is split over processes loaded anew for the next shard: these may be out of step."""

@@ -373,3 +373,19 @@ def test_the_first_chunk_starts_as_the_template_says_and_later_ones_with_the_tok
     assert all(len(chunk.token_ids) <= 12 for chunk in chunks)
     assert chunks[0].next_token == chunks[1].token_ids[1]
     assert chunks[-1].next_token == 2 != NO_TOKEN
+
+
+@pytest.mark.parametrize(
+    ("source", "end"), [(CHATML, "<|im_end|>"), (SYSTEM_DEFAULT, "<|im_end|>"), (LLAMA_3, "<eot>")]
+)
+def test_a_teacher_that_answers_stops_where_the_template_ends_an_answer(tokenizer, source, end):
+    template = ChatTemplate(tokenizer, source, is_of_prompts=True)
+    assert template.ends == [tokenizer.convert_tokens_to_ids(end)]
+
+
+def test_a_template_that_does_not_ask_for_an_answer_is_no_prompt(tokenizer):
+    document = Document(id="the id", messages=[A])
+    with pytest.raises(ValueError, match="no generation prompt, and writes more before an answer"):
+        ChatTemplate(tokenizer, NO_PROMPT, is_of_prompts=True)(document)
+    bare = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    assert ChatTemplate(tokenizer, bare, is_of_prompts=True)(document).text.strip() == A["content"]
