@@ -92,6 +92,7 @@ class ChatTemplate:
                 text = self._ask(messages)
                 ids, offsets = self._encode(messages, text)
                 return Tokens(text=text, ids=ids, offsets=offsets)
+            self._check_calls(messages)
             text, answers = self._render_with_answers(messages)
             ids, offsets = self._encode(messages, text)
             mask = _overlaps(offsets, answers)
@@ -127,6 +128,23 @@ class ChatTemplate:
                     f"asked for one; {ADVICE}"
                 )
         return asked
+
+    def _check_calls(self, messages: list[Message]) -> None:
+        """Refuses calls of tools that the template leaves out: what would be learned is an answer without them."""
+        for number, message in enumerate(messages):
+            calls = [key for key in ("tool_calls", "function_call") if message.get(key)]
+            bare = {key: value for key, value in message.items() if key not in calls}
+            with suppress(ValueError):  # it needs them, so it writes them
+                if calls and self._text([*messages[:number], bare]) == self._text(
+                    messages[: number + 1]
+                ):
+                    break
+        else:
+            return
+        raise ValueError(
+            f"the chat template does not write the {calls[0]} of message {number}, so that an answer without them would be learned; "
+            f"{ADVICE}"
+        )
 
     def _render_with_answers(self, messages: list[Message]) -> tuple[str, list[Span]]:
         """The text of a chat, and where in it the assistant's answers are."""

@@ -389,3 +389,13 @@ def test_a_template_that_does_not_ask_for_an_answer_is_no_prompt(tokenizer):
         ChatTemplate(tokenizer, NO_PROMPT, is_of_prompts=True)(document)
     bare = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
     assert ChatTemplate(tokenizer, bare, is_of_prompts=True)(document).text.strip() == A["content"]
+
+
+def test_calls_that_the_template_leaves_out_are_refused(tokenizer):
+    calls = [{"function": {"name": "f", "arguments": {}}}]
+    answer = {"role": "assistant", "content": "", "tool_calls": calls}
+    for source in (CHATML, add_markers(CHATML)):
+        with pytest.raises(ValueError, match="does not write the tool_calls of message 1"):
+            tokens(tokenizer, source, [A, answer])
+    writes = CHATML.replace("message['content'] +", "message['content'] + (message.tool_calls | tojson if message.tool_calls else '') +")  # fmt: skip
+    assert '"name": "f"' in tokens(tokenizer, writes, [A, answer]).text
