@@ -381,13 +381,7 @@ def test_a_student_s_token_is_the_completion_s_if_a_byte_of_it_is(
             assert found["target_ids"][m] == found["input_ids"][m + 1]
     # A target that counts is a completion's; the first token of a row is nobody's target.
     for m, target in enumerate(found["target_ids"][:-1]):
-        assert (target != -100) == _shares(flags, spelled, mask, ends, m)
-
-
-def _shares(flags, spelled, mask, ends, m: int) -> bool:
-    """Whether the student's token m + 1 has a byte of a completion's token that has a distribution before it."""
-    known = np.repeat([mask[1] if len(mask) > 1 else False, *mask[1:]], spelled)
-    return bool(known[ends[m] : ends[m + 1]].any())
+        assert (target != -100) == bool(flags[ends[m] : ends[m + 1]].any())
 
 
 @pytest.fixture(scope="module")
