@@ -268,8 +268,8 @@ def test_only_completions_that_were_drawn_from_what_is_stored_are_as_surprising_
     assert problems(tmp_path / "fair") == []
     init = Decoder.__init__
 
-    def warmer(self, teacher, *, temperature, top_p):
-        init(self, teacher, temperature=1.3, top_p=top_p)
+    def warmer(self, teacher, *, temperature, **options):
+        init(self, teacher, temperature=1.3, **options)
 
     monkeypatch.setattr(Decoder, "__init__", warmer)
     run(make_recipe(generation=f"{DRAWN}\nsamples = 20"), tmp_path / "warm")
