@@ -396,7 +396,7 @@ def test_every_format_gives_the_same_chats(chat_teacher, tmp_path):
     """Parquet gives every message the keys of all."""
     rows = [
         {"id": "a", "messages": [{"role": "user", "content": "The fox"}, {"role": "assistant", "content": "jumps", "name": "x"}]},
-        {"id": "b", "messages": [{"role": "user", "content": "2"}, {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}]},
+        {"id": "b", "messages": [{"role": "user", "content": "2"}, {"role": "assistant", "content": "4", "reasoning": [{"type": "function"}]}]},
         {"id": "c", "messages": []},
         {"id": "d", "messages": None},
         {"id": "e", "messages": [{"role": "user", "content": "no answer"}]},
