@@ -14,8 +14,8 @@ Mask. A token is the completion's if any of its characters is. Which characters 
 Special tokens are those that the template writes. Of what a message says, nothing becomes one: where it holds what looks like one (or is,
 begins or ends with a part of one), the chat is rendered once more with marks around that, as transformers does it for its
 `sanitize_control_tokens`, to learn which are the template's; these are then replaced by characters that no text holds, for which a copy of
-the tokenizer knows the same tokens. Added tokens that are not special (`<think>`) are taken as in texts, but for those with which the template
-asks for an answer: where a template marks turns with them, a message cannot.
+the tokenizer knows the same tokens. Added tokens that are not special (`<think>`) are taken as in texts, but for those that the template
+writes around turns, up to where it asks for an answer and behind one: where a template marks turns with them, a message cannot.
 
 Cost: one rendering with marks in the template, else three more an answer.
 """
@@ -245,19 +245,36 @@ class ChatTemplate:
     def _find_controls(self, tokenizer: Any) -> dict[int, str]:
         """Tokens that only the template may write: id → content."""
         added: dict[int, Any] = tokenizer.added_tokens_decoder
-        turns = {token for token, value in added.items() if value.content in self.source}
-        system, user, answer = (
-            {"role": r, "content": "a"} for r in ("system", "user", "assistant")
-        )
-        for chat in ([user], [user, answer, user], [system, user, answer]):
-            with suppress(ValueError):  # it may ask for a system message, or know none
-                text = self._text(chat, add_generation_prompt=chat[-1] is user)
-                turns |= set(self._backend.encode(text, add_special_tokens=False).ids)
+        texts = list(self._around_turns())
+        turns = {
+            token
+            for text in texts
+            for token in self._backend.encode(text, add_special_tokens=False).ids
+        }
+        if not texts:  # it may ask for other roles, or for several turns
+            turns = {token for token, value in added.items() if value.content in self.source}
         return {
             token: value.content
             for token, value in added.items()
             if value.special or (token in turns and not value.content.isspace())
         }
+
+    def _around_turns(self) -> Iterable[str]:
+        """What the template writes around the turns of some chats: up to where it asks for an answer, and behind an answer.
+
+        Not what it writes before an answer without having asked (`<think>`), which messages hold themselves.
+        """
+        system, user = ({"role": role, "content": "a"} for role in ("system", "user"))
+        answer = {"role": ASSISTANT, "content": "0123456789"}
+        for messages in (
+            *([user], [system, user], [user, answer], [system, user, answer]),
+            [user, answer, user],
+        ):
+            try:
+                text = self._text(messages, add_generation_prompt=messages[-1] is user)
+            except ValueError:
+                continue  # it knows no such chat
+            yield text.rpartition(answer["content"])[2]
 
     def _encode(self, messages: list[Message], text: str) -> tuple[list[int], list[Span]]:
         """Token ids, and where each stands in the text. Special tokens are the template's."""

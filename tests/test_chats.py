@@ -243,6 +243,23 @@ def test_a_message_cannot_complete_a_special_token(tokenizer, before, behind, co
     assert tokenizer.convert_tokens_to_ids("<eot>") not in found.ids
 
 
+def test_tokens_that_only_some_turns_have_are_the_template_s_too(tiny_tokenizer):
+    """Though they are not special: one begins a system turn, one ends an answer. What stands within an answer is text."""
+    tokenizer = chatty(tiny_tokenizer, special=False)
+    source = (
+        "{% for m in messages %}{{ ('<begin>' if m.role == 'system' else '<header>') + m.role + '</header>' }}"
+        "{{ ('<other>' if m.role == 'assistant' and not m.content.startswith('<other>') else '') + m.content }}"
+        "{{ '<eot>' if m.role == 'assistant' else '<end>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<header>assistant</header>' }}{% endif %}"
+    )
+    for content, expected in (("<begin>", 0), ("<eot>", 1), ("<end>", 1)):
+        messages = [{"role": "user", "content": f"x{content}y"}, {"role": "assistant", "content": "z"}]  # fmt: skip
+        found = tokens(tokenizer, source, messages)
+        assert found.ids.count(tokenizer.convert_tokens_to_ids(content)) == expected
+    found = tokens(tokenizer, source, [A, {"role": "assistant", "content": "<other>z"}])
+    assert found.ids.count(tokenizer.convert_tokens_to_ids("<other>")) == 1
+
+
 # What cannot be told is refused
 
 THINKING = CHATML.replace(
@@ -399,3 +416,11 @@ def test_calls_that_the_template_leaves_out_are_refused(tokenizer):
             tokens(tokenizer, source, [A, answer])
     writes = CHATML.replace("message['content'] +", "message['content'] + (message.tool_calls | tojson if message.tool_calls else '') +")  # fmt: skip
     assert '"name": "f"' in tokens(tokenizer, writes, [A, answer]).text
+
+
+def test_a_token_that_a_template_only_names_is_the_message_s(tiny_tokenizer):
+    """As <think> in the templates of models that reason: it marks no turn, and an answer holds it as in any text."""
+    tokenizer = chatty(tiny_tokenizer)
+    source = "{# <other> #}" + CHATML
+    found = tokens(tokenizer, source, [A, {"role": "assistant", "content": "<other>\nx"}])
+    assert found.ids.count(tokenizer.convert_tokens_to_ids("<other>")) == 1
