@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from builder import demo
+from builder.loading import load_teacher
 from builder.manifest import environment
 from builder.recipe import Recipe
 from builder.sequences import Encoder, Sequence
 from builder.stream import SequenceStream, make_encoder
-from builder.teacher import Teacher, load_teacher
+from builder.teacher import Teacher
 
 MAX_LENGTH, BATCH_TOKENS, TOP_K = 512, 4096, 50
 

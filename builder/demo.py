@@ -83,7 +83,7 @@ def embedded_corpus() -> tuple[Path, dict[str, Any]]:
 
 def _prepare(gguf_file: Path, directory: Path) -> None:
     """Dequantise a GGUF file into a directory with safetensors weights and a faithful tokenizer, all or nothing."""
-    from builder.teacher import load_gguf
+    from builder.loading import load_gguf
 
     model, tokenizer = load_gguf(gguf_file, tokenizer=None)
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ import torch
 import zstandard
 
 from builder.corpus import Corpus, Document
+from builder.loading import load_tokenizer
 from builder.plan import bytes_per_token, count_parameters
 from builder.recipe import Recipe
 from builder.sequences import Encoder
@@ -32,7 +33,6 @@ from builder.sources import (
     template_provenance,
 )
 from builder.stream import make_encoder, open_corpus
-from builder.teacher import load_tokenizer
 
 SAMPLE_DOCUMENTS = 50
 SAMPLE_BYTES = 8 * 2**20

@@ -31,9 +31,10 @@ import torch.distributed as dist
 import transformers
 from transformers.distributed.configuration_utils import DistributedConfig
 
+from builder.loading import load_teacher
 from builder.recipe import TeacherRecipe
 from builder.sources import TeacherSource
-from builder.teacher import Teacher, Together, load_teacher
+from builder.teacher import Teacher, Together
 
 GRACE_SECONDS = 10
 """So long a rank that fails waits before it says so: what fails on all ranks is rank 0's to say."""

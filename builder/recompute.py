@@ -22,6 +22,7 @@ from torch import Tensor
 
 from builder.corpus import Document
 from builder.generation import spell_completion
+from builder.loading import load_tokenizer
 from builder.manifest import ShardRecord
 from builder.ranks import load
 from builder.recipe import SequencesRecipe, TeacherRecipe, differences
@@ -38,7 +39,7 @@ from builder.schema import (
 from builder.sequences import NO_TOKEN, Encoder, backend_copy
 from builder.shards import nested_values
 from builder.sources import KnownSources, TeacherSource, resolve_teacher
-from builder.teacher import Teacher, load_tokenizer
+from builder.teacher import Teacher
 
 MAX_FLOAT32_ERROR = 2e-3
 """Nats beyond float16 rounding, for a teacher run in float32: kernels differ between batch shapes and machines."""

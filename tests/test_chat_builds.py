@@ -25,11 +25,11 @@ from builder.chats import ChatTemplate
 from builder.corpus import Document
 from builder.estimate import bytes_per_token
 from builder.info import describe
+from builder.loading import load_tokenizer
 from builder.manifest import read_manifest, records_of
 from builder.recipe import load_recipe
 from builder.schema import Layout, arrow_schema, columns, kept_positions
 from builder.student import distillation_loss, load_logits
-from builder.teacher import load_tokenizer
 from builder.verify import verify
 
 CORPUS = 'messages_column = "messages"'

@@ -20,11 +20,12 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 # A module may import those before it; `demo` prepares a teacher, so it stands after `teacher`.
 ORDER = [
-    *["schema", "recipe", "messages", "corpus", "sequences", "chats", "teacher", "draws"],
-    *["distribution", "demo", "sources", "ranks", "shards", "pipeline", "decoding", "generation"],
-    *["manifest", "charts", "markdown", "licences", "authorship", "card", "state", "stream"],
-    *["worker", "workers", "invariants", "verify", "remote", "outbox", "build", "recompute"],
-    *["versions", "release", "hub", "delivery", "info", "plan", "estimate", "cli_plan", "cli"],
+    *["schema", "recipe", "messages", "corpus", "sequences", "chats", "teacher", "loading"],
+    *["draws", "distribution", "demo", "sources", "ranks", "shards", "pipeline", "decoding"],
+    *["generation", "manifest", "charts", "markdown", "licences", "authorship", "card"],
+    *["state", "stream", "worker", "workers", "invariants", "verify", "remote", "outbox"],
+    *["build", "recompute", "versions", "release", "hub", "delivery", "info", "plan"],
+    *["estimate", "cli_plan", "cli"],
 ]
 # The package for trainers knows of the others the schema only; its modules have an order of their own.
 STUDENT_ORDER = [

@@ -11,9 +11,9 @@ from conftest import REPOSITORY
 
 from builder import demo
 from builder.build import build
+from builder.loading import load_teacher
 from builder.manifest import read_manifest
 from builder.recipe import load_recipe
-from builder.teacher import load_teacher
 from builder.verify import verify
 
 pytestmark = pytest.mark.embedded

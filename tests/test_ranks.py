@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from builder import ranks
+from builder.loading import load_teacher
 from builder.recipe import TeacherRecipe, fingerprint, load_recipe
 from builder.sources import KnownSources, resolve_teacher
-from builder.teacher import Teacher, is_spread, load_teacher
+from builder.teacher import Teacher, is_spread
 from builder.verify import verify
 
 SEQUENCES = [[5, 9, 300, 17, 2, 44], [8], list(range(1, 60))]

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from builder import teacher as teacher_module
 from builder.distribution import Distribution, capture
-from builder.teacher import Teacher, load_teacher, load_tokenizer
+from builder.loading import load_teacher, load_tokenizer
+from builder.teacher import Teacher
 
 CPU = torch.device("cpu")
 LENGTHS = (33, 5, 17, 1)

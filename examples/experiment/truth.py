@@ -29,13 +29,14 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from builder.loading import load_teacher
 from builder.manifest import read_manifest, write_json
 from builder.recompute import MAX_FLOAT32_ERROR, teacher_source
 from builder.schema import FLOAT16_MIN, float16_rounding
 from builder.sequences import length_sorted_batches
 from builder.shards import atomic_file, nested_values
 from builder.student import FrequentTokens
-from builder.teacher import Teacher, load_teacher
+from builder.teacher import Teacher
 from examples.experiment.corpus import PARTS, in_quarter, part_of
 
 SAMPLES = 50
