@@ -409,3 +409,19 @@ def test_a_special_token_within_a_row_is_refused_and_one_at_its_ends_is_not(
     middle = [*ids[:3], END, *ids[3:]]
     with pytest.raises(ValueError, match=r"special tokens between others.*use FrequentTokens"):
         projected(projection, [mask], middle, prompt_targets=False)
+
+
+@pytest.mark.parametrize("stray", [END, 447])
+def test_a_row_in_which_a_teacher_has_drawn_what_has_no_bytes_is_left_out(
+    tiny_tokenizer, small_tokenizer, stray
+):
+    """A special token, or a logit that is no token's: the other rows are as they would be alone."""
+    projection = TokenizerProjection(tiny_tokenizer, small_tokenizer)
+    ids = tiny_tokenizer.encode("The quick brown fox")
+    mask = [False, *([True] * (len(ids) - 1))]
+    alone = projected(projection, [mask], ids, prompt_targets=False)
+    strayed = [*ids[:3], stray, *ids[3:]]
+    found = projected(projection, [[False, *mask], mask], [*strayed, *ids], prompt_targets=False)
+    assert found.lengths_R.tolist() == alone.lengths_R.tolist()
+    for name in ("input_ids", "target_ids", "mask", "completion_mask"):
+        np.testing.assert_array_equal(found.columns[name], alone.columns[name])

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from builder.schema import FLOAT16_MIN
 from builder.student.rows import EMPTY, NO_TARGET, Array, Rows
@@ -32,9 +33,10 @@ class TokenizerProjection:
     the bytes of f(i) are a prefix of b(i); several i can share one. (Where b(i) is not text, as half a character is not, f(i) is the longest token that
     is a prefix.) Some i do not tell how the student begins: if the student has a token that is longer than b(i), is no token of
     the teacher, and that the teacher would begin with i ("·the" where only the student has "·thexy"). Those, and tokens without bytes
-    (special ones; but for the end of a sequence, which becomes the student's), join the tail. That is true, and costs much where the student
-    has many words that the teacher has not (on Python's documentation with 4,096 tokens of its own, the tail grows from 11 % to 32 %); with
-    strict=False such an i gives its mass to f(i) too, as if the student never went on.
+    (special ones; but for the end of a sequence, which becomes the student's), join the tail: where their mass belongs is not known, and a listed
+    token may in truth have some of it. That costs much where the student has many words that the teacher has not (on Python's
+    documentation with 4,096 tokens of its own, the tail grows from 11 % to 32 %); with strict=False such an i gives its mass to f(i) too, as if
+    the student never went on.
 
     Limits. It is exact as far as a tokenizer's cuts do not depend on the text behind them (an alternative that would have moved the student's
     last boundary, "re" after "The" for a student that knows "There", counts as if it had not), and as the teacher gives no mass to ways of
@@ -42,7 +44,8 @@ class TokenizerProjection:
     character) are left out. Byte-level and sentencepiece vocabularies are understood.
 
     Completions. A student's token is the completion's if one of its bytes is, and `mask` is True where the teacher's distribution is about
-    a completion's token. Special tokens have no bytes: rows that hold one within (chats do, between their turns) are refused.
+    a completion's token. Special tokens have no bytes: rows that hold one within are left out, and if all do (chats, between their turns)
+    they are refused.
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class TokenizerProjection:
 
         Raises:
             ValueError: the student's tokenizer changes the text (lower-casing it, for example), so that bytes cannot be compared; or
-                the rows have whole distributions; or completions are known, and special tokens stand within a row.
+                the rows have whole distributions; or completions are known, and special tokens stand within all rows.
         """
         if "logprobs" in rows.columns:
             raise ValueError(
@@ -91,9 +94,12 @@ class TokenizerProjection:
         ids_N = rows.columns["input_ids"]
         stops_R = rows.lengths_R.cumsum()
         starts_R, kept_R, texts = stops_R - rows.lengths_R, [], []
+        left_out_R = np.zeros(len(starts_R), np.bool_)
         if "completion_mask" in rows.columns:
-            self._check_turns(ids_N, starts_R, stops_R)
+            left_out_R = self._has_turns(ids_N, starts_R, stops_R)
         for row, (start, stop) in enumerate(zip(starts_R, stops_R, strict=True)):
+            if left_out_R[row]:
+                continue
             try:
                 texts.append(b"".join(teacher.bytes[i] for i in ids_N[start:stop]).decode())
                 kept_R.append(row)
@@ -165,20 +171,27 @@ class TokenizerProjection:
             targets_M[:-1][~is_target_M[1:]] = NO_TARGET
         return np.where(matches_M, found_M + where.start, -1), ids_M, targets_M, completion_M
 
-    def _check_turns(self, ids_N: Array, starts_R: Array, stops_R: Array) -> None:
-        """Refuses special tokens that stand between tokens with bytes."""
+    def _has_turns(self, ids_N: Array, starts_R: Array, stops_R: Array) -> npt.NDArray[np.bool_]:
+        """[R]: whether special tokens stand between tokens with bytes.
+
+        Raises:
+            ValueError: in every row, as in a corpus of chats; of a row that a teacher has written, it is an accident.
+        """
         num_bytes = self._teacher.num_bytes
         # An id of a logit that is no token's is for `__call__` to leave out.
-        has_bytes_N = (ids_N >= len(num_bytes)) | (
-            num_bytes[np.minimum(ids_N, len(num_bytes) - 1)] > 0
-        )
-        for start, stop in zip(starts_R, stops_R, strict=True):
+        is_known_N = ids_N < len(num_bytes)
+        has_bytes_N = ~is_known_N | (num_bytes[np.where(is_known_N, ids_N, 0)] > 0)
+        has_turns_R = np.zeros(len(starts_R), np.bool_)
+        for row, (start, stop) in enumerate(zip(starts_R, stops_R, strict=True)):
             spelled = np.flatnonzero(has_bytes_N[start:stop])
-            if len(spelled) and not has_bytes_N[start + spelled[0] : start + spelled[-1]].all():
-                raise ValueError(
-                    "a row holds special tokens between others, as the turns of a chat do, and these have no bytes by which another "
-                    "tokenizer could be told of them; use FrequentTokens, or a teacher with the student's tokenizer"
-                )
+            if len(spelled):
+                has_turns_R[row] = not has_bytes_N[start + spelled[0] : start + spelled[-1]].all()
+        if len(has_turns_R) and has_turns_R.all():
+            raise ValueError(
+                "the rows hold special tokens between others, as the turns of a chat do, and these have no bytes by which another "
+                "tokenizer could be told of them; use FrequentTokens, or a teacher with the student's tokenizer"
+            )
+        return has_turns_R
 
     def _merge(self, rows: Rows) -> tuple[Array, Array, Array]:
         """Listed ids in the student's vocabulary, by falling probability; their log-probs; the tail with all that found no place."""
