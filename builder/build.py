@@ -279,10 +279,9 @@ def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
             f"{output} holds a finished dataset of another recipe ({'; '.join(changes)}); choose another directory"
         )
     status = "already complete"
-    published = _published_as(manifest, recipe)
-    if differences(_recorded(manifest), published):
+    if described_anew(manifest, recipe):
         status = "already complete, with a new description"
-        manifest["recipe"] = published
+        manifest["recipe"] = _published_as(manifest, recipe)
         write_card(output, manifest)
         write_json(output / FILE_NAME, manifest)
     shutil.rmtree(output / ".build", ignore_errors=True)
@@ -303,6 +302,11 @@ def changes_since(manifest: dict[str, Any], recipe: Recipe, base: Path) -> list[
             source = resolve_corpus(recipe.corpus, base, KnownSources())
             changes = differences(manifest["corpus"], source.provenance, "corpus")
     return changes
+
+
+def described_anew(manifest: dict[str, Any], recipe: Recipe) -> list[str]:
+    """In what a recipe that asks for the data of a finished dataset differs from that one's, one line for each field."""
+    return differences(_recorded(manifest), _published_as(manifest, recipe))
 
 
 def _recorded(manifest: dict[str, Any]) -> dict[str, Any]:

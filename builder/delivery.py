@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from builder import hub
-from builder.build import BuildResult, build, changes_since
+from builder.build import BuildResult, build, changes_since, described_anew
 from builder.manifest import FILE_NAME, read_manifest
 from builder.outbox import BRANCH, MAX_LOCAL_SHARDS, Outbox, is_branch_of
 from builder.recipe import Recipe, expand_home
@@ -72,7 +72,14 @@ def deliver(
     build_head = there.branches.get(BRANCH)
     if there.former and tag in (None, there.former.tag):
         former = there.former_manifest()
-        if former and not changes_since(former, recipe, base):
+        is_out = former and not changes_since(former, recipe, base)
+        if former and is_out and (changes := described_anew(former, recipe)):
+            if not (output / FILE_NAME).exists():
+                raise ValueError(
+                    f"{repo_id} {there.former.tag} has the same data, and only the description differs ({'; '.join(changes)}); run "
+                    "this where the dataset's directory is, or use logit-dataset publish there"
+                )
+        elif former and is_out:
             if is_branch_of(there.repo, build_head, former):
                 there.repo.delete_branch(BRANCH)
             result = BuildResult(status="built already", shards_built=0, manifest=former)

@@ -256,6 +256,26 @@ def test_when_all_is_done_the_same_command_says_so_anywhere(hub, deliver, client
     assert list(hub.arrived) == before[2]
 
 
+def test_a_new_licence_or_description_is_a_new_version(hub, deliver, recipe, tmp_path):
+    assert deliver(tmp_path / "out").returncode == 0
+    arrived = list(hub.arrived)
+    text = recipe.read_text().replace('name = "tiny"', 'name = "tiny"\ndescription = "Anew."')
+    described = tmp_path / "described.toml"
+    text = re.sub(r'license = "[^"]*"', 'license = "cc-by-sa-4.0"', text)
+    described.write_text(text.replace('"corpus.jsonl"', f'"{recipe.parent}/corpus.jsonl"'))
+    message = r"org/set v1\.0\.0 has the same data, and only the description differs \(.*description: null.*; run this where"
+    assert_one_line(deliver(tmp_path / "new", recipe=described), message)
+    assert not (tmp_path / "new").exists()
+    result = deliver(tmp_path / "out", recipe=described)
+    assert "org/set v1.0.1 is published" in result.stdout, result.stderr
+    card = dataset_files(hub, "v1.0.1")["README.md"].decode()
+    assert "Anew." in card
+    assert "cc-by-sa-4.0" in card
+    assert hub.arrived == arrived
+    again = deliver(tmp_path / "out", recipe=described)
+    assert "org/set v1.0.1 was published already" in again.stdout, again.stderr
+
+
 def test_the_branch_of_another_build_is_left_alone(hub, deliver, tiny_teacher_dir, tmp_path):
     """A smaller version is out, or lies ready; meanwhile another machine builds a larger one."""
     small, medium, large = (
