@@ -27,11 +27,20 @@ from huggingface_hub import CommitOperationAdd
 
 from builder.charts import Curves, Measured, curves_of, measure_file
 from builder.manifest import ShardRecord, json_bytes
-from builder.recipe import fingerprint
-from builder.remote import FILES_PER_COMMIT, LocalFile, Moved, Notice, Repository, Tree, holds
+from builder.recipe import fingerprint, row_fingerprint
+from builder.remote import (
+    FILES_PER_COMMIT,
+    LocalFile,
+    Moved,
+    Notice,
+    Repository,
+    Tree,
+    explain,
+    holds,
+)
 from builder.shards import file_sha256
 from builder.sources import KnownSources
-from builder.state import BuildState
+from builder.state import DISK_FULL, BuildState
 from builder.verify import Report, check_shard
 
 BRANCH = "logit-dataset-build"
@@ -50,8 +59,11 @@ def is_branch_of(repo: Repository, head: str | None, manifest: dict[str, Any]) -
     """Whether the branch, which stands at `head` if it is there, is of the build that a finished dataset comes from."""
     path = repo.download(".build/plan.json", head) if head else None
     try:
-        return path is not None and fingerprint(_json(path)) == manifest["fingerprint"]
-    except (ValueError, LookupError, TypeError):
+        plan = _json(path) if path else {}
+        if plan.pop("schema_version", None) != manifest["schema_version"]:
+            return False
+        return fingerprint(plan) == str(manifest["fingerprint"])
+    except (ValueError, LookupError, TypeError, AttributeError):
         return False
 
 
@@ -189,12 +201,16 @@ class Outbox:
         return curves_of(self._held[record.partition, record.index][1] for record in records)
 
     def _check(self) -> None:
-        if isinstance(self._failure, ValueError):
-            raise ValueError(
-                f"{self._failure}. Finished shards are safe; the same command goes on from here"
-            )
-        if self._failure is not None:
-            raise self._failure
+        failure = self._failure
+        if failure is None:
+            return
+        if isinstance(failure, OSError) and failure.errno in DISK_FULL:
+            raise failure
+        # Of others, only what is known to hold no address.
+        what = failure if isinstance(failure, ValueError) else explain(failure, self.repo.id)
+        raise ValueError(
+            f"{what}. Finished shards are safe; the same command goes on from here"
+        ) from failure
 
     # What the branch holds
 
@@ -274,7 +290,12 @@ class Outbox:
     def _send(self, record: ShardRecord) -> None:
         """Check a shard and send its content."""
         path, report = self._output / record.file, Report()
-        about = {"recipe": self._state.read("plan")["recipe"], "teacher": self._state.read("teacher")}  # fmt: skip
+        plan = self._state.read("plan")
+        about = {
+            "recipe": plan["recipe"],
+            "teacher": self._state.read("teacher"),
+            "row_fingerprint": row_fingerprint(plan),
+        }
         check_shard(self._output, record, about, report)
         if report.problems:
             raise ValueError(f"{report.problems[0]}; it was not sent")

@@ -45,6 +45,8 @@ PATIENT_SECONDS = (*WAIT_SECONDS, 8, 16, 32, 64, 128, *[300] * 14)
 FILES_PER_COMMIT = 50
 """The Hub asks for fewer than 100, and for no more than about 128 commits an hour."""
 TRANSIENT = (408, 429, 500, 502, 503, 504)
+UNREACHED = (httpx2.TransportError, ConnectionError, TimeoutError)
+"""The last two are what hf_xet raises, with addresses in their text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,9 +331,9 @@ class Repository:
                 httpx2.HTTPError,
                 LocalEntryNotFoundError,
                 OfflineModeIsEnabled,
-                ConnectionError,  # these two are what Xet raises
-                TimeoutError,
                 RuntimeError,
+                ConnectionError,
+                TimeoutError,
             ) as error:
                 cause = _cause(error)
                 if wait_seconds is None or not _is_transient(cause, retried):
@@ -371,9 +373,7 @@ def explain(error: BaseException, repo_id: str) -> str:
         said = (error.server_message or "").splitlines()
         reason = f" ({said[0][:200]})" if said and "://" not in said[0] else ""
         return f"the Hub answers {status} {HTTPStatus(status).phrase}{reason}; try again later"
-    if isinstance(
-        error, httpx2.HTTPError | LocalEntryNotFoundError | ConnectionError | TimeoutError
-    ):
+    if isinstance(error, (httpx2.HTTPError, LocalEntryNotFoundError, *UNREACHED)):
         return f"the Hub cannot be reached ({_symptom(error)}); check the network"
     return f"uploading failed ({type(error).__name__}); try again"
 
@@ -392,7 +392,7 @@ def _status(error: BaseException) -> int | None:
 def _is_transient(error: BaseException, retried: tuple[int, ...]) -> bool:
     if isinstance(error, HfHubHTTPError):
         return _status(error) in retried
-    return isinstance(error, httpx2.TransportError | ConnectionError | TimeoutError)
+    return isinstance(error, UNREACHED)
 
 
 def _retry_after(error: BaseException) -> int | None:

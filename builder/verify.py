@@ -178,7 +178,7 @@ def check_shard(
     Args:
         directory: of the dataset.
         record: of the file, whose hash is not looked at.
-        manifest: sections `recipe` and `teacher` of one.
+        manifest: `recipe`, `teacher` and `row_fingerprint` of one.
         report: added to.
         progress: told of checked tokens.
     """
@@ -187,6 +187,12 @@ def check_shard(
         file = pq.ParquetFile(directory / record.file)
         if not file.schema_arrow.equals(arrow_schema(layout)):
             report.problems.append(f"{record.file}: its columns are not those of the schema")
+            return
+        found = (file.schema_arrow.metadata or {}).get(b"logit_dataset.row_fingerprint", b"")
+        if found.decode() != manifest.get("row_fingerprint"):
+            report.problems.append(
+                f"{record.file}: is of another recipe, source or schema (its row_fingerprint is not the manifest's)"
+            )
             return
         checker = _RowChecker(record.file, manifest, layout)
         for index in range(file.num_row_groups):

@@ -484,6 +484,40 @@ def test_it_outlives_an_hour_without_commits_and_then_says_so(hub, deliver_fast,
     assert data_files(tmp_path / "other")
 
 
+LOSING_XET = """
+import sys, time
+import huggingface_hub._commit_api as commit_api
+from builder.cli import main
+time.sleep = lambda seconds: None
+original, calls = commit_api._upload_files, 0
+def upload(**options):
+    global calls
+    calls += 1
+    if calls in FAILING:
+        raise ERROR("Server error: 503, domain: https://cas.example/v1/xorbs?sig=SECRET")
+    return original(**options)
+commit_api._upload_files = upload
+"""
+
+
+@pytest.mark.parametrize("error", ["ConnectionError", "TimeoutError", "KeyError"])
+def test_what_xet_raises_is_survived_and_never_printed(hub, client, recipe, whole, tmp_path, error):
+    arguments = ["build", recipe, "--output", tmp_path / "out", "--publish-to", "org/set"]
+    arguments += ["--discard-local", "--device", "cpu"]
+    code = f"sys.argv = ['logit-dataset', *{[str(a) for a in arguments]!r}]\nmain()"
+    lasting = client.python(f"ERROR, FAILING = {error}, range(2, 99)\n{LOSING_XET}{code}")
+    reason = {"KeyError": r"uploading failed \(KeyError\)"}
+    message = reason.get(error, rf"the Hub cannot be reached \(the connection failed \({error}\)\)")
+    assert_one_line(lasting, rf"{message}.*\. Finished shards are safe; the same command goes on")
+    assert "SECRET" not in lasting.stderr + lasting.stdout
+    if error not in reason:
+        passing = client.python(f"ERROR, FAILING = {error}, (2, 3)\n{LOSING_XET}{code}")
+        assert passing.returncode == 0, passing.stderr
+        assert "SECRET" not in passing.stderr
+        assert f"the connection failed ({error}): trying again in 1 s" in passing.stderr
+        assert_delivered(hub, whole, tmp_path / "out")
+
+
 def test_a_shard_that_changes_before_it_is_sent_stops_the_build_and_is_built_again(
     hub, deliver, whole, tmp_path
 ):

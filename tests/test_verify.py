@@ -101,6 +101,17 @@ def test_a_good_dataset_has_no_problems_even_recomputed(built, tiny_teacher_dir)
     )
 
 
+def test_a_file_of_another_recipe_or_schema_is_named(copy):
+    manifest, path = read_manifest(copy), copy / FIRST
+    metadata = {"logit_dataset.row_fingerprint": "0" * 64}
+    pq.write_table(pq.read_table(path).replace_schema_metadata(metadata), path)
+    manifest["shards"][0].update(sha256=file_sha256(path), bytes=path.stat().st_size)
+    write_json(copy / "manifest.json", manifest)
+    assert problems(copy) == [
+        f"{FIRST}: is of another recipe, source or schema (its row_fingerprint is not the manifest's)"
+    ]
+
+
 @pytest.mark.parametrize("eos", ["never", "always"])
 @pytest.mark.parametrize("max_length", [31, 130])
 @pytest.mark.parametrize("long_documents", ["chunk", "truncate"])
