@@ -79,7 +79,7 @@ def build(
     if (output / FILE_NAME).exists():
         return _already_complete(recipe, base, output)
     if pool is not None:
-        _need_ray()
+        check_pool(pool, recipe)
     state = BuildState(output)
     with state.locked():
         if (output / FILE_NAME).exists():
@@ -260,7 +260,12 @@ def _compute_here(worker: Worker, output: Path, chains: _Chains) -> Generator[Co
         task = chains.next_task()
 
 
-def _need_ray() -> None:
+def check_pool(pool: Pool, recipe: Recipe) -> None:
+    """See that so many workers can do something, and that there is what runs them.
+
+    Raises:
+        ValueError: there are fewer partitions, or no Ray.
+    """
     try:
         import builder.workers  # noqa: F401
     except ImportError as error:
@@ -270,6 +275,11 @@ def _need_ray() -> None:
             "several workers need Ray, which is not installed; run: pip install 'ray>=2.60', or leave out --workers, "
             "--ray-address and --gpus-per-worker"
         ) from None
+    if pool.workers > (partitions := recipe.output.partitions):
+        raise ValueError(
+            f"--workers is {pool.workers}, but output.partitions is {partitions}, and the shards of a partition are built one "
+            f"after the other; use --workers {partitions}, or begin a dataset with more partitions in another directory"
+        )
 
 
 def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:

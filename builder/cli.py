@@ -70,6 +70,14 @@ TagOption = Annotated[
 ]
 PrivateOption = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
 MessageOption = Annotated[str | None, typer.Option(help="A line for the changelog.")]
+RecomputeOption = Annotated[
+    int,
+    typer.Option(
+        "--recompute",
+        min=0,
+        help="Random rows to run through the teacher again before publishing, unless a result is recorded.",
+    ),
+]
 
 
 @app.command(epilog="Example: logit-dataset build recipe.toml --output out/mine --dry-run")
@@ -113,6 +121,7 @@ def build(
     tag: TagOption = None,
     private: PrivateOption = False,
     message: MessageOption = None,
+    recompute: RecomputeOption = 5,
 ) -> None:
     """Build a dataset from a recipe, or go on with an unfinished one."""
     from builder.recipe import load_recipe
@@ -164,6 +173,7 @@ def build(
                 tag=tag,
                 private=private,
                 message=message,
+                recompute=recompute,
                 **options,
             )
         else:
@@ -310,13 +320,7 @@ def publish(
     tag: TagOption = None,
     private: PrivateOption = False,
     message: MessageOption = None,
-    recompute: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Random rows to run through the teacher again, unless a result is recorded.",
-        ),
-    ] = 5,
+    recompute: RecomputeOption = 5,
     device: DeviceOption = Device.AUTO,
     teacher: TeacherOption = None,
     dry_run: Annotated[

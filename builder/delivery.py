@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from builder import hub
-from builder.build import BuildResult, build, changes_since, described_anew
+from builder.build import BuildResult, build, changes_since, check_pool, described_anew
 from builder.manifest import FILE_NAME, read_manifest
 from builder.outbox import BRANCH, MAX_LOCAL_SHARDS, Outbox, is_branch_of
 from builder.recipe import Recipe, expand_home
@@ -87,6 +87,8 @@ def deliver(
             return result, Published(there.former.tag, commit, is_new=False)
     choose(tag, there.taken, there.former, "patch", [])
     _check_count(recipe)
+    if pool:
+        check_pool(pool, recipe)
     branch: str | None = BRANCH
     if (output / FILE_NAME).exists():
         result = build(recipe, base, output, notice=notice)
@@ -135,7 +137,7 @@ def local_teacher(recipe: Recipe, base: Path) -> Path | None:
 
 def _check_count(recipe: Recipe) -> None:
     tokens, shard_tokens = recipe.corpus.max_tokens, recipe.output.shard_tokens
-    if tokens and tokens > MAX_FILES * shard_tokens:
+    if tokens and tokens // shard_tokens + recipe.output.partitions > MAX_FILES:
         raise ValueError(
             f"{tokens:,} tokens in shards of {shard_tokens:,} are more than the {MAX_FILES:,} files that the Hub takes; "
             "choose a larger output.shard_tokens"

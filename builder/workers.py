@@ -191,15 +191,8 @@ def compute(
         notice: told of workers that died, and what workers have to say.
 
     Raises:
-        ValueError: there are more workers than partitions or resources, Ray cannot be reached, or a worker cannot load the
-            teacher.
+        ValueError: there are more workers than resources, Ray cannot be reached, or a worker cannot load the teacher.
     """
-    partitions = order.recipe.output.partitions
-    if pool.workers > partitions:
-        raise ValueError(
-            f"--workers is {pool.workers}, but output.partitions is {partitions}, and the shards of a partition are built one "
-            f"after the other; use --workers {partitions}, or begin a dataset with more partitions in another directory"
-        )
     first = chains.next_task()
     if first is None:
         return

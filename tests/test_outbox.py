@@ -654,3 +654,17 @@ def test_seven_kills_at_random_requests(hub, client, deliver, whole, tmp_path):
         data = {p: c for p, c in dataset_files(hub, "v1.0.0", repo).items() if p.startswith("data/")}  # fmt: skip
         assert data == data_files(whole)
         attempt += 1
+
+
+def test_more_workers_than_partitions_are_refused_before_anything_is_made(hub, deliver, tmp_path):
+    pytest.importorskip("ray")
+    result = deliver(tmp_path / "out", "--workers", "9")
+    assert_one_line(result, r"--workers is 9, but output\.partitions is 1.*use --workers 1")
+    assert ("dataset", "org/set") not in hub.repos
+
+
+def test_no_row_is_recomputed_where_none_is_asked_for(hub, deliver, tmp_path):
+    assert deliver(tmp_path / "out", "--recompute", "0").returncode == 0
+    files = dataset_files(hub, "v1.0.0")
+    assert "verification.json" not in files
+    assert "--recompute" in files["README.md"].decode()
