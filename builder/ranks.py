@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -62,6 +63,10 @@ def load(recipe: TeacherRecipe, source: TeacherSource, *, device: str) -> Teache
         _Team.current.dismiss()
     team = _Team.current = _Team(recipe.tensor_parallel, device, options)
     return team.load()
+
+
+WATCH_SECONDS = 5
+"""So long rank 0 waits after an error: where another rank has died, `_watch` says so meanwhile, and better than the error does."""
 
 
 class _Team:
@@ -121,6 +126,9 @@ class _Team:
                 "a batch does not fit the memory of the teacher's devices; choose a smaller sequences.batch_tokens, or a "
                 "larger teacher.tensor_parallel"
             ) from None
+        except RuntimeError:
+            time.sleep(WATCH_SECONDS)
+            raise
         self._is_in_step = True
 
     def dismiss(self) -> None:

@@ -307,10 +307,6 @@ class Recipe(_Section):
             raise ValueError(
                 "sequences.chat_template means something only with corpus.messages_column; leave it out"
             )
-        if self.generation and self.teacher.tensor_parallel:
-            raise ValueError(
-                "a teacher that is split over processes does not write; leave out teacher.tensor_parallel, or [generation]"
-            )
         if self.output.completions_only and not (is_of_chats or self.generation):
             raise ValueError(
                 "output.completions_only needs completions: of a corpus of chats (give corpus.messages_column), or by the teacher "
