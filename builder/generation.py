@@ -182,15 +182,12 @@ class Generator:
             self._progress(len(row.draft))
 
     def _uniforms(self, row: _Row, steps: int) -> Tensor:
-        # Below 0 are no chunks, whose draws from the tail have the numbers from 0 on.
-        uniforms_N1 = uniforms(
-            self._seed,
-            row.prompt.document_id,
-            -1 - row.sample,
-            num_positions=row.num_written + steps,
-            count=1,
+        # Below 0 are no chunks, whose draws from the tail have the numbers from 0 on. What is drawn is written at once.
+        document_id = row.prompt.document_id
+        numbers_S1 = uniforms(
+            self._seed, document_id, -1 - row.sample, num_positions=steps, count=1
         )
-        return uniforms_N1[row.num_written :, 0]
+        return numbers_S1[:, 0]
 
     def _batches(self, rows: list[_Row], draft_tokens: int) -> Iterator[list[_Row]]:
         """Rows of like length, longest first; of the same length, where the teacher bears no padding."""

@@ -408,6 +408,13 @@ def test_a_template_that_does_not_ask_for_an_answer_is_no_prompt(tokenizer):
     assert ChatTemplate(tokenizer, bare, is_of_prompts=True)(document).text.strip() == A["content"]
 
 
+def test_an_empty_last_answer_is_no_reason_to_take_what_stands_behind_it_for_its_end(tokenizer):
+    source = CHATML + "{{ '<eos>' if not add_generation_prompt else '' }}"
+    for content in ("x", ""):
+        with pytest.raises(ValueError, match="ends the last answer differently"):
+            tokens(tokenizer, source, [A, {"role": "assistant", "content": content}])
+
+
 def test_calls_that_the_template_leaves_out_are_refused(tokenizer):
     calls = [{"function": {"name": "f", "arguments": {}}}]
     answer = {"role": "assistant", "content": "", "tool_calls": calls}

@@ -150,6 +150,7 @@ def test_every_greedy_token_is_the_first_of_what_is_stored(
     recipe.write_text(recipe.read_text().replace('"float32"', f'"{dtype}"'))
     run(recipe, tmp_path / "out")
     assert not_the_captured_choice(tmp_path / "out") == []
+    assert problems(tmp_path / "out") == []  # target_logprob of a corrected token, too
     corrected = read_manifest(tmp_path / "out")["totals"]["completions"]["corrected"]
     assert corrected == 0 if dtype == "float32" else corrected > 3
 
