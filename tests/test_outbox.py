@@ -668,3 +668,18 @@ def test_no_row_is_recomputed_where_none_is_asked_for(hub, deliver, tmp_path):
     files = dataset_files(hub, "v1.0.0")
     assert "verification.json" not in files
     assert "--recompute" in files["README.md"].decode()
+
+
+def test_nothing_is_deleted_here_that_the_hub_does_not_have_as_it_was_sent(hub, deliver, tmp_path):
+    spoiled: list[str] = []
+
+    def spoil(request):
+        if request.method == "POST" and "/paths-info/" in request.path and not spoiled:
+            found = hub.repos["dataset", "org/set"]
+            files = found.commits[found.branches[BRANCH]]
+            spoiled.append(next(name for name in files if name.startswith("data/")))
+            files[spoiled[0]] = bytes(len(files[spoiled[0]]))
+
+    hub.faults.append(spoil)
+    assert_one_line(deliver(tmp_path / "out"), "has not arrived as it was sent")
+    assert (tmp_path / "out" / spoiled[0]).exists()
