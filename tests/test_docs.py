@@ -17,6 +17,8 @@ from builder.schema import LOGPROBS, Layout, columns
 
 BUILDER, STUDENT = REPOSITORY / "builder", REPOSITORY / "builder" / "student"
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "examples").glob("*/README.md"))]
+"""Those that people wrote; a card is rendered, and has tests of its own."""
 
 # A module may import those before it; `demo` prepares a teacher, so it stands after `teacher`.
 ORDER = [
@@ -99,7 +101,7 @@ def test_the_file_tree_of_the_readme_is_complete():
     assert listed == {*ORDER, *STUDENT_ORDER}
 
 
-def test_the_python_of_the_readme_runs_as_pasted(
+def test_the_python_of_all_pages_runs_as_pasted(
     built, tiny_tokenizer, tiny_model, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -108,10 +110,39 @@ def test_the_python_of_the_readme_runs_as_pasted(
     recipe = write_recipe(tmp_path, teacher, output="completions_only = true")
     run(recipe, tmp_path / "out" / "chats")
     (tmp_path / "out" / "smollm2-135m-python-docs").symlink_to(built)
-    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert snippets
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {})
+    snippets = [
+        (page, snippet)
+        for page in PAGES
+        for snippet in re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL)
+    ]
+    assert len(snippets) >= 3
+    for page, snippet in snippets:
+        exec(compile(snippet, str(page), "exec"), {})
+
+
+def test_recipes_shown_are_those_that_are_there():
+    shown = [
+        recipe
+        for page in PAGES
+        for recipe in re.findall(r"```toml\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL)
+    ]
+    there = [path.read_text("utf-8") for path in (REPOSITORY / "examples").glob("*/recipe.toml")]
+    assert len(shown) >= 2
+    assert set(shown) <= set(there)
+
+
+def test_links_lead_somewhere():
+    anchors = {
+        re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", README, flags=re.MULTILINE)
+    }
+    for page in PAGES:
+        links = re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8"))
+        for link in links:
+            if link.startswith("#"):
+                assert link[1:] in anchors, link
+            elif not link.startswith("https:"):
+                assert (page.parent / link).exists(), f"{page}: {link}"
 
 
 def test_make_targets_named_in_the_readme_exist():
