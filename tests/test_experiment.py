@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections import defaultdict
 from dataclasses import replace
 
 import numpy as np
@@ -270,6 +271,46 @@ def test_measures_of_the_teacher_as_its_own_student(place):
     ce, kl = measure.cross_entropy_and_kl(lambda batch: batch["whole"].float(), batches)
     assert ce == pytest.approx(numbers["ce"], abs=1e-6)
     assert kl == pytest.approx(numbers["kl"], abs=1e-6)
+
+
+def test_cross_entropy_is_told_by_where_the_token_stands(place):
+    batch, _ = whole_batch(place)
+    other, mask = place.data().frequent.other, batch["mask"]
+    top_NK = batch["topk_indices"][mask]
+    expected, targets = defaultdict(list), []
+    for number, (logq_V, top_K) in enumerate(zip(batch["whole"], top_NK.tolist(), strict=True)):
+        listed = [i for i in top_K if i >= 0]
+        rest = sorted({*range(NUM_KEPT)} - {*listed})
+        where, ids = (("top_k", listed), ("tail", rest), ("other", [other]))[number % 3]
+        targets.append(ids[number % len(ids)] if ids else -100)
+        if ids:
+            expected[where].append(-logq_V.double().log_softmax(-1)[targets[-1]].item())
+    batch["target_ids"] = batch["target_ids"].clone()
+    batch["target_ids"][mask] = torch.tensor(targets, dtype=torch.int32)
+    numbers = measure.measure(lambda batch: batch["whole"].float(), [batch])
+    assert set(expected) == {"top_k", "tail", "other"}
+    for where, values in expected.items():
+        assert numbers[f"ce_{where}"] == pytest.approx(np.mean(values), abs=1e-5)
+    assert abs(numbers["tail_mass_gap"]) < 1e-6
+    flat = measure.measure(lambda batch: torch.zeros(batch["whole"].shape), [batch])
+    in_tail = [NUM_KEPT - sum(i >= 0 for i in top_K) for top_K in top_NK.tolist()]
+    tail_mass = 1 - mass_outside_the_tail(batch, other)
+    expected_gap = np.mean(in_tail) / (NUM_KEPT + 1) - tail_mass
+    assert flat["tail_mass_gap"] == pytest.approx(expected_gap, abs=1e-5)
+
+
+def mass_outside_the_tail(batch, other):
+    """Mean mass of its top K that the student has, and of `other`."""
+    sums = [
+        sum(p_V[i] for i in {*top_K, other} if i >= 0)
+        for p_V, top_K in zip(
+            batch["whole"].double().exp().numpy(),
+            batch["topk_indices"][batch["mask"]].tolist(),
+            strict=True,
+        )
+    ]
+    totals = batch["whole"].double().exp().sum(-1).numpy()
+    return np.mean(np.array(sums) + 1 - totals)
 
 
 def test_calibration_error_of_known_cases():

@@ -1,6 +1,10 @@
 """A student on held-out text → numbers, all over the student's vocabulary.
 
 ce            cross-entropy on the token that really follows, nats
+ce_top_k      the same, where that token is in the teacher's top K; only if there are such tokens, here and in the next two
+ce_tail       where the student has it, but the top K has not
+ce_other      where it is one of those that the student knows as `other`
+tail_mass_gap mean of the student's mass outside of top K and `other`, minus the teacher's
 kl            KL(teacher ‖ student), from the whole distribution, nats
 ece           expected calibration error: |accuracy − confidence| of the student's most probable token against the text, in
               15 bins of equal width, weighted by their positions (Guo et al. 2017)
@@ -22,6 +26,8 @@ from torch import Tensor
 from examples.experiment.arms import Batch
 
 BINS = 15
+PLACES = TOP_K, TAIL, OTHER = "top_k", "tail", "other"
+"""Where an id stands at a position."""
 Logits = Callable[[Batch], Tensor]
 
 
@@ -35,6 +41,8 @@ def measure(logits: Logits, batches: Sequence[Batch]) -> dict[str, float]:
         target_N = batch["target_ids"][batch["mask"]].long()
         known_N = target_N >= 0
         confidence_N, guess_N = logq_NV.max(-1)
+        place_NV = _places(batch, p_NV.shape)
+        tail_NV = place_NV == PLACES.index(TAIL)
         parts.append(
             [
                 -logq_NV[known_N].gather(1, target_N[known_N][:, None])[:, 0],
@@ -43,19 +51,36 @@ def measure(logits: Logits, batches: Sequence[Batch]) -> dict[str, float]:
                 (guess_N == target_N)[known_N].float(),
                 -(logq_NV.exp() * logq_NV).sum(-1),
                 -(p_NV * logp_NV).sum(-1),
+                place_NV[known_N].gather(1, target_N[known_N][:, None])[:, 0],
+                ((logq_NV.exp() - p_NV) * tail_NV).sum(-1),
             ]
         )
-    ce, kl, confidence, right, student, teacher = (
+    ce, kl, confidence, right, student, teacher, place, tail_gap = (
         torch.cat(values).double().numpy() for values in zip(*parts, strict=True)
     )
     return {
         "ce": float(ce.mean()),
+        **{
+            f"ce_{name}": float(ce[place == number].mean())
+            for number, name in enumerate(PLACES)
+            if number in place
+        },
+        "tail_mass_gap": float(tail_gap.mean()),
         "kl": float(kl.mean()),
         "ece": calibration_error(confidence, right),
         "accuracy": float(right.mean()),
         "entropy_gap": float((student - teacher).mean()),
         "entropy_rank": rank_correlation(student, teacher),
     }
+
+
+def _places(batch: Batch, shape: tuple[int, int]) -> Tensor:
+    """[N, V]: the number in PLACES of each id."""
+    place_NV = torch.full(shape, PLACES.index(TAIL))
+    top_NK = batch["topk_indices"][batch["mask"]].long()
+    other_N1 = batch["other_indices"][batch["mask"]].long()[:, None]
+    place_NV.scatter_(1, top_NK.where(top_NK >= 0, other_N1), PLACES.index(TOP_K))
+    return place_NV.scatter_(1, other_N1, PLACES.index(OTHER))
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ from typing import Any
 
 from examples.experiment.arms import ARMS
 from examples.experiment.claims import CLAIMS, Results, share_of_gap
+from examples.experiment.measure import PLACES
 from examples.experiment.plots import COLOURS, curves, dots
 from examples.experiment.train import read_json
 
@@ -49,6 +50,7 @@ def write_report(results: Path, page: Path) -> None:
     parts += [
         f"![Validation cross-entropy over steps]({at}/curves.svg)",
         f"![Test cross-entropy of every arm]({at}/arms.svg)",
+        _places(found),
         _costs(dataset),
         _rates(runs, plan["rate"]),
         _written(found),
@@ -152,6 +154,24 @@ def _reached(steps: Sequence[int | None]) -> str:
     if len(reached) < len(steps):
         return f"never in {len(steps) - len(reached)} of {len(steps)}"
     return spread(reached, "{:.0f}")
+
+
+def _places(found: Results) -> str:
+    """Where an arm gains and loses, of the seeds in which it was measured."""
+    lines = [
+        "### Where the cross-entropy comes from (test documents, all data, at the best point)",
+        "",
+        "| arm | CE of tokens in the top K | in the tail | `other` | mass on the tail − the teacher's | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for number, (name, arm) in enumerate(ARMS.items(), 1):
+        runs = [run["best"] for run in found.get((name, "train"), {}).values()]
+        runs = [run for run in runs if all(f"ce_{where}" in run for where in PLACES)]
+        if runs:
+            cells = [spread([run[f"ce_{where}"] for run in runs]) for where in PLACES]
+            cells.append(spread([run["tail_mass_gap"] for run in runs], "{:+.1%}"))
+            lines.append(f"| {number} {arm.title} | {' | '.join(cells)} | {len(runs)} |")
+    return "\n".join(lines) if len(lines) > 4 else ""
 
 
 def _costs(dataset: dict[str, Any]) -> str:
