@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the Hub
@@ -57,5 +58,9 @@ if __name__ == "__main__":
         main()
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except BrokenProcessPool:
+        sys.exit(
+            "error: a run was killed, perhaps for want of memory; the same command goes on, and with --workers 1 it takes less"
+        )
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")
