@@ -106,8 +106,9 @@ def build(
             computed = _compute_here(worker, output, chains)
         else:
             from builder import workers
+            from builder.actor import make_order
 
-            order = workers.make_order(recipe, plan, *sources, output)
+            order = make_order(recipe, plan, *sources, output, known)
             computed = workers.compute(pool, order, chains, progress=progress, notice=notice)
         with closing(computed):
             for task, outcome in computed:
@@ -255,7 +256,6 @@ def _compute_here(worker: Worker, output: Path, chains: _Chains) -> Generator[Co
             outcome = worker.shard(output, task)
         except Exception as error:
             outcome = error
-            worker.forget_split_teacher()
         yield task, outcome
         task = chains.next_task()
 

@@ -23,7 +23,7 @@ ORDER = [
     *["schema", "recipe", "messages", "corpus", "sequences", "chats", "teacher", "loading"],
     *["draws", "distribution", "demo", "sources", "ranks", "shards", "pipeline", "decoding"],
     *["generation", "manifest", "charts", "markdown", "licences", "authorship", "card"],
-    *["state", "stream", "worker", "workers", "invariants", "verify", "remote", "outbox"],
+    *["state", "stream", "worker", "actor", "workers", "invariants", "verify", "remote", "outbox"],
     *["build", "recompute", "versions", "release", "hub", "delivery", "info", "plan"],
     *["estimate", "cli_plan", "cli"],
 ]
