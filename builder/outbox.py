@@ -30,6 +30,8 @@ from builder.manifest import ShardRecord, json_bytes
 from builder.recipe import fingerprint, row_fingerprint
 from builder.remote import (
     FILES_PER_COMMIT,
+    MAX_FILE_BYTES,
+    MAX_FILES,
     LocalFile,
     Moved,
     Notice,
@@ -133,7 +135,7 @@ class Outbox:
             )
             known.commits |= self._read("known", tree)["commits"]
             self._read_records(tree)
-        elif self._head != main and self.repo.tree(main) != tree:
+        elif self._head != main and not self._is_unused(main, tree):
             raise ValueError(
                 f"branch {BRANCH} of {self.repo.id} holds something else than an unfinished build; delete it, or publish under "
                 "another name"
@@ -142,6 +144,10 @@ class Outbox:
             state.note_repository(self.repo.id)
         self._tidy()
         self._thread.start()
+
+    def _is_unused(self, main: str, tree: Tree) -> bool:
+        """Whether nothing was ever put on the branch, though main may have moved on since it was made."""
+        return self.repo.is_of_main(self._head) or self.repo.tree(main) == tree
 
     def held(self, partition: int, index: int) -> ShardRecord | None:
         """The record of a shard that is on the branch; its file need not be here."""
@@ -170,10 +176,20 @@ class Outbox:
         """Hand over a finished shard, whose file is in the directory.
 
         Raises:
-            ValueError: an earlier one could not be sent.
+            ValueError: an earlier one could not be sent, or the Hub will not take this one.
         """
+        if record.bytes > MAX_FILE_BYTES:
+            raise ValueError(
+                f"{record.file} has {record.bytes / 1e9:,.1f} GB, and the Hub takes files of up to {MAX_FILE_BYTES / 1e9:.0f} GB; "
+                "begin anew with a smaller output.shard_tokens"
+            )
         with self._changed:
             self._check()
+            if len(self._held) + len(self._sent) + len(self._waiting) >= MAX_FILES:
+                raise ValueError(
+                    f"{record.file} is one more than the {MAX_FILES:,} files that the Hub takes; begin anew with a larger "
+                    "output.shard_tokens"
+                )
             self._waiting.append(record)
             self._changed.notify_all()
 

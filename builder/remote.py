@@ -44,6 +44,9 @@ PATIENT_SECONDS = (*WAIT_SECONDS, 8, 16, 32, 64, 128, *[300] * 14)
 """The same for a build of days: it outlives more than an hour without the Hub, and what the Hub counts by the hour."""
 FILES_PER_COMMIT = 50
 """The Hub asks for fewer than 100, and for no more than about 128 commits an hour."""
+MAX_FILE_BYTES = 20 * 10**9
+MAX_FILES = 10_000
+"""Limits of the Hub, for a file and for the files of a folder."""
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 UNREACHED = (httpx2.TransportError, ConnectionError, TimeoutError)
 """The last two are what hf_xet raises, with addresses in their text."""
@@ -290,6 +293,13 @@ class Repository:
             return str(made.oid)
 
         return self._try(attempt, retried=(*TRANSIENT, HTTPStatus.PRECONDITION_FAILED))
+
+    def is_of_main(self, commit: str) -> bool:
+        """Whether main stands at a commit, or once did."""
+        commits = self._try(
+            lambda: self._api.list_repo_commits(self.id, repo_type="dataset", revision="main")
+        )
+        return any(one.commit_id == commit for one in commits)
 
     def tag(self, tag: str, commit: str, *, message: str) -> None:
         """Name a commit.

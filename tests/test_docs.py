@@ -24,8 +24,8 @@ ORDER = [
     *["draws", "distribution", "demo", "sources", "ranks", "shards", "pipeline", "decoding"],
     *["generation", "manifest", "charts", "markdown", "licences", "authorship", "card"],
     *["state", "stream", "worker", "actor", "workers", "invariants", "verify", "remote", "outbox"],
-    *["build", "recompute", "versions", "release", "hub", "delivery", "info", "plan"],
-    *["estimate", "cli_plan", "cli"],
+    *["build", "recompute", "versions", "release", "hub", "plan", "estimate", "delivery"],
+    *["info", "cli_plan", "cli"],
 ]
 # The package for trainers knows of the others the schema only; its modules have an order of their own.
 STUDENT_ORDER = [

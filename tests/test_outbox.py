@@ -577,6 +577,48 @@ def test_a_file_on_the_branch_that_is_not_what_its_record_says_is_built_again(
     assert len(records_of(read_manifest(tmp_path / "new"))) == SHARDS
 
 
+ENDS_ELSEWHERE = """
+import sys, time
+from builder.cli import main
+from builder.outbox import Outbox
+from builder.stream import SequenceStream
+begin, put = SequenceStream.__init__, Outbox.put
+
+def begin_another(self, *args, **kwargs):
+    begin(self, *args, **kwargs)
+    self._shard_tokens = TOKENS
+
+def put_and_wait(self, record):
+    put(self, record)
+    time.sleep(1)  # until it is sent
+
+SequenceStream.__init__, Outbox.put = begin_another, put_and_wait
+sys.argv = ["logit-dataset", *ARGUMENTS]
+main()
+"""
+
+
+@pytest.mark.parametrize("tokens", [50, 10**6])
+def test_a_shard_that_ends_elsewhere_when_it_is_built_again_is_never_sent(
+    hub, client, recipe, deliver, tmp_path, tokens
+):
+    """Before the next one, or behind all of them: documents would be there twice, or not at all."""
+    assert deliver(tmp_path / "out", "--max-shards", 4).returncode == 0
+    files = on_branch(hub)
+    del files["data/train-000-00001.parquet"]
+    hub.commit("dataset", "org/set", files, branch=BRANCH)
+    arrived = list(hub.arrived)
+    arguments = ["build", recipe, "--output", tmp_path / "new", "--publish-to", "org/set"]
+    arguments += ["--discard-local", "--device", "cpu"]
+    names = f"ARGUMENTS, TOKENS = {[str(a) for a in arguments]!r}, {tokens}"
+    assert_one_line(
+        client.python(f"{names}\n{ENDS_ELSEWHERE}"),
+        r"data/train-000-00002\.parquet starts elsewhere in the corpus than the shard before it ends.*start anew",
+    )
+    assert (hub.arrived, on_branch(hub)) == (arrived, files)
+    assert not list((tmp_path / "new" / ".build" / "records").iterdir())
+
+
 DELIVERED = """
 from pathlib import Path
 from builder.delivery import deliver
