@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
+from http.client import responses
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -47,7 +48,8 @@ FILES_PER_COMMIT = 50
 MAX_FILE_BYTES = 20 * 10**9
 MAX_FILES = 10_000
 """Limits of the Hub, for a file and for the files of a folder."""
-TRANSIENT = (408, 429, 500, 502, 503, 504)
+TRANSIENT = (408, 429)
+"""And all from 500 on, of which some are known to what stands before the Hub only."""
 UNREACHED = (httpx2.TransportError, ConnectionError, TimeoutError)
 """The last two are what hf_xet raises, with addresses in their text."""
 
@@ -382,7 +384,8 @@ def explain(error: BaseException, repo_id: str) -> str:
     if status is not None and isinstance(error, HfHubHTTPError):
         said = (error.server_message or "").splitlines()
         reason = f" ({said[0][:200]})" if said and "://" not in said[0] else ""
-        return f"the Hub answers {status} {HTTPStatus(status).phrase}{reason}; try again later"
+        phrase = f" {responses[status]}" if status in responses else ""
+        return f"the Hub answers {status}{phrase}{reason}; try again later"
     if isinstance(error, (httpx2.HTTPError, LocalEntryNotFoundError, *UNREACHED)):
         return f"the Hub cannot be reached ({_symptom(error)}); check the network"
     return f"uploading failed ({type(error).__name__}); try again"
@@ -401,7 +404,8 @@ def _status(error: BaseException) -> int | None:
 
 def _is_transient(error: BaseException, retried: tuple[int, ...]) -> bool:
     if isinstance(error, HfHubHTTPError):
-        return _status(error) in retried
+        status = error.response.status_code
+        return status in retried or status >= 500
     return isinstance(error, UNREACHED)
 
 

@@ -26,7 +26,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http import HTTPStatus
+from http.client import responses
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
@@ -276,7 +276,8 @@ class _Handler(BaseHTTPRequestHandler):
             for answer in answers:
                 if isinstance(answer, int):
                     answer = Refusal(answer, {})
-                raise _HubError(answer.status, "", HTTPStatus(answer.status).phrase, answer.headers)
+                phrase = responses.get(answer.status, "")
+                raise _HubError(answer.status, "", phrase, answer.headers)
             if self.headers["Authorization"] and not self.hub.is_token_valid:
                 raise _HubError(401, "", "Invalid credentials in Authorization header")
             self._route(body)
