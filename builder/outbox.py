@@ -265,9 +265,9 @@ class Outbox:
             name = f"data/{path.name}"
             if name in held:
                 if self.discards or file_sha256(path) != held[name]:
-                    path.unlink()
+                    path.unlink(missing_ok=True)
             elif self.discards and name not in recorded:
-                path.unlink()
+                path.unlink(missing_ok=True)  # a worker that outlived its driver may be faster
 
     # What the thread does
 

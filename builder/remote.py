@@ -369,6 +369,10 @@ class _NoRepository(ValueError):
 def explain(error: BaseException, repo_id: str) -> str:
     """What went wrong between us and the Hub, and what to do, in one line without addresses."""
     status = _status(error)
+    reason = ""
+    if isinstance(error, HfHubHTTPError):
+        said = (error.server_message or "").splitlines()
+        reason = f" ({said[0][:200]})" if said and "://" not in said[0] else ""
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
         return "the Hub does not accept the token (has it expired?); log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError):
@@ -376,14 +380,12 @@ def explain(error: BaseException, repo_id: str) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"dataset {repo_id!r} has no such revision on the Hub"
     if status == 403:
-        return f"the token may not write to {repo_id}; use a token with write access to it, or publish under another name"
+        return f"the token may not write to {repo_id}{reason}; use a token with write access to it, or publish under another name"
     if status == 429:
         return "the Hub's rate limit is reached; wait some minutes"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, but this needs the Hub; unset it"
-    if status is not None and isinstance(error, HfHubHTTPError):
-        said = (error.server_message or "").splitlines()
-        reason = f" ({said[0][:200]})" if said and "://" not in said[0] else ""
+    if status is not None:
         phrase = f" {responses[status]}" if status in responses else ""
         return f"the Hub answers {status}{phrase}{reason}; try again later"
     if isinstance(error, (httpx2.HTTPError, LocalEntryNotFoundError, *UNREACHED)):

@@ -67,7 +67,7 @@ def compute(
         notice: told of workers that died, and what workers have to say.
 
     Raises:
-        ValueError: there are more workers than resources, Ray cannot be reached, or a worker cannot load the teacher.
+        ValueError: there are more workers than resources, Ray cannot be reached or fails, or a worker cannot load the teacher.
     """
     first = chains.next_task()
     if first is None:
@@ -76,6 +76,10 @@ def compute(
         crew = _Crew(pool, order, progress=progress, notice=notice)
         try:
             yield from crew.compute(chains, first)
+        except RayError as error:
+            raise ValueError(
+                f"Ray fails ({' '.join(str(error).split())[:300]}); finished shards are safe: run the same command to go on"
+            ) from None
         finally:
             crew.dismiss()
 
@@ -95,7 +99,7 @@ class _Crew:
         self._again: deque[Task] = deque()
         """Shards to try again."""
         self._tries: Counter[str] = Counter()
-        """Failures by file; under "" those to load the teacher since it was loaded last."""
+        """Failures by file; under "worker 3" how often this one died loading the teacher since it last did."""
         self._questions: dict[int, Any] = {}
         """Worker → its status to come."""
         self._counted = [0] * pool.workers
@@ -118,7 +122,7 @@ class _Crew:
                 else:
                     idle.insert(0, worker)  # it has the place open at which its partition goes on
                 if task is None:
-                    self._take_loaded(chains, outcome)
+                    self._take_loaded(chains, f"worker {worker}", outcome)
                 elif isinstance(outcome, ShardRecord) or not self._try_again(task, outcome):
                     yield task, outcome
             while idle and (task := self._next_task(chains)):
@@ -131,7 +135,8 @@ class _Crew:
     def dismiss(self) -> None:
         """End all workers."""
         for actor in self._actors:
-            ray.kill(actor)
+            with suppress(RayError):  # it has no Ray any more
+                ray.kill(actor)
 
     def _prepare(self, worker: int, task: Task) -> None:
         self._under_way[self._actors[worker].prepare.remote(task)] = (worker, None)
@@ -145,8 +150,9 @@ class _Crew:
         try:
             outcome = ray.get(result)
         except RayTaskError as error:
-            cause = error.cause
-            outcome = cause if isinstance(cause, Exception) else RuntimeError(str(error))
+            outcome = error.cause
+            if not isinstance(outcome, Exception) or isinstance(outcome, RayError):
+                outcome = RuntimeError(str(error).strip().splitlines()[-1])  # below its traceback
         except RayError as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             doing = f"computing {task.file}" if task else "loading the teacher"
@@ -155,16 +161,16 @@ class _Crew:
         self._counted[worker] = 0
         return outcome
 
-    def _take_loaded(self, chains: Chains, outcome: Any) -> None:
+    def _take_loaded(self, chains: Chains, worker: str, outcome: Any) -> None:
         """Hear of a worker that has loaded the teacher, or could not.
 
         Raises:
             Exception: it could not; only the death of a worker is tried again.
         """
         if not isinstance(outcome, Exception):
-            self._tries[""] = 0
+            self._tries[worker] = 0
             chains.loaded(outcome)
-        elif not isinstance(outcome, _Died) or not self._count_try("", outcome):
+        elif not isinstance(outcome, _Died) or not self._count_try(worker, outcome):
             raise outcome
 
     def _try_again(self, task: Task, error: Exception) -> bool:

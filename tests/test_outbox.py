@@ -604,10 +604,18 @@ def test_publishing_in_the_end_is_as_patient_as_building(hub, deliver_fast, whol
     assert_delivered(hub, whole, tmp_path / "out")
 
 
-def test_an_answer_without_a_name_is_one_line_too():
-    response = httpx2.Response(520, request=httpx2.Request("GET", "https://hub.example/secret"))
-    error = HfHubHTTPError("https://hub.example/secret", response=response)
-    assert explain(error, "org/set") == "the Hub answers 520; try again later"
+@pytest.mark.parametrize(
+    ("status", "said", "expected"),
+    [
+        (520, None, "the Hub answers 520; try again later"),  # which Python has no name for
+        (500, "see https://hub.example", "the Hub answers 500 Internal Server Error; try again later"),
+        (403, "Storage limit reached", "the token may not write to org/set (Storage limit reached); use a token with write"),
+    ],
+)  # fmt: skip
+def test_what_the_hub_says_is_told_without_addresses(status, said, expected):
+    response = httpx2.Response(status, request=httpx2.Request("GET", "https://hub.example/secret"))
+    error = HfHubHTTPError("https://hub.example/secret", response=response, server_message=said)
+    assert explain(error, "org/set").startswith(expected)
 
 
 LOSING_XET = """

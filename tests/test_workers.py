@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import sample_documents, write_jsonl
@@ -152,6 +154,100 @@ def test_a_teacher_that_cannot_be_loaded_ends_the_build_at_once(
 def test_what_cannot_be_had_is_said(ray, recipe, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         run(recipe, tmp_path / "out", pool=Pool(**options))
+
+
+class Later:
+    """A method of an actor on `OneThread`: what it returns comes when it is asked for."""
+
+    def __init__(self, call):
+        self._call = call
+
+    def remote(self, *arguments):
+        return partial(self._call, *arguments)
+
+    def options(self, **_):
+        return self
+
+
+class OneThread:
+    """In place of Ray: every result is ready, and computed when it is taken."""
+
+    def __init__(self, actor):
+        self._actor = actor
+
+    def remote(self, **_):
+        return lambda _: SimpleNamespace(
+            remote=lambda *_: SimpleNamespace(
+                **{name: Later(getattr(self._actor, name)) for name in ("prepare", "shard", "status")}
+            )
+        )  # fmt: skip
+
+    def wait(self, results, timeout):
+        return results, []
+
+    def get(self, result):
+        return result()
+
+    def kill(self, actor):
+        self._actor.killed += 1
+
+    def is_initialized(self):
+        return True
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": {"CPU": 4, "GPU": 0}}]
+
+
+class Dying:
+    """A worker that dies some times while it loads the teacher."""
+
+    def __init__(self, deaths: int) -> None:
+        self.deaths, self.loads, self.killed = deaths, 0, 0
+
+    def prepare(self, task):
+        from ray.exceptions import RayActorError
+
+        self.loads += 1
+        if self.loads <= self.deaths:
+            raise RayActorError
+        return {}
+
+    def shard(self, task):
+        raise AssertionError
+
+    def status(self):
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("deaths", "message"),
+    [(8, "^Ray fails .*the cluster is gone.*run the same"), (9, "died loading the teacher")],
+)
+def test_a_lost_machine_is_no_bad_teacher(monkeypatch, deaths, message):
+    """All of its workers die at once while they load; one that dies three times in a row is another matter."""
+    pytest.importorskip("ray")
+    from ray.exceptions import RaySystemError
+
+    from builder import workers
+
+    def fail(teacher):
+        raise RaySystemError("the cluster is gone")
+
+    actor, notices = Dying(deaths), []
+    monkeypatch.setattr(workers, "ray", OneThread(actor))
+    order = SimpleNamespace(recipe=SimpleNamespace(teacher=SimpleNamespace(tensor_parallel=None)))
+    chains = SimpleNamespace(next_task=lambda: Task(partition=0, index=0, start=None), loaded=fail)
+    computed = workers.compute(
+        Pool(workers=4, device="cpu"),
+        order,
+        chains,
+        progress=lambda _: None,
+        notice=notices.append,
+    )
+    with pytest.raises(ValueError, match=message):
+        list(computed)
+    assert len(notices) == 8
+    assert actor.killed == 4
 
 
 @pytest.mark.parametrize(
