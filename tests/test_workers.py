@@ -19,6 +19,7 @@ from test_build import data_bytes, run
 from test_kill import check_kept, finished_shards
 from test_outbox import assert_delivered, write_recipe
 
+from builder.actor import Status
 from builder.manifest import read_manifest
 from builder.worker import Pool, Task
 
@@ -216,7 +217,7 @@ class Dying:
         raise AssertionError
 
     def status(self):
-        raise AssertionError
+        return Status(file=None, tokens=0, notices=[])
 
 
 @pytest.mark.parametrize(
