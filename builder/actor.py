@@ -23,6 +23,7 @@ from builder.shards import file_sha256
 from builder.sources import (
     CorpusSource,
     KnownSources,
+    Sources,
     TeacherSource,
     resolve_corpus,
     resolve_teacher,
@@ -55,15 +56,10 @@ class Order:
 
 
 def make_order(
-    recipe: Recipe,
-    plan: dict[str, Any],
-    corpus_source: CorpusSource,
-    teacher_source: TeacherSource,
-    template: str | None,
-    output: Path,
-    known: KnownSources,
+    recipe: Recipe, plan: dict[str, Any], sources: Sources, output: Path, known: KnownSources
 ) -> Order:
     """An order, with local files as they are here; `known` has the hashes of those that decide the data."""
+    corpus_source, teacher_source, template = sources
     plan_file = output.resolve() / ".build" / "plan.json"
     paths: list[Path] = []
     if not recipe.corpus.embedded:

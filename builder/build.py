@@ -25,9 +25,8 @@ from builder.pipeline import Notice, Progress
 from builder.recipe import Recipe, deciding, differences, without_description
 from builder.schema import SCHEMA_VERSION
 from builder.sources import (
-    CorpusSource,
     KnownSources,
-    TeacherSource,
+    Sources,
     read_chat_template,
     resolve_corpus,
     resolve_teacher,
@@ -36,8 +35,6 @@ from builder.sources import (
 from builder.state import DISK_FULL, BuildState
 from builder.worker import Computed, Pool, Task, Worker
 
-Sources = tuple[CorpusSource, TeacherSource, str | None]
-"""Of a recipe: its corpus, its teacher, and the chat template that it names."""
 Planned = Callable[[dict[str, Any], Sources, bool], None]
 
 
@@ -118,7 +115,7 @@ def build(
             from builder import workers
             from builder.actor import make_order
 
-            order = make_order(recipe, plan, *sources, output, known)
+            order = make_order(recipe, plan, sources, output, known)
             computed = workers.compute(pool, order, chains, progress=progress, notice=notice)
         with closing(computed):
             for task, outcome in computed:

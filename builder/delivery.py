@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from builder import hub
-from builder.build import BuildResult, Sources, build, changes_since, check_pool, described_anew
+from builder.build import BuildResult, build, changes_since, check_pool, described_anew
 from builder.estimate import expect
 from builder.manifest import FILE_NAME, read_manifest
-from builder.outbox import BRANCH, MAX_LOCAL_SHARDS, Outbox, is_branch_of
+from builder.outbox import BRANCH, MAX_LOCAL_SHARDS, Outbox, is_branch_of, is_left_over
 from builder.plan import too_large_files, too_many_files
 from builder.recipe import Recipe, expand_home
 from builder.release import Destination, look_at, prepare
 from builder.remote import PATIENT_SECONDS, Notice, Repository
+from builder.sources import Sources
 from builder.versions import Step, Version, choose, least_step
 from builder.worker import Pool
 
@@ -72,21 +73,21 @@ def deliver(
     there = look_at(repo_id, recipe.published(), private=private, message=message, notice=notice)
     there.repo.check_login()
     former, head = there.former_manifest(), there.branches.get(BRANCH)
-    if former and is_branch_of(there.repo, head, former):
-        there.repo.delete_branch(BRANCH)  # left over, for all that it holds is published
+    if former and is_left_over(there.repo, head, former):
+        there.repo.delete_branch(BRANCH)
         head = None
     if found := _published_already(there, former, recipe, base, output, tag):
         return found
-    _check_tag(there, tag, {"recipe": recipe.published()})
-    _check_count(recipe)
-    if pool:
-        check_pool(pool, recipe)
     branch: str | None = BRANCH
     if (output / FILE_NAME).exists():
         result = build(recipe, base, output, notice=notice)
         if not is_branch_of(there.repo, head, read_manifest(output)):
             branch = None  # of another build, which may still go on
     else:
+        _check_tag(there, tag, {"recipe": recipe.published()})
+        _check_count(recipe)
+        if pool:
+            check_pool(pool, recipe)
         there.repo.create(private=private)
         repo = Repository(repo_id, notice, waits=PATIENT_SECONDS)
         further_workers = pool.workers - 1 if pool else 0

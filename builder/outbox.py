@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import CommitOperationAdd
 
 from builder.charts import Curves, Measured, curves_of, measure_file
-from builder.manifest import ShardRecord, json_bytes
+from builder.manifest import ShardRecord, json_bytes, records_of
 from builder.recipe import fingerprint, row_fingerprint
 from builder.remote import (
     FILES_PER_COMMIT,
@@ -53,6 +53,7 @@ SENT_TOGETHER = FILES_PER_COMMIT - 5
 """With the plan, the teacher, the commits and two lists of records."""
 COMMIT_SECONDS = 600
 """After which even a single shard is committed."""
+RECORDS = ".build/records/"
 RECORDS_PER_FILE = 100
 """One file for each would be thousands of requests for a machine that goes on."""
 
@@ -67,6 +68,24 @@ def is_branch_of(repo: Repository, head: str | None, manifest: dict[str, Any]) -
         return fingerprint(plan) == str(manifest["fingerprint"])
     except (ValueError, LookupError, TypeError, AttributeError):
         return False
+
+
+def is_left_over(repo: Repository, head: str | None, manifest: dict[str, Any]) -> bool:
+    """Whether the branch holds nothing but the shards of a finished dataset, all of them just as they are there.
+
+    One that holds fewer may be of a build that makes them anew, which is not to be lost.
+    """
+    if head is None or not is_branch_of(repo, head, manifest):
+        return False
+    sent: set[tuple[str, str]] = set()
+    try:
+        for path in repo.tree(head):
+            if path.startswith(RECORDS) and (found := repo.download(path, head)):
+                records = [entry["record"] for entry in _json(found)]
+                sent |= {(record["file"], record["sha256"]) for record in records}
+    except (ValueError, LookupError, TypeError):
+        return False
+    return sent >= {(record.file, record.sha256) for record in records_of(manifest)}
 
 
 class _Sent(NamedTuple):
@@ -241,7 +260,7 @@ class Outbox:
             ) from None
 
     def _read_records(self, tree: Tree) -> None:
-        for path in sorted(path for path in tree if path.startswith(".build/records/")):
+        for path in sorted(path for path in tree if path.startswith(RECORDS)):
             self._entries += self._read(path.removeprefix(".build/").removesuffix(".json"), tree)
         damaged: dict[tuple[int, int], str] = {}
         for entry in self._entries:
@@ -378,7 +397,7 @@ class Outbox:
         """Path → values of the small files that go with a commit: what no earlier one has brought."""
         first = len(self._entries) // RECORDS_PER_FILE
         files: dict[str, Any] = {
-            f".build/records/{number:05d}.json": entries[
+            f"{RECORDS}{number:05d}.json": entries[
                 number * RECORDS_PER_FILE : (number + 1) * RECORDS_PER_FILE
             ]
             for number in range(first, -(-len(entries) // RECORDS_PER_FILE))

@@ -334,6 +334,21 @@ def test_a_branch_that_is_left_over_is_no_hindrance(hub, deliver, tiny_teacher_d
     assert list(hub.repos["dataset", "org/set"].branches) == ["main"]
 
 
+def test_a_dataset_that_is_built_anew_is_not_taken_for_what_is_left_over(
+    hub, deliver, whole, tmp_path
+):
+    assert deliver(tmp_path / "out").returncode == 0
+    anew = ("--tag", "v2.0.0")
+    assert deliver(tmp_path / "anew", *anew, "--max-shards", 2).returncode == 0
+    before = on_branch(hub)
+    again = deliver(tmp_path / "again")
+    assert "org/set v1.0.0 was published already" in again.stdout, again.stderr
+    assert on_branch(hub) == before
+    last = deliver(tmp_path / "last", *anew)
+    assert "org/set v2.0.0 is published" in last.stdout, last.stderr
+    assert list(hub.repos["dataset", "org/set"].branches) == ["main"]
+
+
 def test_a_tag_that_is_too_small_is_refused_before_anything_is_computed(
     hub, deliver, tiny_teacher_dir, tmp_path
 ):

@@ -312,9 +312,10 @@ def test_a_worker_that_has_something_else_says_so(
     sources = (
         resolve_corpus(loaded.corpus, tmp_path, known),
         resolve_teacher(loaded.teacher, tmp_path, known),
+        None,
     )
     plan = {"recipe": loaded.published(), "corpus": {}, "teacher": {}}
-    order = actor.make_order(loaded, plan, *sources, None, tmp_path / "out", known)
+    order = actor.make_order(loaded, plan, sources, tmp_path / "out", known)
     corpus_file, weights = tmp_path / "part-1.jsonl", tmp_path / "teacher" / "model.safetensors"
     if change == "gone":
         corpus_file.unlink()
