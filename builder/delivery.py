@@ -207,7 +207,14 @@ def _check_plan(
         )
     if not is_new:
         return
-    tokens, per_token = expect(recipe, *sources)
+    try:
+        tokens, per_token = expect(recipe, *sources)
+    except (
+        Exception
+    ) as error:  # what matters of it, the build will find; a tokenizer of other code is none of it
+        why = error if isinstance(error, ValueError) else type(error).__name__
+        notice(f"how large the dataset will be cannot be estimated ({why})")
+        return
     too_large = per_token and too_large_files(recipe, tokens, per_token)
     if too_large and tokens and not recipe.output.completions_only:
         raise ValueError(too_large)

@@ -409,6 +409,26 @@ def test_what_the_hub_does_not_take_is_not_built_for_weeks(
     assert begun.exists() == (limits[-1][0] == "outbox")
 
 
+@pytest.mark.parametrize(("error", "why"), [("ValueError", "why not"), ("KeyError", "KeyError")])
+def test_an_estimate_that_fails_stops_nothing(client, recipe, hub, tmp_path, error, why):
+    """Such as of a teacher whose tokenizer comes with code of its own."""
+    arguments = ["build", recipe, "--output", tmp_path / "out", "--publish-to", "org/set"]
+    arguments += ["--device", "cpu", "--max-shards", 1]
+    code = f"""
+import sys
+from builder import cli, delivery
+def expect(*_):
+    raise {error}("why not")
+delivery.expect = expect
+sys.argv = ["logit-dataset", *{[str(a) for a in arguments]!r}]
+cli.main()
+"""
+    result = client.python(code)
+    assert result.returncode == 0, result.stderr
+    assert f"how large the dataset will be cannot be estimated ({why})" in result.stderr
+    assert len(records_on_branch(hub)) == 1
+
+
 def test_what_would_fail_in_the_end_fails_at_once(
     hub, deliver, client, recipe, tiny_teacher_dir, tmp_path
 ):
