@@ -12,7 +12,7 @@ How:  shard i of a partition is a pure function of the recipe, the sources and t
 import shutil
 import sys
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from builder.recipe import Recipe, deciding, differences, without_description
 from builder.schema import SCHEMA_VERSION
 from builder.sources import (
     KnownSources,
+    Sources,
     read_chat_template,
     resolve_corpus,
     resolve_teacher,
@@ -33,6 +34,8 @@ from builder.sources import (
 )
 from builder.state import DISK_FULL, BuildState
 from builder.worker import Computed, Pool, Task, Worker
+
+Planned = Callable[[dict[str, Any], Sources, bool], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,7 @@ def build(
     max_shards: int | None = None,
     pool: Pool | None = None,
     outbox: Outbox | None = None,
+    planned: Planned = lambda *_: None,
     progress: Progress = lambda _: None,
     found: Progress = lambda _: None,
     notice: Notice = lambda message: print(message, file=sys.stderr),
@@ -68,6 +72,8 @@ def build(
         max_shards: stop after this many new shards.
         pool: several workers, on this machine or a cluster; None computes in this process.
         outbox: sends finished shards away; those that have arrived need not be in the directory.
+        planned: told of the plan and its sources, and whether no shard is finished yet, before anything is computed; what it
+            raises ends the build.
         progress: told of captured tokens.
         found: told of the tokens of shards that an earlier run has finished.
         notice: told, in a line, of what the user should know (a damaged shard that is built again).
@@ -99,15 +105,17 @@ def build(
         state.settle("plan", {**deciding(plan), "schema_version": SCHEMA_VERSION})
         state.remember(known)
         state.sweep()
-        chains = _Chains(state, recipe, outbox, max_shards=max_shards, found=found, notice=notice)
         sources = corpus_source, teacher_source, template
+        planned(plan, sources, not state.has_shards())
+        chains = _Chains(state, recipe, outbox, max_shards=max_shards, found=found, notice=notice)
         if pool is None:
             worker = Worker(recipe, plan, *sources, device=device, progress=progress, notice=notice)
             computed = _compute_here(worker, output, chains)
         else:
             from builder import workers
+            from builder.actor import make_order
 
-            order = workers.make_order(recipe, plan, *sources, output)
+            order = make_order(recipe, plan, sources, output, known)
             computed = workers.compute(pool, order, chains, progress=progress, notice=notice)
         with closing(computed):
             for task, outcome in computed:
@@ -170,6 +178,7 @@ class _Chains:
                 self._follow(record)
             elif record := self._state.intact_record(task.partition, task.index, self._notice):
                 _check_follows(record, task)
+                self._check_next(record)
                 self._found(record.tokens)
                 if outbox:
                     outbox.put(record)
@@ -202,10 +211,12 @@ class _Chains:
         """Make a computed shard count; where it failed, its partition is left and the others go on.
 
         Raises:
+            ValueError: it does not fit those that are there.
             OSError: the disk is full, which no other partition would survive either.
         """
         self._under_way -= 1
         if isinstance(outcome, ShardRecord):
+            self._check_next(outcome)
             self._state.add(outcome)
             self.built += 1
             if self._outbox:
@@ -225,6 +236,14 @@ class _Chains:
     def records(self) -> list[ShardRecord]:
         """The records of all shards, in order."""
         return [record for chain in self._records for record in chain]
+
+    def _check_next(self, record: ShardRecord) -> None:
+        """See that a shard ends where the next one starts, if that is there: before it counts, and before it is sent."""
+        place = record.partition, record.index + 1
+        following = self._outbox.held(*place) if self._outbox else None
+        if following := following or self._state.record(*place):
+            end = None if record.exhausted else record.position_after
+            _check_follows(following, Task(partition=place[0], index=place[1], start=end))
 
     def _follow(self, record: ShardRecord) -> None:
         self._records[record.partition].append(record)
@@ -255,7 +274,6 @@ def _compute_here(worker: Worker, output: Path, chains: _Chains) -> Generator[Co
             outcome = worker.shard(output, task)
         except Exception as error:
             outcome = error
-            worker.forget_split_teacher()
         yield task, outcome
         task = chains.next_task()
 

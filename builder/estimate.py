@@ -64,12 +64,9 @@ def estimate(recipe: Recipe, base: Path, *, device: str) -> Estimate:
     corpus_source = resolve_corpus(recipe.corpus, base, KnownSources())
     teacher_source = resolve_teacher(recipe.teacher, base, KnownSources())
     template = read_chat_template(recipe.sequences, base)
-    tokens, kept_share = _count_tokens(recipe, corpus_source, teacher_source, template)
-    if not recipe.output.completions_only:
-        kept_share = 1.0
+    tokens, per_token = expect(recipe, corpus_source, teacher_source, template)
     parameters = _count_parameters(teacher_source)
     rate = _tokens_per_second(parameters, recipe.teacher.dtype, device) if parameters else None
-    sizes = _sizes(recipe, teacher_source)
     return Estimate(
         plan={
             "recipe": recipe.published(),
@@ -77,14 +74,29 @@ def estimate(recipe: Recipe, base: Path, *, device: str) -> Estimate:
             "teacher": teacher_source.provenance | template_provenance(template),
         },
         tokens=tokens,
-        bytes=None
-        if tokens is None or sizes is None
-        else round(tokens * bytes_per_token(recipe, kept_share=kept_share, **sizes)),
+        bytes=None if tokens is None or per_token is None else round(tokens * per_token),
         # How fast a teacher writes depends on how many completions it writes at once, and on where they end.
         seconds=tokens / rate if tokens and rate and not recipe.generation else None,
         device=device,
         is_most=recipe.generation is not None,
     )
+
+
+def expect(
+    recipe: Recipe, corpus_source: CorpusSource, teacher_source: TeacherSource, template: str | None
+) -> tuple[int | None, float | None]:
+    """Tokens of a build, and what each takes on the disk; None for what cannot be known beforehand.
+
+    Raises:
+        ValueError: as `build`, for what can be seen before the teacher is loaded.
+    """
+    tokens, kept_share = _count_tokens(recipe, corpus_source, teacher_source, template)
+    if not recipe.output.completions_only:
+        kept_share = 1.0
+    sizes = _sizes(recipe, teacher_source)
+    if sizes is None:
+        return tokens, None
+    return tokens, bytes_per_token(recipe, kept_share=kept_share, **sizes)
 
 
 def _count_tokens(

@@ -26,10 +26,12 @@ from typing import Any, NamedTuple
 from huggingface_hub import CommitOperationAdd
 
 from builder.charts import Curves, Measured, curves_of, measure_file
-from builder.manifest import ShardRecord, json_bytes
+from builder.manifest import ShardRecord, json_bytes, records_of
 from builder.recipe import fingerprint, row_fingerprint
 from builder.remote import (
     FILES_PER_COMMIT,
+    MAX_FILE_BYTES,
+    MAX_FILES,
     LocalFile,
     Moved,
     Notice,
@@ -51,6 +53,7 @@ SENT_TOGETHER = FILES_PER_COMMIT - 5
 """With the plan, the teacher, the commits and two lists of records."""
 COMMIT_SECONDS = 600
 """After which even a single shard is committed."""
+RECORDS = ".build/records/"
 RECORDS_PER_FILE = 100
 """One file for each would be thousands of requests for a machine that goes on."""
 
@@ -65,6 +68,24 @@ def is_branch_of(repo: Repository, head: str | None, manifest: dict[str, Any]) -
         return fingerprint(plan) == str(manifest["fingerprint"])
     except (ValueError, LookupError, TypeError, AttributeError):
         return False
+
+
+def is_left_over(repo: Repository, head: str | None, manifest: dict[str, Any]) -> bool:
+    """Whether the branch holds nothing but the shards of a finished dataset, all of them just as they are there.
+
+    One that holds fewer may be of a build that makes them anew, which is not to be lost.
+    """
+    if head is None or not is_branch_of(repo, head, manifest):
+        return False
+    sent: set[tuple[str, str]] = set()
+    try:
+        for path in repo.tree(head):
+            if path.startswith(RECORDS) and (found := repo.download(path, head)):
+                records = [entry["record"] for entry in _json(found)]
+                sent |= {(record["file"], record["sha256"]) for record in records}
+    except (ValueError, LookupError, TypeError):
+        return False
+    return sent >= {(record.file, record.sha256) for record in records_of(manifest)}
 
 
 class _Sent(NamedTuple):
@@ -133,7 +154,7 @@ class Outbox:
             )
             known.commits |= self._read("known", tree)["commits"]
             self._read_records(tree)
-        elif self._head != main and self.repo.tree(main) != tree:
+        elif self._head != main and not self._is_unused(main, tree):
             raise ValueError(
                 f"branch {BRANCH} of {self.repo.id} holds something else than an unfinished build; delete it, or publish under "
                 "another name"
@@ -142,6 +163,10 @@ class Outbox:
             state.note_repository(self.repo.id)
         self._tidy()
         self._thread.start()
+
+    def _is_unused(self, main: str, tree: Tree) -> bool:
+        """Whether nothing was ever put on the branch, though main may have moved on since it was made."""
+        return self.repo.is_of_main(self._head) or self.repo.tree(main) == tree
 
     def held(self, partition: int, index: int) -> ShardRecord | None:
         """The record of a shard that is on the branch; its file need not be here."""
@@ -170,10 +195,20 @@ class Outbox:
         """Hand over a finished shard, whose file is in the directory.
 
         Raises:
-            ValueError: an earlier one could not be sent.
+            ValueError: an earlier one could not be sent, or the Hub will not take this one.
         """
+        if record.bytes > MAX_FILE_BYTES:
+            raise ValueError(
+                f"{record.file} has {record.bytes / 1e9:,.1f} GB, and the Hub takes files of up to {MAX_FILE_BYTES / 1e9:.0f} GB; "
+                "begin anew with a smaller output.shard_tokens"
+            )
         with self._changed:
             self._check()
+            if len(self._held) + len(self._sent) + len(self._waiting) >= MAX_FILES:
+                raise ValueError(
+                    f"{record.file} is one more than the {MAX_FILES:,} files that the Hub takes; begin anew with a larger "
+                    "output.shard_tokens"
+                )
             self._waiting.append(record)
             self._changed.notify_all()
 
@@ -225,7 +260,7 @@ class Outbox:
             ) from None
 
     def _read_records(self, tree: Tree) -> None:
-        for path in sorted(path for path in tree if path.startswith(".build/records/")):
+        for path in sorted(path for path in tree if path.startswith(RECORDS)):
             self._entries += self._read(path.removeprefix(".build/").removesuffix(".json"), tree)
         damaged: dict[tuple[int, int], str] = {}
         for entry in self._entries:
@@ -249,9 +284,9 @@ class Outbox:
             name = f"data/{path.name}"
             if name in held:
                 if self.discards or file_sha256(path) != held[name]:
-                    path.unlink()
+                    path.unlink(missing_ok=True)
             elif self.discards and name not in recorded:
-                path.unlink()
+                path.unlink(missing_ok=True)  # a worker that outlived its driver may be faster
 
     # What the thread does
 
@@ -362,7 +397,7 @@ class Outbox:
         """Path → values of the small files that go with a commit: what no earlier one has brought."""
         first = len(self._entries) // RECORDS_PER_FILE
         files: dict[str, Any] = {
-            f".build/records/{number:05d}.json": entries[
+            f"{RECORDS}{number:05d}.json": entries[
                 number * RECORDS_PER_FILE : (number + 1) * RECORDS_PER_FILE
             ]
             for number in range(first, -(-len(entries) // RECORDS_PER_FILE))

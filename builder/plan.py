@@ -7,7 +7,7 @@ Compute:  a forward pass costs 2 FLOP a parameter and token, and 2 · layers · 
           Scaling Laws for Neural Language Models, section 2.1 and table 1). Statistics, writing and sending hide behind it
           (README, Speed). How much of a GPU's peak that reaches is an assumption: UTILIZATION.
 Storage:  bytes a token as measured of the embedded dataset (`bytes_per_token`); files as the recipe cuts them.
-The Hub:  its limits (`remote`, `release`), and how many shards an `outbox` brings in a commit.
+The Hub:  its limits (`remote`), and how many shards an `outbox` brings in a commit.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from builder.outbox import DISCARDED_TOGETHER, MAX_LOCAL_SHARDS
 from builder.recipe import Recipe, expand_home
-from builder.release import MAX_FILE_BYTES, MAX_FILES
+from builder.remote import MAX_FILE_BYTES, MAX_FILES
 
 
 class Peak(NamedTuple):
@@ -154,7 +154,7 @@ def work(
     per_token = bytes_per_token(
         recipe, vocab_size=shape.vocab_size, hidden_size=0 if shape.is_guessed else int(shape.width)
     )
-    shards = max(math.ceil(tokens / output.shard_tokens), output.partitions)
+    shards = count_shards(recipe, tokens)
     size = tokens * per_token
     commits = math.ceil(shards / DISCARDED_TOGETHER) + 2  # the card, and main
     gpus_each = recipe.teacher.tensor_parallel or 1
@@ -192,7 +192,7 @@ def work(
         disk_bytes=(MAX_LOCAL_SHARDS + copies - 1) * size / shards,
         hours=hours[limit],
         limit=limit,
-        advice=_advice(recipe, tokens, shards, size, workers - busy, limit),
+        advice=_advice(recipe, tokens, per_token, workers - busy, limit),
     )
 
 
@@ -201,9 +201,50 @@ def flop_per_token(shape: Shape, length: int) -> float:
     return 2 * shape.parameters + 2 * shape.layers * length * shape.width
 
 
-def _advice(
-    recipe: Recipe, tokens: int, shards: int, size: float, idle: int, limit: str
-) -> list[str]:
+def count_shards(recipe: Recipe, tokens: int) -> int:
+    """Of a build of `tokens` tokens: no more, for a shard ends with the document that reaches its number of tokens."""
+    partitions, shard_tokens = recipe.output.partitions, recipe.output.shard_tokens
+    share, rest = divmod(tokens, partitions)
+    larger, smaller = (max(1, math.ceil(n / shard_tokens)) for n in (share + 1, share))
+    return rest * larger + (partitions - rest) * smaller
+
+
+def too_many_files(recipe: Recipe, tokens: int) -> str | None:
+    """Why the Hub does not take a build of `tokens` tokens, and what would do; None if its files are not too many."""
+    shards, partitions = count_shards(recipe, tokens), recipe.output.partitions
+    if shards <= MAX_FILES:
+        return None
+    if partitions > MAX_FILES:
+        what = f"output.partitions has to be {MAX_FILES:_} or less"
+    else:
+        least = math.ceil(math.ceil(tokens / partitions) / (MAX_FILES // partitions) / 1e6)
+        what = f"output.shard_tokens has to be {least * 1_000_000:_} or more"
+    return f"the Hub takes {MAX_FILES:,} files, not {shards:,}: {what}"
+
+
+def too_large_files(recipe: Recipe, tokens: int | None, per_token: float) -> str | None:
+    """The same of files that are too large.
+
+    Args:
+        recipe: what is built.
+        tokens: that are built; None if that is not known.
+        per_token: bytes of each.
+    """
+    output = recipe.output
+    shard_tokens = min(output.shard_tokens, (tokens or math.inf) / output.partitions)
+    if shard_tokens * per_token <= MAX_FILE_BYTES:
+        return None
+    limit = f"the Hub takes files of up to {MAX_FILE_BYTES / 1e9:.0f} GB"
+    if (tokens or 0) * per_token > (all_bytes := MAX_FILES * MAX_FILE_BYTES):
+        return f"{limit}, so {MAX_FILES:,} of them hold {all_bytes / 1e12:.0f} TB"
+    most = int(MAX_FILE_BYTES / per_token)
+    return (
+        f"{limit}, not {_size(shard_tokens * per_token)}: output.shard_tokens has to be "
+        f"{most // 1000 * 1000 or most:_} or less"
+    )
+
+
+def _advice(recipe: Recipe, tokens: int, per_token: float, idle: int, limit: str) -> list[str]:
     lines = []
     if recipe.generation:
         lines.append(
@@ -213,20 +254,13 @@ def _advice(
         lines.append(
             "bytes are counted as if all positions were kept: output.completions_only keeps fewer"
         )
-    if shards > MAX_FILES:
-        least = math.ceil(tokens / MAX_FILES / 1e6) * 1_000_000
-        lines.append(
-            f"the Hub takes {MAX_FILES:,} files, not {shards:,}: output.shard_tokens has to be {least:_} or more"
-        )
-    if size / min(shards, MAX_FILES) > MAX_FILE_BYTES:
-        lines.append(
-            f"the Hub takes files of up to {MAX_FILE_BYTES / 1e9:.0f} GB, so {MAX_FILES:,} of them hold {MAX_FILES * MAX_FILE_BYTES / 1e12:.0f} TB"
-        )
+    too_many = too_many_files(recipe, tokens)
+    lines += filter(None, (too_many, too_large_files(recipe, tokens, per_token)))
     if idle:
         lines.append(
             f"output.partitions is {recipe.output.partitions}: {idle} of the GPUs have nothing to do"
         )
-    if limit == "committing" and shards <= MAX_FILES:
+    if limit == "committing" and not too_many:
         lines.append(
             f"{COMMITS_PER_HOUR} commits an hour are all that the Hub allows: choose a larger output.shard_tokens"
         )

@@ -114,11 +114,11 @@ class _Team:
             raise RuntimeError("the processes of the teacher are out of step after an error")
         self._is_in_step = False
         message = pickle.dumps((name, argument))
-        for process in self._processes:
-            assert process.stdin
-            process.stdin.write(message)
-            process.stdin.flush()
         try:
+            for process in self._processes:
+                assert process.stdin
+                process.stdin.write(message)
+                process.stdin.flush()
             yield
         except torch.OutOfMemoryError:
             # One rank alone cannot go on with a smaller batch.
@@ -126,7 +126,7 @@ class _Team:
                 "a batch does not fit the memory of the teacher's devices; choose a smaller sequences.batch_tokens, or a "
                 "larger teacher.tensor_parallel"
             ) from None
-        except RuntimeError:
+        except (RuntimeError, OSError):
             time.sleep(WATCH_SECONDS)
             raise
         self._is_in_step = True
@@ -221,10 +221,11 @@ def _follow(orders: BinaryIO) -> None:
     messages: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
 
     def listen() -> None:
-        with suppress(EOFError):
+        # When rank 0 has ended, maybe in the middle of a word, whatever this one waits for will not come.
+        with suppress(EOFError, pickle.UnpicklingError):
             while True:
                 messages.put(pickle.load(orders))
-        os._exit(0)  # rank 0 has ended, and whatever this one waits for will not come
+        os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
     teacher = _load_rank(**order, together=lambda *_: nullcontext())

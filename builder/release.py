@@ -1,6 +1,7 @@
 """A finished build and a repository on the Hub → what publishing the one to the other would do, without doing anything."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,12 +18,19 @@ from builder.card import (
 )
 from builder.licences import licences
 from builder.manifest import FILE_NAME, data_digest, json_bytes, read_manifest, records_of
-from builder.remote import REPO_ID, LocalFile, Notice, Repository, Tree, holds
+from builder.remote import (
+    MAX_FILE_BYTES,
+    MAX_FILES,
+    REPO_ID,
+    WAIT_SECONDS,
+    LocalFile,
+    Notice,
+    Repository,
+    Tree,
+    holds,
+)
 from builder.versions import Step, Version, choose, compare
 
-MAX_FILE_BYTES = 20 * 10**9
-MAX_FILES = 10_000
-"""Limits of the Hub, for a file and for the files of a folder."""
 MAX_MESSAGE = 500
 
 _OURS = re.compile(r"data/train-[\w.-]+\.parquet", re.ASCII)
@@ -105,6 +113,7 @@ def look_at(
     private: bool,
     message: str,
     notice: Notice,
+    waits: Sequence[int] = WAIT_SECONDS,
 ) -> Destination:
     """Ask the Hub what is there, and refuse what cannot be published there, however it is built; changes nothing.
 
@@ -114,6 +123,7 @@ def look_at(
         private: whether a new repository is to be private.
         message: a line for the changelog.
         notice: told, in a line, of retries.
+        waits: seconds before each of them.
 
     Raises:
         ValueError: it cannot be published as asked; says why.
@@ -123,7 +133,7 @@ def look_at(
     if len(message) > MAX_MESSAGE:
         raise ValueError(f"the message has {len(message)} characters, at most {MAX_MESSAGE} fit")
     _check_licences(recipe)
-    repo = Repository(repo_id, notice)
+    repo = Repository(repo_id, notice, waits=waits)
     refs = repo.refs()
     branches, taken = (refs.branches, set(refs.tags)) if refs else ({}, set())
     versions = sorted(filter(None, map(Version.parse, taken)))
@@ -142,6 +152,7 @@ def prepare(
     message: str | None = None,
     branch: str | None = None,
     notice: Notice,
+    waits: Sequence[int] = WAIT_SECONDS,
 ) -> Plan:
     """Find out what publishing would do; asks the Hub, and changes nothing.
 
@@ -153,13 +164,16 @@ def prepare(
         message: a line for the changelog.
         branch: where the files are gathered, or were already; one of the version by default.
         notice: told, in a line, of retries.
+        waits: seconds before each of them, while planning and while publishing.
 
     Raises:
         ValueError: it cannot be published as asked; says why, and what can.
     """
     message = " ".join((message or "").split())
     manifest = read_manifest(directory)
-    there = look_at(repo_id, manifest["recipe"], private=private, message=message, notice=notice)
+    there = look_at(
+        repo_id, manifest["recipe"], private=private, message=message, notice=notice, waits=waits
+    )
     _check_limits(manifest)
     repo, former, main = there.repo, there.former, there.branches.get("main")
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
+from http.client import responses
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -44,7 +45,11 @@ PATIENT_SECONDS = (*WAIT_SECONDS, 8, 16, 32, 64, 128, *[300] * 14)
 """The same for a build of days: it outlives more than an hour without the Hub, and what the Hub counts by the hour."""
 FILES_PER_COMMIT = 50
 """The Hub asks for fewer than 100, and for no more than about 128 commits an hour."""
-TRANSIENT = (408, 429, 500, 502, 503, 504)
+MAX_FILE_BYTES = 20 * 10**9
+MAX_FILES = 10_000
+"""Limits of the Hub, for a file and for the files of a folder."""
+TRANSIENT = (408, 429)
+"""And all from 500 on, of which some are known to what stands before the Hub only."""
 UNREACHED = (httpx2.TransportError, ConnectionError, TimeoutError)
 """The last two are what hf_xet raises, with addresses in their text."""
 
@@ -291,6 +296,13 @@ class Repository:
 
         return self._try(attempt, retried=(*TRANSIENT, HTTPStatus.PRECONDITION_FAILED))
 
+    def is_of_main(self, commit: str) -> bool:
+        """Whether main stands at a commit, or once did."""
+        commits = self._try(
+            lambda: self._api.list_repo_commits(self.id, repo_type="dataset", revision="main")
+        )
+        return any(one.commit_id == commit for one in commits)
+
     def tag(self, tag: str, commit: str, *, message: str) -> None:
         """Name a commit.
 
@@ -357,6 +369,10 @@ class _NoRepository(ValueError):
 def explain(error: BaseException, repo_id: str) -> str:
     """What went wrong between us and the Hub, and what to do, in one line without addresses."""
     status = _status(error)
+    reason = ""
+    if isinstance(error, HfHubHTTPError):
+        said = (error.server_message or "").splitlines()
+        reason = f" ({said[0][:200]})" if said and "://" not in said[0] else ""
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
         return "the Hub does not accept the token (has it expired?); log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError):
@@ -364,15 +380,14 @@ def explain(error: BaseException, repo_id: str) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"dataset {repo_id!r} has no such revision on the Hub"
     if status == 403:
-        return f"the token may not write to {repo_id}; use a token with write access to it, or publish under another name"
+        return f"the token may not write to {repo_id}{reason}; use a token with write access to it, or publish under another name"
     if status == 429:
         return "the Hub's rate limit is reached; wait some minutes"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, but this needs the Hub; unset it"
-    if status is not None and isinstance(error, HfHubHTTPError):
-        said = (error.server_message or "").splitlines()
-        reason = f" ({said[0][:200]})" if said and "://" not in said[0] else ""
-        return f"the Hub answers {status} {HTTPStatus(status).phrase}{reason}; try again later"
+    if status is not None:
+        phrase = f" {responses[status]}" if status in responses else ""
+        return f"the Hub answers {status}{phrase}{reason}; try again later"
     if isinstance(error, (httpx2.HTTPError, LocalEntryNotFoundError, *UNREACHED)):
         return f"the Hub cannot be reached ({_symptom(error)}); check the network"
     return f"uploading failed ({type(error).__name__}); try again"
@@ -391,7 +406,8 @@ def _status(error: BaseException) -> int | None:
 
 def _is_transient(error: BaseException, retried: tuple[int, ...]) -> bool:
     if isinstance(error, HfHubHTTPError):
-        return _status(error) in retried
+        status = error.response.status_code
+        return status in retried or status >= 500
     return isinstance(error, UNREACHED)
 
 

@@ -50,6 +50,10 @@ class TeacherSource:
     provenance: dict[str, Any]
 
 
+Sources = tuple[CorpusSource, TeacherSource, str | None]
+"""Of a recipe: its corpus, its teacher, and the text of the chat template that it names."""
+
+
 @dataclass(slots=True)
 class KnownSources:
     """What an earlier run of the same build resolved, so that resuming neither asks the Hub nor reads the files again."""

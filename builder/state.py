@@ -83,8 +83,7 @@ class BuildState:
         Raises:
             ValueError: an earlier run wrote down something else, and built with it.
         """
-        has_shards = self._elsewhere or any((self._directory / "records").glob("*.json"))
-        if not has_shards or not self._path(name).exists():
+        if not self.has_shards() or not self._path(name).exists():
             write_json(self._path(name), values)
         elif changes := differences(self.read(name), values):
             raise ValueError(
@@ -127,14 +126,24 @@ class BuildState:
         """What `settle` wrote down."""
         return _read(self._path(name), "build anew in another directory")
 
+    def has_shards(self) -> bool:
+        """Whether any was finished, here or elsewhere."""
+        return bool(self._elsewhere) or any((self._directory / "records").glob("*.json"))
+
+    def record(self, partition: int, index: int) -> ShardRecord | None:
+        """The record of a shard, whatever has become of its file."""
+        path = self._record_path(partition, index)
+        if not path.exists():
+            return None
+        return ShardRecord.from_json(_read(path, "delete it, and its shard is built again"))
+
     def intact_record(
         self, partition: int, index: int, notice: Callable[[str], None]
     ) -> ShardRecord | None:
         """The record of a shard whose file is what it was, else None."""
-        path = self._record_path(partition, index)
-        if not path.exists():
+        record = self.record(partition, index)
+        if record is None:
             return None
-        record = ShardRecord.from_json(_read(path, "delete it, and its shard is built again"))
         file = self._output / record.file
         if not file.exists():
             problem = "is missing"
@@ -156,8 +165,18 @@ class BuildState:
         """Make a shard count.
 
         Raises:
-            ValueError: it replaces a damaged shard, but ends elsewhere in the corpus than that did.
+            ValueError: it replaces a damaged shard, but ends elsewhere in the corpus than that did; or its file is not here.
         """
+        try:
+            size = (self._output / record.file).stat().st_size
+        except OSError:
+            size = None
+        if size != record.bytes:
+            found = "is not there" if size is None else f"has {size:,} bytes, not {record.bytes:,}"
+            raise ValueError(
+                f"a worker has finished {record.file}, but in {self._output} it {found}; --output must be at a path that all "
+                "machines share"
+            )
         path = self._record_path(record.partition, record.index)
         if path.exists():
             old = _read(path, "delete it")

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 from builder.manifest import ShardRecord, records_of
 from builder.recipe import LIMITS, deciding, differences
+from builder.schema import SCHEMA_VERSION
 
 Step = Literal["patch", "minor", "major"]
 MEANING = {
@@ -63,6 +64,22 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[Step, list[str]]:
         return "major", changes
     added = new["totals"]["rows"] - old["totals"]["rows"]
     return "minor", [f"{added:,} rows were added, the others are the same"]
+
+
+def least_step(old: dict[str, Any], plan: dict[str, Any]) -> tuple[Step, list[str]]:
+    """The least step from a manifest to any that a plan can lead to, and one line for each reason.
+
+    Args:
+        old: the manifest.
+        plan: recipe, and the sources of corpus and teacher.
+    """
+    teacher = {**old["teacher"], **plan["teacher"]}  # what the loaded one will add is not known
+    new = {**plan, "teacher": teacher, "schema_version": SCHEMA_VERSION}
+    changes = differences(_row_deciding(old), _row_deciding(new))
+    limit, documents = plan["recipe"]["corpus"]["max_documents"], old["totals"]["documents"]
+    if limit and limit < documents:
+        changes.append(f"{documents - limit:,} documents fewer")
+    return ("major", changes) if changes else ("patch", [])
 
 
 def choose(

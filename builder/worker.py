@@ -7,8 +7,10 @@ How:  a shard is a pure function of the recipe, the sources and its start. So it
       two do: each writes under a temporary name of its own, and what it renames into place are the same bytes.
 """
 
+import gc
 import secrets
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -148,13 +150,6 @@ class Worker:
             ends=chats.ends if isinstance(chats, ChatTemplate) else (),
         )
 
-    def forget_split_teacher(self) -> None:
-        """Have a teacher that is split over processes loaded anew for the next shard: these may be out of step."""
-        if self._recipe.teacher.tensor_parallel:
-            for name in ("teacher", "encoder", "layout", "decoder"):
-                self.__dict__.pop(name, None)
-            self._stream = None
-
     def prepare(self, task: Task) -> dict[str, Any]:
         """Load the teacher and open the corpus for a first task, without reading it.
 
@@ -180,6 +175,22 @@ class Worker:
             ValueError: its part of the corpus cannot be read or is empty, or the teacher fails on it.
             OSError: the disk is full or cannot be written.
         """
+        try:
+            return self._shard(output, task)
+        except Exception as error:
+            _forget_locals(error)
+            if self._recipe.teacher.tensor_parallel:
+                self._forget_teacher()
+            raise
+
+    def _forget_teacher(self) -> None:
+        """Have it loaded anew for the next shard: the processes over which it is split may be out of step."""
+        for name in ("teacher", "encoder", "layout", "decoder"):
+            self.__dict__.pop(name, None)
+        self._stream = None
+        gc.collect()  # a model may hold itself in a circle, and two have no room on a GPU
+
+    def _shard(self, output: Path, task: Task) -> ShardRecord:
         started = time.perf_counter()
         file = output / task.file
         stream, self._stream = self._stream_for(task), None
@@ -269,6 +280,14 @@ class Worker:
             task.start,
             notice=self._notice,
         )
+
+
+def _forget_locals(error: BaseException) -> None:
+    """Let go what the failed calls held, such as a teacher and its batches: an error may be kept until the build ends."""
+    errors = [error]
+    for one in errors:
+        traceback.clear_frames(one.__traceback__)
+        errors += [e for e in (one.__cause__, one.__context__) if e and e not in errors]
 
 
 def _nothing_in(recipe: CorpusRecipe, stream: SequenceStream) -> str:

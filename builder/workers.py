@@ -17,9 +17,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property, partial
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,17 +29,10 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from builder.manifest import LIBRARIES, ShardRecord
+from builder.actor import Actor, Order, Status
+from builder.manifest import ShardRecord
 from builder.pipeline import Notice, Progress
-from builder.recipe import Recipe, differences
-from builder.sources import (
-    CorpusSource,
-    KnownSources,
-    TeacherSource,
-    resolve_corpus,
-    resolve_teacher,
-)
-from builder.worker import Computed, Pool, Task, Worker
+from builder.worker import Computed, Pool, Task
 
 RETRIES = 2
 """How often a shard is tried again after its worker died or it failed: enough for a lost machine, few for a bad shard."""
@@ -63,121 +54,6 @@ class Chains(Protocol):
         """Hear what the teacher of a worker turned out to be."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
-    """What every worker is told: the plan, and what it must find where it runs."""
-
-    recipe: Recipe
-    plan: dict[str, Any]
-    corpus_source: CorpusSource
-    teacher_source: TeacherSource
-    template: str | None
-    output: Path
-    files: dict[str, int]
-    """Path → bytes, of what must be the same at every worker."""
-    libraries: dict[str, str]
-
-
-def make_order(
-    recipe: Recipe,
-    plan: dict[str, Any],
-    corpus_source: CorpusSource,
-    teacher_source: TeacherSource,
-    template: str | None,
-    output: Path,
-) -> Order:
-    """An order, with the sizes of local files as they are here."""
-    paths = [output.resolve() / ".build" / "plan.json"]
-    if not recipe.corpus.embedded:
-        paths += corpus_source.files
-    if not (recipe.teacher.embedded or recipe.teacher.repo):
-        for place in filter(None, (teacher_source.location, teacher_source.tokenizer)):
-            path = Path(place)
-            paths += [p for p in path.iterdir() if p.is_file()] if path.is_dir() else [path]
-    return Order(
-        recipe=recipe,
-        plan=plan,
-        corpus_source=corpus_source,
-        teacher_source=teacher_source,
-        template=template,
-        output=output.resolve(),
-        files={str(path): path.stat().st_size for path in paths},
-        libraries=_libraries(),
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Status:
-    """How far a worker is."""
-
-    file: str | None
-    """Of the shard that it computes, or computed last."""
-    tokens: int
-    """Captured of that."""
-    notices: list[str]
-    """New ones."""
-
-
-class Actor:
-    """A worker in a process of its own, which says how far it is while it computes."""
-
-    def __init__(self, order: Order, device: str, threads: int) -> None:
-        """Do nothing that can fail: what `prepare` raises reaches the user as it is."""
-        torch.set_num_threads(threads)
-        self._order = order
-        self._device = device
-        self._file: str | None = None
-        self._tokens = 0
-        self._notices: list[str] = []
-
-    @cached_property
-    def _worker(self) -> Worker:
-        order = self._order
-        if changes := differences(order.libraries, _libraries()):
-            raise ValueError(
-                f"a worker runs other libraries ({'; '.join(changes)}), which could change the data; install the same "
-                "versions on all machines"
-            )
-        _check_files(order.files)
-        corpus_source, teacher_source = _embedded_here(order)
-        return Worker(
-            order.recipe,
-            order.plan,
-            corpus_source,
-            teacher_source,
-            order.template,
-            device=self._device,
-            progress=self._count,
-            notice=self._notices.append,
-        )
-
-    def prepare(self, task: Task) -> dict[str, Any]:
-        """As `Worker.prepare`, once it is sure that this machine has what the driver's has."""
-        if self._device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(
-                "a worker's torch finds no CUDA device; use --device cpu, or install a CUDA build of torch there"
-            )
-        return self._worker.prepare(task)
-
-    def shard(self, task: Task) -> ShardRecord:
-        """As `Worker.shard`."""
-        self._file, self._tokens = task.file, 0
-        try:
-            return self._worker.shard(self._order.output, task)
-        except Exception:
-            if self._order.recipe.teacher.tensor_parallel:
-                del self._worker  # its processes may be out of step
-            raise
-
-    def status(self) -> Status:
-        """Answers while a shard is computed."""
-        notices, self._notices[:] = list(self._notices), []
-        return Status(file=self._file, tokens=self._tokens, notices=notices)
-
-    def _count(self, tokens: int) -> None:
-        self._tokens += tokens
-
-
 def compute(
     pool: Pool, order: Order, chains: Chains, *, progress: Progress, notice: Notice
 ) -> Generator[Computed]:
@@ -191,7 +67,7 @@ def compute(
         notice: told of workers that died, and what workers have to say.
 
     Raises:
-        ValueError: there are more workers than resources, Ray cannot be reached, or a worker cannot load the teacher.
+        ValueError: there are more workers than resources, Ray cannot be reached or fails, or a worker cannot load the teacher.
     """
     first = chains.next_task()
     if first is None:
@@ -200,6 +76,10 @@ def compute(
         crew = _Crew(pool, order, progress=progress, notice=notice)
         try:
             yield from crew.compute(chains, first)
+        except RayError as error:
+            raise ValueError(
+                f"Ray fails ({' '.join(str(error).split())[:300]}); finished shards are safe: run the same command to go on"
+            ) from None
         finally:
             crew.dismiss()
 
@@ -219,7 +99,7 @@ class _Crew:
         self._again: deque[Task] = deque()
         """Shards to try again."""
         self._tries: Counter[str] = Counter()
-        """Failures by file; under "" those to load the teacher since it was loaded last."""
+        """Failures by file; under "worker 3" how often this one died loading the teacher since it last did."""
         self._questions: dict[int, Any] = {}
         """Worker → its status to come."""
         self._counted = [0] * pool.workers
@@ -242,7 +122,7 @@ class _Crew:
                 else:
                     idle.insert(0, worker)  # it has the place open at which its partition goes on
                 if task is None:
-                    self._take_loaded(chains, outcome)
+                    self._take_loaded(chains, f"worker {worker}", outcome)
                 elif isinstance(outcome, ShardRecord) or not self._try_again(task, outcome):
                     yield task, outcome
             while idle and (task := self._next_task(chains)):
@@ -255,7 +135,8 @@ class _Crew:
     def dismiss(self) -> None:
         """End all workers."""
         for actor in self._actors:
-            ray.kill(actor)
+            with suppress(RayError):  # it has no Ray any more
+                ray.kill(actor)
 
     def _prepare(self, worker: int, task: Task) -> None:
         self._under_way[self._actors[worker].prepare.remote(task)] = (worker, None)
@@ -269,8 +150,9 @@ class _Crew:
         try:
             outcome = ray.get(result)
         except RayTaskError as error:
-            cause = error.cause
-            outcome = cause if isinstance(cause, Exception) else RuntimeError(str(error))
+            outcome = error.cause
+            if not isinstance(outcome, Exception) or isinstance(outcome, RayError):
+                outcome = RuntimeError(str(error).strip().splitlines()[-1])  # below its traceback
         except RayError as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             doing = f"computing {task.file}" if task else "loading the teacher"
@@ -279,16 +161,16 @@ class _Crew:
         self._counted[worker] = 0
         return outcome
 
-    def _take_loaded(self, chains: Chains, outcome: Any) -> None:
+    def _take_loaded(self, chains: Chains, worker: str, outcome: Any) -> None:
         """Hear of a worker that has loaded the teacher, or could not.
 
         Raises:
             Exception: it could not; only the death of a worker is tried again.
         """
         if not isinstance(outcome, Exception):
-            self._tries[""] = 0
+            self._tries[worker] = 0
             chains.loaded(outcome)
-        elif not isinstance(outcome, _Died) or not self._count_try("", outcome):
+        elif not isinstance(outcome, _Died) or not self._count_try(worker, outcome):
             raise outcome
 
     def _try_again(self, task: Task, error: Exception) -> bool:
@@ -400,56 +282,41 @@ def _resources(pool: Pool, ranks: int | None, notice: Notice) -> tuple[str, int,
         raise ValueError(
             f"teacher.tensor_parallel is {ranks}, but --gpus-per-worker is {gpus:g}; leave that out"
         )
-    if (needed := gpus * pool.workers) > gpus_there:
-        shortage = f"{pool.workers} workers with {gpus:g} GPUs each need {needed:g} GPUs, but Ray has {gpus_there:g}"
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError(
+            f"--gpus-per-worker is {gpus:g}, but a worker has a part of one GPU, or a whole number of them"
+        )
+    places = [_places(node.get("GPU", 0), gpus) if gpus else pool.workers for node in nodes]
+    if (room := sum(places)) < pool.workers:
+        shortage = f"{pool.workers} workers with {gpus:g} GPUs each do not fit: Ray has {gpus_there:g} GPUs, for {room} of them"
         if pool.address is None:
             raise ValueError(f"{shortage}; use fewer --workers, or --gpus-per-worker")
         notice(f"{shortage}: going on with those that fit, and waiting for more")
     cpus = [int(node.get("CPU", 0)) for node in nodes]
+    return device, _cpu_share(cpus, places, min(pool.workers, room)), gpus
+
+
+def _places(gpus_there: float, gpus: float) -> int:
+    """Workers for which a machine has GPUs: a part of one is never put together from two."""
+    if gpus >= 1:
+        return int(gpus_there // gpus)
+    return int(gpus_there) * int(1 / gpus + 1e-9)  # 1 // 0.1 is 9
+
+
+def _cpu_share(cpus: list[int], places: list[int], workers: int) -> int:
+    """The most CPUs that each of some workers can have so that all of them start.
+
+    Args:
+        cpus: of each machine.
+        places: workers for which each machine has GPUs.
+        workers: that are to start; 0 where there is no machine for any of them yet.
+
+    Returns:
+        0 if there are fewer CPUs than workers.
+    """
+
+    def fit(share: int) -> int:
+        return sum(min(c // share, p) for c, p in zip(cpus, places, strict=True))
+
     shares = range(1, max(cpus, default=0) + 1)
-
-    def room(node: dict[str, float], share: int) -> int:
-        by_cpus = int(node.get("CPU", 0)) // share
-        return min(by_cpus, int(node.get("GPU", 0) // gpus)) if gpus else by_cpus
-
-    fitting = [share for share in shares if sum(room(n, share) for n in nodes) >= pool.workers]
-    return device, max(fitting, default=0), gpus
-
-
-def _libraries() -> dict[str, str]:
-    return {name: version(name) for name in LIBRARIES}
-
-
-def _check_files(files: dict[str, int]) -> None:
-    for name, size in files.items():
-        try:
-            found = Path(name).stat().st_size
-        except OSError as error:
-            raise ValueError(
-                f"a worker does not see {name} ({error.strerror}); corpus, teacher and --output must be at paths that all "
-                "machines of the cluster share, or come from the Hub"
-            ) from None
-        if found != size:
-            raise ValueError(
-                f"a worker sees another {name} ({found:,} bytes, here {size:,}); corpus, teacher and --output must be at "
-                "paths that all machines of the cluster share"
-            )
-
-
-def _embedded_here(order: Order) -> tuple[CorpusSource, TeacherSource]:
-    """The sources of an order, where those that come as Python packages are the worker's own."""
-    known, corpus_source, teacher_source = KnownSources(), order.corpus_source, order.teacher_source
-    if order.recipe.corpus.embedded:
-        corpus_source = resolve_corpus(order.recipe.corpus, Path(), known)
-    if order.recipe.teacher.embedded:
-        teacher_source = resolve_teacher(order.recipe.teacher, Path(), known)
-    changes = [
-        *differences(order.corpus_source.provenance, corpus_source.provenance, "corpus"),
-        *differences(order.teacher_source.provenance, teacher_source.provenance, "teacher"),
-    ]
-    if changes:
-        raise ValueError(
-            f"a worker has another embedded corpus or teacher ({'; '.join(changes)}); install the same versions of Python and "
-            "packages on all machines"
-        )
-    return corpus_source, teacher_source
+    return max((share for share in shares if fit(share) >= max(workers, 1)), default=0)

@@ -26,7 +26,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http import HTTPStatus
+from http.client import responses
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
@@ -67,6 +67,8 @@ class Repo:
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     private: bool = False
+    parents: dict[str, str] = field(default_factory=dict)
+    """Commit → the one before it."""
     objects: dict[str, bytes] = field(default_factory=dict)
     """Large files that have arrived, by the hash under which they were announced."""
     messages: dict[str, str] = field(default_factory=dict)
@@ -146,6 +148,7 @@ class Hub:
             digest.update(f"{path} {blob_id(content)}\n".encode())
         sha = digest.hexdigest()
         repo.commits[sha] = dict(files)
+        repo.parents[sha] = parent
         repo.branches[branch] = sha
         return sha
 
@@ -273,7 +276,8 @@ class _Handler(BaseHTTPRequestHandler):
             for answer in answers:
                 if isinstance(answer, int):
                     answer = Refusal(answer, {})
-                raise _HubError(answer.status, "", HTTPStatus(answer.status).phrase, answer.headers)
+                phrase = responses.get(answer.status, "")
+                raise _HubError(answer.status, "", phrase, answer.headers)
             if self.headers["Authorization"] and not self.hub.is_token_valid:
                 raise _HubError(401, "", "Invalid credentials in Authorization header")
             self._route(body)
@@ -317,9 +321,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send_json(self._refs(repo))
             elif action == "commits":
                 sha, _ = self._content(repo, revision)
-                self._send_json(
-                    [{"id": sha, "title": "", "message": "", "authors": [], "date": DATE}]
-                )
+                history = []
+                while sha:
+                    history.append(sha)
+                    sha = repo.parents[sha]
+                about = {"title": "", "message": "", "authors": [], "date": DATE}
+                self._send_json([{"id": sha, **about} for sha in history])
             else:
                 raise _HubError(404, "", f"no such route: {url.path}")
         elif match := re.fullmatch(

@@ -14,6 +14,7 @@ from builder.build import build
 from builder.manifest import read_manifest
 from builder.recipe import load_recipe
 from builder.schema import Layout, arrow_schema
+from builder.worker import Worker
 
 
 def run(recipe: Path, output: Path, **options: object):
@@ -295,6 +296,21 @@ def test_a_shard_that_does_not_follow_the_one_before_is_refused(make_recipe, tmp
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match="starts elsewhere in the corpus than the shard before it ends"):  # fmt: skip
         run(recipe, output)
+
+
+def test_a_shard_that_is_not_in_the_directory_does_not_count(make_recipe, tmp_path, monkeypatch):
+    """As that of a worker on another machine whose --output is another one."""
+    shard = Worker.shard
+
+    def elsewhere(self, output, task):
+        record = shard(self, output, task)
+        (output / record.file).rename(tmp_path / "elsewhere.parquet")
+        return record
+
+    monkeypatch.setattr(Worker, "shard", elsewhere)
+    with pytest.raises(ValueError, match=r"train-000-00000\.parquet, but in .* it is not there; --output must"):  # fmt: skip
+        run(make_recipe(), tmp_path / "out")
+    assert not list((tmp_path / "out" / ".build" / "records").iterdir())
 
 
 def test_a_build_does_not_go_on_under_another_schema(make_recipe, tmp_path, monkeypatch):

@@ -25,9 +25,9 @@ ORDER = [
     *["schema", "recipe", "messages", "corpus", "sequences", "chats", "teacher", "loading"],
     *["draws", "distribution", "demo", "sources", "ranks", "shards", "pipeline", "decoding"],
     *["generation", "manifest", "charts", "markdown", "licences", "authorship", "card"],
-    *["state", "stream", "worker", "workers", "invariants", "verify", "remote", "outbox"],
-    *["build", "recompute", "versions", "release", "hub", "delivery", "info", "plan"],
-    *["estimate", "cli_plan", "cli"],
+    *["state", "stream", "worker", "actor", "workers", "invariants", "verify", "remote", "outbox"],
+    *["build", "recompute", "versions", "release", "hub", "plan", "estimate", "delivery"],
+    *["info", "cli_plan", "cli"],
 ]
 # The package for trainers knows of the others the schema only; its modules have an order of their own.
 STUDENT_ORDER = [

@@ -10,12 +10,14 @@ import signal
 import time
 from pathlib import Path
 
+import httpx2
 import hub as stand_in
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import recipe_text, sample_documents, write_jsonl
 from hub import Cut, Refusal
+from huggingface_hub.errors import HfHubHTTPError
 from test_publish import (
     LICENSED,
     TROUBLES,
@@ -29,6 +31,7 @@ from builder.build import build
 from builder.manifest import read_manifest, records_of
 from builder.outbox import BRANCH
 from builder.recipe import load_recipe
+from builder.remote import explain
 
 STEPS = {
     "branch": ("POST", f"/branch/{BRANCH}$"),
@@ -296,6 +299,136 @@ def test_the_branch_of_another_build_is_left_alone(hub, deliver, tiny_teacher_di
     assert list(hub.repos["dataset", "org/set"].branches) == ["main"]
 
 
+def test_a_branch_that_was_made_and_never_used_is_no_hindrance(
+    hub, deliver, tiny_teacher_dir, tmp_path
+):
+    """A build was killed before its first shard was sent, and main has moved on since."""
+    small, large = (
+        write_recipe(tmp_path / str(n), tiny_teacher_dir, corpus=f"{LICENSED['corpus']}\nmax_documents = {n}")
+        for n in (3, 6)
+    )  # fmt: skip
+    assert deliver(tmp_path / "small", recipe=small).returncode == 0
+    repo = hub.repos["dataset", "org/set"]
+    repo.branches[BRANCH] = repo.branches["main"]
+    hub.commit("dataset", "org/set", {**repo.commits[repo.branches["main"]], "LICENSE": b"theirs"})
+    result = deliver(tmp_path / "large", recipe=large)
+    assert "org/set v1.1.0 is published" in result.stdout, result.stderr
+    assert list(repo.branches) == ["main"]
+    assert dataset_files(hub, "v1.1.0")["LICENSE"] == b"theirs"
+    assert read_manifest(tmp_path / "large")["totals"]["documents"] == 6
+
+
+def test_a_branch_that_is_left_over_is_no_hindrance(hub, deliver, tiny_teacher_dir, tmp_path):
+    """Its build is published, but it could not be removed."""
+    small, large = (
+        write_recipe(tmp_path / str(n), tiny_teacher_dir, corpus=f"{LICENSED['corpus']}\nmax_documents = {n}")
+        for n in (3, 6)
+    )  # fmt: skip
+    refuse = happening("removal of the branch", Refusal(403, {}))
+    hub.faults.append(refuse)
+    result = deliver(tmp_path / "small", recipe=small)
+    assert f"branch {BRANCH} of org/set is left over, and does no harm" in result.stderr
+    assert ".build/plan.json" in on_branch(hub)
+    result = deliver(tmp_path / "large", recipe=large)
+    assert "org/set v1.1.0 is published" in result.stdout, result.stderr
+    assert list(hub.repos["dataset", "org/set"].branches) == ["main"]
+
+
+def test_a_dataset_that_is_built_anew_is_not_taken_for_what_is_left_over(
+    hub, deliver, whole, tmp_path
+):
+    assert deliver(tmp_path / "out").returncode == 0
+    anew = ("--tag", "v2.0.0")
+    assert deliver(tmp_path / "anew", *anew, "--max-shards", 2).returncode == 0
+    before = on_branch(hub)
+    again = deliver(tmp_path / "again")
+    assert "org/set v1.0.0 was published already" in again.stdout, again.stderr
+    assert on_branch(hub) == before
+    last = deliver(tmp_path / "last", *anew)
+    assert "org/set v2.0.0 is published" in last.stdout, last.stderr
+    assert list(hub.repos["dataset", "org/set"].branches) == ["main"]
+
+
+def test_a_tag_that_is_too_small_is_refused_before_anything_is_computed(
+    hub, deliver, tiny_teacher_dir, tmp_path
+):
+    def write(name: str, documents: int = 6, **changes: str) -> Path:
+        corpus = f"{LICENSED['corpus']}\nmax_documents = {documents}"
+        return write_recipe(tmp_path / name, tiny_teacher_dir, corpus=corpus, **changes)
+
+    assert deliver(tmp_path / "out", recipe=write("first")).returncode == 0
+    before = list(hub.arrived)
+    narrow, fewer, more = write("narrow", output="top_k = 10"), write("fewer", 5), write("more", 7)
+    result = deliver(tmp_path / "1", "--tag", "v1.1.0", recipe=narrow)
+    assert_one_line(result, r"v1\.1\.0 is too small a step from v1\.0\.0: .*recipe\.output\..*, which needs a new major version; use --tag v2\.0\.0")  # fmt: skip
+    result = deliver(tmp_path / "2", "--tag", "v1.1.0", recipe=fewer)
+    assert_one_line(result, r"v1\.1\.0 is too small a step .*1 documents fewer.*--tag v2\.0\.0")
+    assert list(hub.repos["dataset", "org/set"].branches) == ["main"]
+    result = deliver(tmp_path / "3", "--tag", "v1.0.1", "--max-shards", 0, recipe=more)
+    assert result.returncode == 0
+    assert "v1.0.1 will do only if the data are those of v1.0.0; if rows are added, it has to be --tag v1.1.0" in result.stderr  # fmt: skip
+    (more.parent / "corpus.jsonl").write_text((more.parent / "corpus.jsonl").read_text() + "\n")
+    result = deliver(tmp_path / "4", "--tag", "v1.1.0", recipe=more)
+    assert_one_line(result, r"v1\.1\.0 is too small a step .*corpus\.files.*--tag v2\.0\.0")
+    assert hub.arrived == before
+    assert not data_files(tmp_path / "4")
+    result = deliver(tmp_path / "3", "--tag", "v2.0.0", recipe=more)
+    assert "org/set v2.0.0 is published" in result.stdout, result.stderr
+
+
+LIMITED = """
+import sys
+from builder import outbox, plan
+from builder.cli import main
+for module, name, value in LIMITS:
+    setattr(getattr(sys.modules["builder"], module), name, value)
+sys.argv = ["logit-dataset", *ARGUMENTS]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("limits", "message", "sent"),
+    [
+        ([("plan", "MAX_FILES", 3), ("outbox", "MAX_FILES", 3)], r"data/train-000-00003\.parquet is one more than the 3 files that the Hub takes; begin anew with a larger output\.shard_tokens", 3),
+        ([("plan", "MAX_FILE_BYTES", 1000)], r"the Hub takes files of up to 0 GB, not 0\.0 MB: output\.shard_tokens has to be 11 or less", 0),
+        ([("outbox", "MAX_FILE_BYTES", 1000)], r"data/train-000-00000\.parquet has 0\.0 GB, and the Hub takes files of up to 0 GB; begin anew with a smaller", 0),
+    ],
+)  # fmt: skip
+def test_what_the_hub_does_not_take_is_not_built_for_weeks(
+    hub, client, recipe, tmp_path, limits, message, sent
+):
+    arguments = ["build", recipe, "--output", tmp_path / "out", "--publish-to", "org/set"]
+    arguments += ["--device", "cpu"]
+    names = f"ARGUMENTS, LIMITS = {[str(a) for a in arguments]!r}, {limits}"
+    result = client.python(f"{names}\n{LIMITED}")
+    assert_one_line(result, message)
+    assert ("by an estimate from the first documents: the Hub takes 3 files, not " in result.stderr) == (sent == 3)  # fmt: skip
+    assert len(hub.arrived) <= sent
+    begun = tmp_path / "out" / ".build" / "teacher.json"
+    assert begun.exists() == (limits[-1][0] == "outbox")
+
+
+@pytest.mark.parametrize(("error", "why"), [("ValueError", "why not"), ("KeyError", "KeyError")])
+def test_an_estimate_that_fails_stops_nothing(client, recipe, hub, tmp_path, error, why):
+    """Such as of a teacher whose tokenizer comes with code of its own."""
+    arguments = ["build", recipe, "--output", tmp_path / "out", "--publish-to", "org/set"]
+    arguments += ["--device", "cpu", "--max-shards", 1]
+    code = f"""
+import sys
+from builder import cli, delivery
+def expect(*_):
+    raise {error}("why not")
+delivery.expect = expect
+sys.argv = ["logit-dataset", *{[str(a) for a in arguments]!r}]
+cli.main()
+"""
+    result = client.python(code)
+    assert result.returncode == 0, result.stderr
+    assert f"how large the dataset will be cannot be estimated ({why})" in result.stderr
+    assert len(records_on_branch(hub)) == 1
+
+
 def test_what_would_fail_in_the_end_fails_at_once(
     hub, deliver, client, recipe, tiny_teacher_dir, tmp_path
 ):
@@ -311,7 +444,12 @@ def test_what_would_fail_in_the_end_fails_at_once(
     many = write_recipe(
         tmp_path / "many", tiny_teacher_dir, corpus=f"{LICENSED['corpus']}\nmax_tokens = 2_000_001"
     )
-    refusals.append((deliver(output, recipe=many), "more than the 10,000 files that the Hub takes"))
+    refusals.append(
+        (
+            deliver(output, recipe=many),
+            "the Hub takes 10,000 files, not 10,001: output.shard_tokens has",
+        )
+    )
     hub.is_token_valid = False
     refusals.append((deliver(output), "the Hub does not accept the token"))
     hub.is_token_valid = True
@@ -484,6 +622,37 @@ def test_it_outlives_an_hour_without_commits_and_then_says_so(hub, deliver_fast,
     assert data_files(tmp_path / "other")
 
 
+def test_publishing_in_the_end_is_as_patient_as_building(hub, deliver_fast, whole, tmp_path):
+    """The Hub counts commits by the hour, and a build that discards its shards has made many."""
+    refused: list = []
+
+    def limit(request):
+        if request.path.endswith("/commit/main") and len(refused) < 6:
+            refused.append(request)
+            return 429 if len(refused) % 2 else 520  # which Python has no name for
+        return None
+
+    hub.faults.append(limit)
+    result = deliver_fast(tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert len(refused) == 6
+    assert_delivered(hub, whole, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "expected"),
+    [
+        (520, None, "the Hub answers 520; try again later"),  # which Python has no name for
+        (500, "see https://hub.example", "the Hub answers 500 Internal Server Error; try again later"),
+        (403, "Storage limit reached", "the token may not write to org/set (Storage limit reached); use a token with write"),
+    ],
+)  # fmt: skip
+def test_what_the_hub_says_is_told_without_addresses(status, said, expected):
+    response = httpx2.Response(status, request=httpx2.Request("GET", "https://hub.example/secret"))
+    error = HfHubHTTPError("https://hub.example/secret", response=response, server_message=said)
+    assert explain(error, "org/set").startswith(expected)
+
+
 LOSING_XET = """
 import sys, time
 import huggingface_hub._commit_api as commit_api
@@ -575,6 +744,48 @@ def test_a_file_on_the_branch_that_is_not_what_its_record_says_is_built_again(
         assert f"data/train-000-0000{index}.parquet on branch {BRANCH} is not what its record says: building it again" in result.stderr  # fmt: skip
     assert_delivered(hub, whole, tmp_path / "new")
     assert len(records_of(read_manifest(tmp_path / "new"))) == SHARDS
+
+
+ENDS_ELSEWHERE = """
+import sys, time
+from builder.cli import main
+from builder.outbox import Outbox
+from builder.stream import SequenceStream
+begin, put = SequenceStream.__init__, Outbox.put
+
+def begin_another(self, *args, **kwargs):
+    begin(self, *args, **kwargs)
+    self._shard_tokens = TOKENS
+
+def put_and_wait(self, record):
+    put(self, record)
+    time.sleep(1)  # until it is sent
+
+SequenceStream.__init__, Outbox.put = begin_another, put_and_wait
+sys.argv = ["logit-dataset", *ARGUMENTS]
+main()
+"""
+
+
+@pytest.mark.parametrize("tokens", [50, 10**6])
+def test_a_shard_that_ends_elsewhere_when_it_is_built_again_is_never_sent(
+    hub, client, recipe, deliver, tmp_path, tokens
+):
+    """Before the next one, or behind all of them: documents would be there twice, or not at all."""
+    assert deliver(tmp_path / "out", "--max-shards", 4).returncode == 0
+    files = on_branch(hub)
+    del files["data/train-000-00001.parquet"]
+    hub.commit("dataset", "org/set", files, branch=BRANCH)
+    arrived = list(hub.arrived)
+    arguments = ["build", recipe, "--output", tmp_path / "new", "--publish-to", "org/set"]
+    arguments += ["--discard-local", "--device", "cpu"]
+    names = f"ARGUMENTS, TOKENS = {[str(a) for a in arguments]!r}, {tokens}"
+    assert_one_line(
+        client.python(f"{names}\n{ENDS_ELSEWHERE}"),
+        r"data/train-000-00002\.parquet starts elsewhere in the corpus than the shard before it ends.*start anew",
+    )
+    assert (hub.arrived, on_branch(hub)) == (arrived, files)
+    assert not list((tmp_path / "new" / ".build" / "records").iterdir())
 
 
 DELIVERED = """

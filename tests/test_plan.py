@@ -14,7 +14,18 @@ import pytest
 from conftest import REPOSITORY
 
 from builder import cli_plan
-from builder.plan import EMBEDDED, GPUS, MBIT, UTILIZATION, Shape, describe, teacher_shape, work
+from builder.plan import (
+    EMBEDDED,
+    GPUS,
+    MBIT,
+    UTILIZATION,
+    Shape,
+    count_shards,
+    describe,
+    teacher_shape,
+    too_many_files,
+    work,
+)
 from builder.recipe import GenerationRecipe, Recipe, load_recipe
 
 EMBEDDED_RECIPE = REPOSITORY / "dataset_cards" / "smollm2-135m-python-docs" / "recipe.toml"
@@ -66,7 +77,7 @@ def test_what_takes_longest_is_what_counts():
     fast = {"parameters": 1e8, "workers": 16}
     assert planned(hub_recipe(), mbit=10, **fast).limit == "sending"
     slow = planned(hub_recipe(shard_tokens=100_000), tokens=9e8, mbit=1e5, **fast)
-    assert (slow.limit, slow.commits, slow.hours) == ("committing", 4502, 35)
+    assert (slow.limit, slow.commits, slow.hours) == ("committing", 4506, 35)
     assert slow.advice == ["128 commits an hour are all that the Hub allows: choose a larger output.shard_tokens"]  # fmt: skip
 
 
@@ -118,6 +129,24 @@ def test_more_than_the_hub_can_hold():
     found = planned(hub_recipe(shard_tokens=10**9), tokens=1e13, parameters=1e9)
     assert found.shards == 10_000
     assert found.advice == ["the Hub takes files of up to 20 GB, so 10,000 of them hold 200 TB"]
+
+
+def test_files_that_the_hub_does_not_take():
+    large = "the Hub takes files of up to 20 GB, not 176.0 GB: output.shard_tokens has to be 113_636_000 or less"
+    assert planned(hub_recipe(shard_tokens=10**9), tokens=1e11, parameters=1e9).advice == [large]
+    most = hub_recipe(shard_tokens=113_636_000)
+    assert planned(most, tokens=1e11, parameters=1e9).shard_bytes < 20e9
+    # One shard a partition, of what there is: 6.25 million tokens.
+    assert not planned(hub_recipe(shard_tokens=10**9), tokens=1e8, parameters=1e9).advice
+    many = hub_recipe(shard_tokens=100, partitions=3)
+    found = too_many_files(many, 10**10)
+    assert found == "the Hub takes 10,000 files, not 100,000,002: output.shard_tokens has to be 2_000_000 or more"  # fmt: skip
+    assert count_shards(hub_recipe(shard_tokens=2_000_000, partitions=3), 10**10) <= 10_000
+    assert count_shards(hub_recipe(shard_tokens=1_000_000, partitions=3), 10**10) > 10_000
+    assert not too_many_files(hub_recipe(partitions=10_000), 10**10)
+    assert too_many_files(hub_recipe(partitions=10_001), 10**10) == (
+        "the Hub takes 10,000 files, not 10,001: output.partitions has to be 10_000 or less"
+    )
 
 
 def test_the_embedded_teacher_is_known():

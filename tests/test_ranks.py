@@ -1,15 +1,19 @@
 """Teachers that are spread over devices or split over processes: the same logits, and no process left behind."""
 
+import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import dispatch_model
+from conftest import sample_documents, write_jsonl
 from test_build import data_bytes, read_rows, run
 from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
@@ -142,6 +146,49 @@ def test_a_build_with_a_split_teacher_is_verified_with_it(make_recipe, tmp_path)
     report = verify(split, recompute=4, device="cpu", teacher_path=teacher)
     assert report.recomputed["rows"] == 4
     assert not report.problems
+
+
+def test_a_failed_shard_lets_a_split_teacher_go_before_it_is_loaded_anew(
+    make_recipe, tmp_path, monkeypatch
+):
+    """Two of them do not fit the memory, and the error is kept until the other partitions are finished."""
+    teachers, alive = [], []
+
+    def load_one(recipe, source, *, device):
+        alive.append(sum(teacher() is not None for teacher in teachers))
+        teacher = load_teacher(source.location, device=device)
+        teachers.append(weakref.ref(teacher))
+        return teacher
+
+    monkeypatch.setattr("builder.worker.load", load_one)
+    documents = sample_documents(48)
+    for part in range(2):
+        write_jsonl(tmp_path / f"part-{part}.jsonl", documents[part::2])
+    with (tmp_path / "part-0.jsonl").open("a") as file:
+        file.write("{")
+    recipe = make_recipe(
+        files="part-*.jsonl", output="partitions = 2", teacher_options="tensor_parallel = 2"
+    )
+    with pytest.raises(ValueError, match=r"part-0\.jsonl line 25 is not valid JSON"):
+        run(recipe, tmp_path / "out", notice=lambda _: None)
+    assert alive == [0, 0]
+    records = [json.loads(p.read_text()) for p in (tmp_path / "out/.build/records").iterdir()]
+    assert any(record["exhausted"] for record in records)
+
+
+def test_a_rank_ends_with_rank_0_that_died_in_the_middle_of_a_word(tmp_path):
+    order = {
+        **{"rank": 1, "size": 2, "device": "cpu", "meeting": str(tmp_path / "meeting")},
+        **{"threads": 1, "options": {"location": "none"}},
+    }
+    rank = subprocess.Popen([sys.executable, "-m", "builder.ranks"], stdin=subprocess.PIPE)
+    try:
+        message = pickle.dumps(("hidden", [list(range(1000))]))
+        rank.stdin.write(pickle.dumps(order) + message[:-500])
+        rank.stdin.close()
+        assert rank.wait(timeout=60) == 0  # else it would wait for the others for ever
+    finally:
+        rank.kill()
 
 
 PATIENT = """

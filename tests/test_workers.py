@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import sample_documents, write_jsonl
@@ -17,6 +19,7 @@ from test_build import data_bytes, run
 from test_kill import check_kept, finished_shards
 from test_outbox import assert_delivered, write_recipe
 
+from builder.actor import Status
 from builder.manifest import read_manifest
 from builder.worker import Pool, Task
 
@@ -144,7 +147,8 @@ def test_a_teacher_that_cannot_be_loaded_ends_the_build_at_once(
     ("options", "message"),
     [
         ({"workers": 5}, r"--workers is 5, but output\.partitions is 4.*use --workers 4"),
-        ({"workers": 2, "gpus_per_worker": 2.0}, r"2 workers with 2 GPUs each need 4 GPUs, but Ray has 0"),
+        ({"workers": 2, "gpus_per_worker": 2.0}, r"2 workers with 2 GPUs each do not fit: Ray has 0 GPUs, for 0 of them; use fewer"),
+        ({"workers": 2, "gpus_per_worker": 1.5}, r"--gpus-per-worker is 1\.5, but a worker has a part of one GPU, or a whole number"),
         ({"workers": 2, "gpus_per_worker": 1.0, "device": "cpu"}, r"--device cpu and --gpus-per-worker 1 contradict"),
     ],
 )  # fmt: skip
@@ -153,36 +157,189 @@ def test_what_cannot_be_had_is_said(ray, recipe, tmp_path, options, message):
         run(recipe, tmp_path / "out", pool=Pool(**options))
 
 
+class Later:
+    """A method of an actor on `OneThread`: what it returns comes when it is asked for."""
+
+    def __init__(self, call):
+        self._call = call
+
+    def remote(self, *arguments):
+        return partial(self._call, *arguments)
+
+    def options(self, **_):
+        return self
+
+
+class OneThread:
+    """In place of Ray: every result is ready, and computed when it is taken."""
+
+    def __init__(self, actor):
+        self._actor = actor
+
+    def remote(self, **_):
+        return lambda _: SimpleNamespace(
+            remote=lambda *_: SimpleNamespace(
+                **{name: Later(getattr(self._actor, name)) for name in ("prepare", "shard", "status")}
+            )
+        )  # fmt: skip
+
+    def wait(self, results, timeout):
+        return results, []
+
+    def get(self, result):
+        return result()
+
+    def kill(self, actor):
+        self._actor.killed += 1
+
+    def is_initialized(self):
+        return True
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": {"CPU": 4, "GPU": 0}}]
+
+
+class Dying:
+    """A worker that dies some times while it loads the teacher."""
+
+    def __init__(self, deaths: int) -> None:
+        self.deaths, self.loads, self.killed = deaths, 0, 0
+
+    def prepare(self, task):
+        from ray.exceptions import RayActorError
+
+        self.loads += 1
+        if self.loads <= self.deaths:
+            raise RayActorError
+        return {}
+
+    def shard(self, task):
+        raise AssertionError
+
+    def status(self):
+        return Status(file=None, tokens=0, notices=[])
+
+
+@pytest.mark.parametrize(
+    ("deaths", "message"),
+    [(8, "^Ray fails .*the cluster is gone.*run the same"), (9, "died loading the teacher")],
+)
+def test_a_lost_machine_is_no_bad_teacher(monkeypatch, deaths, message):
+    """All of its workers die at once while they load; one that dies three times in a row is another matter."""
+    pytest.importorskip("ray")
+    from ray.exceptions import RaySystemError
+
+    from builder import workers
+
+    def fail(teacher):
+        raise RaySystemError("the cluster is gone")
+
+    actor, notices = Dying(deaths), []
+    monkeypatch.setattr(workers, "ray", OneThread(actor))
+    order = SimpleNamespace(recipe=SimpleNamespace(teacher=SimpleNamespace(tensor_parallel=None)))
+    chains = SimpleNamespace(next_task=lambda: Task(partition=0, index=0, start=None), loaded=fail)
+    computed = workers.compute(
+        Pool(workers=4, device="cpu"),
+        order,
+        chains,
+        progress=lambda _: None,
+        notice=notices.append,
+    )
+    with pytest.raises(ValueError, match=message):
+        list(computed)
+    assert len(notices) == 8
+    assert actor.killed == 4
+
+
+@pytest.mark.parametrize(
+    ("machines", "options", "cpus", "room"),
+    [
+        ([(64, 0), (8, 8)], {"workers": 8}, 1, 8),  # a head with CPUs alone
+        ([(128, 0), (96, 8), (96, 8)], {"workers": 16}, 12, 16),
+        ([(16, 1), (32, 8)], {"workers": 9}, 4, 9),
+        ([(8, 1)], {"workers": 10, "gpus_per_worker": 0.1}, 0, 10),  # with a GPU for each, but no CPU
+        ([(64, 0), (20, 1)], {"workers": 10, "gpus_per_worker": 0.1}, 2, 10),
+        ([(64, 0), (32, 4)], {"workers": 8}, 8, 4),  # half of them wait
+        ([(9, 2)], {"workers": 3, "gpus_per_worker": 0.6}, 4, 2),  # a part of one GPU, not of two
+        ([(9, 5)], {"workers": 3, "gpus_per_worker": 2}, 4, 2),
+        ([(8, 0), (4, 0)], {"workers": 3}, 4, 3),
+        ([(8, 4)], {"workers": 2, "device": "cpu"}, 4, 2),
+        ([(2, 0)], {"workers": 3}, 0, 3),
+    ],
+)  # fmt: skip
+def test_cpus_are_shared_where_the_workers_run(monkeypatch, machines, options, cpus, room):
+    pytest.importorskip("ray")
+    from builder import workers
+
+    nodes = [{"Alive": True, "Resources": {"CPU": cpu, "GPU": gpu}} for cpu, gpu in machines]
+    nodes.append({"Alive": False, "Resources": {"CPU": 1000, "GPU": 1000}})
+    monkeypatch.setattr(workers.ray, "nodes", lambda: nodes)
+    notices: list[str] = []
+    found = workers._resources(Pool(address="auto", **options), None, notices.append)
+    assert found[1] == cpus
+    assert [f"GPUs, for {room} of them" in line for line in notices] == [True] * (
+        room < options["workers"]
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ("gone", r"a worker does not see .*part-1\.jsonl \(No such file.*machines of the cluster share"),
         ("other", r"a worker sees another .*part-1\.jsonl \(3 bytes, here [\d,]+\)"),
-        ("libraries", r"a worker runs other libraries \(torch: \"1\.0\" → .*same versions"),
+        ("as large", r"a worker sees another .*part-1\.jsonl \(other content\)"),
+        ("teacher", r"a worker sees another .*model\.safetensors \(other content\)"),
+        ("output", r"a worker sees another .*plan\.json \(other content\)"),
+        ("libraries", r"a worker runs other software \(torch: \"1\.0\" → .*same versions"),
+        ("program", r"a worker runs other software \(logit-dataset: \"[0-9a-f]{12}\" → "),
+        ("nothing", None),
     ],
 )  # fmt: skip
-def test_a_worker_that_has_something_else_says_so(recipe, tmp_path, change, message):
-    pytest.importorskip("ray")
-    from builder import workers
+def test_a_worker_that_has_something_else_says_so(
+    make_recipe, tiny_teacher_dir, tmp_path, monkeypatch, change, message
+):
+    from builder import actor
     from builder.recipe import load_recipe
     from builder.sources import KnownSources, resolve_corpus, resolve_teacher
 
+    for part in range(2):
+        write_jsonl(tmp_path / f"part-{part}.jsonl", sample_documents(4))
+    shutil.copytree(tiny_teacher_dir, tmp_path / "teacher")
+    recipe = make_recipe(files="part-*.jsonl", teacher=tmp_path / "teacher")
     loaded, known = load_recipe(recipe), KnownSources()
     (tmp_path / "out" / ".build").mkdir(parents=True)
     (tmp_path / "out" / ".build" / "plan.json").write_text("{}")
     sources = (
         resolve_corpus(loaded.corpus, tmp_path, known),
         resolve_teacher(loaded.teacher, tmp_path, known),
+        None,
     )
-    order = workers.make_order(loaded, {}, *sources, None, tmp_path / "out")
+    plan = {"recipe": loaded.published(), "corpus": {}, "teacher": {}}
+    order = actor.make_order(loaded, plan, sources, tmp_path / "out", known)
+    corpus_file, weights = tmp_path / "part-1.jsonl", tmp_path / "teacher" / "model.safetensors"
     if change == "gone":
-        (tmp_path / "part-1.jsonl").unlink()
+        corpus_file.unlink()
     elif change == "other":
-        (tmp_path / "part-1.jsonl").write_text("{}\n")
+        corpus_file.write_text("{}\n")
+    elif change == "as large":
+        corpus_file.write_text(corpus_file.read_text().replace("doc-0", "doc-9"))
+    elif change == "teacher":
+        weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    elif change == "output":
+        (tmp_path / "out" / ".build" / "plan.json").write_text("[]")
+    elif change == "libraries":
+        order = dataclasses.replace(order, software={**order.software, "torch": "1.0"})
+    elif change == "program":
+        Path(shutil.copytree(Path(actor.__file__).parent, tmp_path / "builder"), "a.py").touch()
+        monkeypatch.setattr(actor, "__file__", str(tmp_path / "builder" / "actor.py"))
     else:
-        order = dataclasses.replace(order, libraries={**order.libraries, "torch": "1.0"})
-    with pytest.raises(ValueError, match=message):
-        workers.Actor(order, "cpu", 1).prepare(Task(partition=0, index=0, start=None))
+        os.utime(corpus_file)  # a copy of it
+    worker, task = actor.Actor(order, "cpu", 1), Task(partition=0, index=0, start=None)
+    if message:
+        with pytest.raises(ValueError, match=message):
+            worker.prepare(task)
+    else:
+        assert worker.prepare(task)["vocab_size"] == 448
 
 
 WITHOUT_RAY = """
