@@ -34,7 +34,7 @@ def distillation_loss(
     kind: Kind = "tail_bucket",
     text_weight: float = 0.0,
     temperature: float = 1.0,
-    num_positions: float | None = None,
+    num_positions: float | Tensor | None = None,
 ) -> Tensor:
     """(1 − w) · distillation + w · cross-entropy on the text, each a mean over the positions that count.
 
@@ -47,7 +47,8 @@ def distillation_loss(
         kind: see `divergences`.
         text_weight: w, 0 to 1.
         temperature: 1, or one whose log-partition the dataset stores; any, where it has whole distributions.
-        num_positions: divide the sums by this instead (for the accumulation of gradients over several batches).
+        num_positions: divide both sums by this instead of their own counts: the positions in the `mask` of all batches over which
+            gradients accumulate. Means of each batch would weigh a position less where there are many.
 
     Raises:
         ValueError: the batch has not what this kind or temperature needs, or ids outside the student's vocabulary.
@@ -71,7 +72,7 @@ def distillation_loss_from_hidden(
     kind: Kind = "tail_bucket",
     text_weight: float = 0.0,
     temperature: float = 1.0,
-    num_positions: float | None = None,
+    num_positions: float | Tensor | None = None,
 ) -> Tensor:
     """The same loss where no [B, T, V] ever exists: the head runs on a chunk of positions, and again in the backward pass.
 
@@ -91,12 +92,13 @@ def distillation_loss_from_hidden(
         rows_C = torch.arange(len(logits_CV), device=logits_CV.device)
         return terms.sums(logits_CV, chunk, rows_C)
 
-    sums = hidden_MD[:0].sum().to(torch.promote_types(hidden_MD.dtype, torch.float32)).expand(2)
-    for start in range(0, len(terms.rows_N), HEAD_CHUNK_POSITIONS):
+    sums = []
+    # Once, though no position may count: then the head's weights have gradients too, for which DDP waits.
+    for start in range(0, max(1, len(terms.rows_N)), HEAD_CHUNK_POSITIONS):
         chunk = slice(start, start + HEAD_CHUNK_POSITIONS)
         hidden_CD = hidden_MD.index_select(0, terms.rows_N[chunk])
-        sums = sums + checkpoint(chunk_sums, hidden_CD, chunk, use_reentrant=False)
-    return terms.combine(sums, num_positions)
+        sums.append(checkpoint(chunk_sums, hidden_CD, chunk, use_reentrant=False))
+    return terms.combine(torch.stack(sums).sum(0), num_positions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +122,10 @@ class _Terms:
             raise ValueError(f"kind is {kind!r}, expected one of {', '.join(get_args(Kind))}")
         if not 0 <= text_weight <= 1:
             raise ValueError(f"text_weight is {text_weight}, expected 0 to 1")
+        if missing := {"input_ids", "target_ids", "mask"} - set(batch):
+            raise ValueError(
+                f"the batch has no {', '.join(sorted(missing))}; take it from load_logits(…).batches(…), which shifts and masks"
+            )
         if kind == "tail_draws":
             _check_draws(batch, temperature)
         target_M = batch["target_ids"].flatten()
@@ -167,10 +173,13 @@ class _Terms:
             text = -other[:, 0].where(teacher.target_N >= 0, 0).sum()
         return torch.stack([distilled, text])
 
-    def combine(self, sums: Tensor, num_positions: float | None) -> Tensor:
-        """The weighted mean."""
-        counts = torch.stack([self.distilled_N.sum(), (self.teacher.target_N >= 0).sum()])
-        means = sums / (counts.clamp(min=1) if num_positions is None else num_positions)
+    def combine(self, sums: Tensor, num_positions: float | Tensor | None) -> Tensor:
+        """The weighted mean; 0 of no positions."""
+        if num_positions is None:
+            counts = torch.stack([self.distilled_N.sum(), (self.teacher.target_N >= 0).sum()])
+        else:
+            counts = torch.as_tensor(num_positions, dtype=sums.dtype, device=sums.device)
+        means = sums / (counts + (counts == 0))
         return (1 - self.text_weight) * means[0] + self.text_weight * means[1]
 
 
