@@ -76,10 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data = load_logits(args.dataset)
-    eos = data.manifest["teacher"]["eos_token_id"]
-    counts = data.token_counts()
-    keep = [] if eos is None else [eos]
-    data = data.project(FrequentTokens(counts, min(args.vocabulary, len(counts)), always_keep=keep))
+    data = data.project(FrequentTokens.of(data, args.vocabulary))
     batches = data.batches(batch_size=4, length=args.length, packed=True, split_long=True)
     student = Student(data.vocab_size, args.length, width=96, num_layers=3).to(device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3)
