@@ -44,13 +44,27 @@ def test_a_plain_student_learns(built, kind):
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
 
-def test_a_plain_student_goes_on_where_it_stopped(built, tmp_path):
-    main = example("train_plain").main
+def test_a_plain_student_goes_on_where_it_was_stopped(built, tmp_path, monkeypatch):
+    module, optimizer = example("train_plain"), torch.optim.AdamW
     options = [str(built), "--length", "64", "--vocabulary", "100", "--steps"]
-    whole = main([*options, "10"])
-    checkpoint = ["--checkpoint", str(tmp_path / "student.pt")]
-    parts = main([*options, "4", *checkpoint]) + main([*options, "6", *checkpoint])
-    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+    whole = module.main([*options, "10"])
+    options = ["--every", "4", "--checkpoint", str(tmp_path / "student.pt"), *options]
+
+    class Stopped(optimizer):
+        steps = 0
+
+        def step(self, *arguments):
+            super().step(*arguments)
+            Stopped.steps += 1
+            if Stopped.steps == 6:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.optim.AdamW", Stopped)
+    with pytest.raises(KeyboardInterrupt):
+        module.main([*options, "10"])
+    monkeypatch.undo()
+    rest = module.main([*options, "2"]) + module.main([*options, "4"])
+    np.testing.assert_allclose(rest, whole[4:], rtol=1e-5)
 
 
 def test_a_student_of_the_trainer_learns_and_is_saved(built, tmp_path):

@@ -31,8 +31,8 @@ class TokenizerProjection:
     text itself can still be learned there).
 
     Mass. A listed teacher's token i with the bytes b(i) gives its mass to f(i), the first token into which the student's tokenizer cuts b(i), if
-    the bytes of f(i) are a prefix of b(i); several i can share one. (Where b(i) is not text, as half a character is not, f(i) is the longest token that
-    is a prefix.) Some i do not tell how the student begins: if the student has a token that is longer than b(i), is no token of
+    the bytes of f(i) are a prefix of b(i); several i can share one. (Where b(i) is not text, as half a character is not, or the student's tokenizer
+    puts a space before a text, f(i) is the longest token that is a prefix.) Some i do not tell how the student begins: if the student has a token that is longer than b(i), is no token of
     the teacher, and that the teacher would begin with i ("·the" where only the student has "·thexy"). Those, and tokens without bytes
     (special ones; but for the end of a sequence, which becomes the student's), join the tail: where their mass belongs is not known, and a listed
     token may in truth have some of it. That costs much where the student has many words that the teacher has not (on Python's
