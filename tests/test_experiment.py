@@ -1,6 +1,7 @@
 """The experiment in miniature: what its teacher's pass writes, that its losses are what they say, resuming, and the report."""
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -394,6 +395,14 @@ def test_the_report_renders_what_is_there(finished):
         assert (results / f"{name}.svg").read_text().endswith("</svg>\n")
     write_report(results, page)
     assert page.read_text(encoding="utf-8") == text
+
+
+def test_the_page_finds_its_pictures_from_anywhere(finished, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
+    write_report(finished[0], page)
+    pictures = re.findall(r"!\[.*\]\((.*)\)", page.read_text(encoding="utf-8"))
+    assert [(tmp_path / picture).is_file() for picture in pictures] == [True, True]
 
 
 def fake(ce, curve=((1, 9.0),)):

@@ -520,6 +520,10 @@ def test_what_is_refused():
         distillation_loss(logits, {"input_ids": batch["input_ids"]})
     with pytest.raises(ValueError, match=r"logits have shape \(2, 4, 37\), but the batch \(2, 5\)"):
         distillation_loss(logits[:, 1:], batch)
+    with pytest.raises(ValueError, match=r"logits have shape \(5, 2, 37\), but the batch \(2, 5\)"):
+        distillation_loss(logits.transpose(0, 1), batch)  # as many positions, in another order
+    with pytest.raises(ValueError, match=r"hidden states have shape \(2, 4, 37\), but the batch"):
+        distillation_loss_from_hidden(logits[:, 1:], torch.nn.Identity(), batch)
 
 
 def test_the_first_id_too_many_is_out_of_bounds_where_nothing_looks_before():

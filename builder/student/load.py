@@ -93,6 +93,7 @@ class LogitDataset:
             rank: of this process.
             world_size: number of processes. Each gets other row groups. Their numbers of batches differ, so processes that wait for each
                 other must train for a number of steps and go on into the next epoch each for itself (`while …: for batch in batches`).
+                A loader that divides batches among processes itself, as accelerate's does, is not for these: it would divide one rank's.
 
         Raises:
             ValueError: an argument is out of range or contradicts another, or there are more processes than row groups.

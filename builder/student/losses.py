@@ -40,6 +40,7 @@ def distillation_loss(
 
     For the distillation those are `mask`, for the text those with a `target_ids`. At a temperature ≠ 1 both
     distributions are softmax(logits / T), and the distillation is multiplied by T² (Hinton et al. 2015, §2).
+    A scalar in nats, in float32 (float64 for float64 logits); 0 where nothing counts.
 
     Args:
         logits_BTV: raw logits in float32, bfloat16, float16 or float64. Statistics are float32 (or float64).
@@ -54,12 +55,7 @@ def distillation_loss(
         ValueError: the batch has not what this kind or temperature needs, or ids outside the student's vocabulary.
     """
     terms = _Terms.of(batch, kind, text_weight, temperature)
-    logits_MV = logits_BTV.flatten(0, 1)
-    if len(logits_MV) != batch["input_ids"].numel():
-        raise ValueError(
-            f"logits have shape {tuple(logits_BTV.shape)}, but the batch {tuple(batch['input_ids'].shape)}; "
-            "pass the logits of all its positions, in its order"
-        )
+    logits_MV = _positions(logits_BTV, batch, "logits")
     sums = terms.sums(logits_MV, slice(None), terms.rows_N)
     return terms.combine(sums, num_positions)
 
@@ -85,7 +81,7 @@ def distillation_loss_from_hidden(
         ValueError: as in `distillation_loss`.
     """
     terms = _Terms.of(batch, kind, text_weight, temperature)
-    hidden_MD = hidden_BTD.flatten(0, 1)
+    hidden_MD = _positions(hidden_BTD, batch, "hidden states")
 
     def chunk_sums(hidden_CD: Tensor, chunk: slice) -> Tensor:
         logits_CV = head(hidden_CD)
@@ -99,6 +95,16 @@ def distillation_loss_from_hidden(
         hidden_CD = hidden_MD.index_select(0, terms.rows_N[chunk])
         sums.append(checkpoint(chunk_sums, hidden_CD, chunk, use_reentrant=False))
     return terms.combine(torch.stack(sums).sum(0), num_positions)
+
+
+def _positions(values_BTX: Tensor, batch: Mapping[str, Tensor], what: str) -> Tensor:
+    """[M, X]: what a student has at each position of a batch."""
+    found, expected = tuple(values_BTX.shape), tuple(batch["input_ids"].shape)
+    if found[:-1] != expected:
+        raise ValueError(
+            f"{what} have shape {found}, but the batch {expected}; pass those of all its positions, in its order"
+        )
+    return values_BTX.flatten(0, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 A number is a mean over seeds ± the standard deviation among them; without ± it is of one seed.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from math import isnan
@@ -42,7 +43,7 @@ def write_report(results: Path, page: Path) -> None:
         if settings["rate"] == plan["rate"]:
             found[settings["arm"], settings["data"]][settings["seed"]] = run
     _plots(found, results)
-    at = results.resolve().relative_to(page.resolve().parent)
+    at = Path(os.path.relpath(results.resolve(), page.resolve().parent)).as_posix()
     parts = [_state(found, runs, plan, dataset), _verdicts(found)]
     for data, words in DATA.items():
         if any(which == data for _, which in found):
