@@ -2,13 +2,14 @@
 
     python examples/train_plain.py out/smollm2-135m-python-docs --steps 400
 
-Its vocabulary is the most frequent ids of the teacher and one for all others. With --checkpoint it can be stopped, and goes on at
-the exact next batch.
+Its vocabulary is the most frequent ids of the teacher and one for all others. With --checkpoint it can be killed at any moment, and goes
+on at the exact next batch of the last checkpoint.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,16 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser.add_argument("--vocabulary", type=int, default=4096, help="ids that keep a place")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--checkpoint", type=Path, help="file to go on from, written at the end")
+    parser.add_argument("--every", type=int, default=50, help="steps from report to report")
+    parser.add_argument("--checkpoint", type=Path, help="file to go on from, written at reports")
     args = parser.parse_args(arguments)
 
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data = load_logits(args.dataset)
-    eos = data.manifest["teacher"]["eos_token_id"]
-    counts = data.token_counts()
-    keep = [] if eos is None else [eos]
-    data = data.project(FrequentTokens(counts, min(args.vocabulary, len(counts)), always_keep=keep))
+    data = data.project(FrequentTokens.of(data, args.vocabulary))
     batches = data.batches(batch_size=4, length=args.length, packed=True, split_long=True)
     student = Student(data.vocab_size, args.length, width=96, num_layers=3).to(device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3)
@@ -102,15 +101,21 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-            if len(losses) % 50 == 1:
+            is_last = len(losses) == args.steps
+            if is_last or len(losses) % args.every == 0:
                 print(f"step {len(losses):>5}  {args.kind} {losses[-1]:.3f} nats")
-            if len(losses) == args.steps:
+                if args.checkpoint:
+                    save(args.checkpoint, student=student, optimizer=optimizer, batches=batches)
+            if is_last:
                 break
-    print(f"step {len(losses):>5}  {args.kind} {losses[-1]:.3f} nats")
-    if args.checkpoint:
-        states = {"student": student, "optimizer": optimizer, "batches": batches}
-        torch.save({name: part.state_dict() for name, part in states.items()}, args.checkpoint)
     return losses
+
+
+def save(path: Path, **parts: Any) -> None:
+    """The states of all parts, whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    torch.save({name: part.state_dict() for name, part in parts.items()}, partial)
+    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The experiment in miniature: what its teacher's pass writes, that its losses are what they say, resuming, and the report."""
 
 import json
+import re
 import shutil
 import sys
 from collections import defaultdict
@@ -25,7 +26,7 @@ from examples.experiment import runs as program
 from examples.experiment import train as trainer
 from examples.experiment.claims import CLAIMS
 from examples.experiment.prepare import Place
-from examples.experiment.report import BEGIN, END, write_report
+from examples.experiment.report import BEGIN, END, spread, write_report
 from examples.experiment.train import train
 
 NUM_KEPT, SMALL = 120, {"steps": 6, "evaluate_every": 3, "batch_size": 2, "length": 64}
@@ -437,6 +438,14 @@ def test_the_report_renders_what_is_there(finished):
     assert page.read_text(encoding="utf-8") == text
 
 
+def test_the_page_finds_its_pictures_from_anywhere(finished, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
+    write_report(finished[0], page)
+    pictures = re.findall(r"!\[.*\]\((.*)\)", page.read_text(encoding="utf-8"))
+    assert [(tmp_path / picture).is_file() for picture in pictures] == [True, True]
+
+
 def fake(ce, curve=((1, 9.0),)):
     points = [{"step": step, "ce": value, "kl": 0.0} for step, value in curve]
     return {"best": {"ce": ce, "ece": 0.0, "entropy_gap": 0.0}, "curve": points}
@@ -455,6 +464,16 @@ def test_verdicts():
     assert verdict(4.9, 4.8, 5.1) == "undecided: seeds differ"
     assert verdict(5.1, 5.2, 4.9) == "**refuted**"
     assert verdict(4.9, 4.8) == "undecided: too few seeds so far"
+
+
+def test_where_text_is_as_good_as_the_whole_distribution_there_is_no_share():
+    """Each arm is worse than text; (text − arm) / (text − whole) would be 2."""
+    results = {
+        (arm, "train"): {seed: fake(ce) for seed in range(3)}
+        for arm, ce in {"text": 5.0, "tail_draws": 5.2, "whole": 5.1}.items()
+    }
+    assert CLAIMS["4"].verdict(results) == "undecided: text was as good as the whole distribution"
+    assert spread(CLAIMS["4"].values(results)) == "–"
 
 
 def test_share_and_steps():

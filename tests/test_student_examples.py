@@ -1,8 +1,10 @@
 """The two training programs run as they are, and their students learn; a small vocabulary suffices for a teacher of 49,152."""
 
 import ast
+import copy
 import importlib.util
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from builder.distribution import capture
 from builder.schema import SCHEMA_VERSION, Layout
 from builder.sequences import Sequence
 from builder.shards import Block, ShardWriter, atomic_file
+from builder.student import load_logits
 
 
 def example(name):
@@ -41,13 +44,27 @@ def test_a_plain_student_learns(built, kind):
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
 
-def test_a_plain_student_goes_on_where_it_stopped(built, tmp_path):
-    main = example("train_plain").main
+def test_a_plain_student_goes_on_where_it_was_stopped(built, tmp_path, monkeypatch):
+    module, optimizer = example("train_plain"), torch.optim.AdamW
     options = [str(built), "--length", "64", "--vocabulary", "100", "--steps"]
-    whole = main([*options, "10"])
-    checkpoint = ["--checkpoint", str(tmp_path / "student.pt")]
-    parts = main([*options, "4", *checkpoint]) + main([*options, "6", *checkpoint])
-    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+    whole = module.main([*options, "10"])
+    options = ["--every", "4", "--checkpoint", str(tmp_path / "student.pt"), *options]
+
+    class Stopped(optimizer):
+        steps = 0
+
+        def step(self, *arguments):
+            super().step(*arguments)
+            Stopped.steps += 1
+            if Stopped.steps == 6:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.optim.AdamW", Stopped)
+    with pytest.raises(KeyboardInterrupt):
+        module.main([*options, "10"])
+    monkeypatch.undo()
+    rest = module.main([*options, "2"]) + module.main([*options, "4"])
+    np.testing.assert_allclose(rest, whole[4:], rtol=1e-5)
 
 
 def test_a_student_of_the_trainer_learns_and_is_saved(built, tmp_path):
@@ -59,6 +76,91 @@ def test_a_student_of_the_trainer_learns_and_is_saved(built, tmp_path):
     assert len(losses) == 10
     assert losses[-1] < 0.8 * losses[0]
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.vocab_size == 448
+
+
+@pytest.fixture
+def student(tiny_model):
+    """Of the teacher's size, and ignorant."""
+    model = copy.deepcopy(tiny_model)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def trained(built, output, model, *, batch_size, accumulate, steps):
+    """A copy of the model after steps of plain gradient descent, unpacked; and the lengths of what each call of the loss was about."""
+    from transformers import TrainingArguments
+
+    calls = []
+
+    class Counting(example("train_trainer").DistillationTrainer):
+        def compute_loss(self, model, inputs, *arguments, **options):
+            calls.append(inputs["input_ids"].shape[1])
+            return super().compute_loss(model, inputs, *arguments, **options)
+
+    options = TrainingArguments(
+        output_dir=str(output),
+        max_steps=steps,
+        gradient_accumulation_steps=accumulate,
+        **{"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"},
+        **{"max_grad_norm": 0, "save_strategy": "no", "report_to": [], "disable_tqdm": True},
+    )
+    model = copy.deepcopy(model)
+    trainer = Counting(
+        model=model,
+        args=options,
+        batches=load_logits(built).batches(batch_size=batch_size),
+        kind="tail_bucket",
+        text_weight=0.0,
+    )
+    trainer.train()
+    return model, calls
+
+
+def test_gradients_accumulate_to_the_mean_over_all_positions(built, student, tmp_path):
+    """Rows of different lengths, at once or one by one: the same step."""
+    at_once, _ = trained(built, tmp_path, student, batch_size=4, accumulate=1, steps=1)
+    in_parts, lengths = trained(built, tmp_path, student, batch_size=1, accumulate=4, steps=1)
+    assert max(lengths) > 2 * min(lengths)
+    for name, before in student.named_parameters():
+        moved = [dict(model.named_parameters())[name] - before for model in (at_once, in_parts)]
+        assert moved[0].any()
+        torch.testing.assert_close(moved[1], moved[0], rtol=1e-3, atol=1e-6)
+
+
+def test_no_step_of_the_trainer_is_cut_short_by_the_end_of_an_epoch(built, student, tmp_path):
+    num_batches = len(list(load_logits(built).batches(batch_size=16)))
+    assert num_batches % 2 == 1
+    _, calls = trained(built, tmp_path, student, batch_size=16, accumulate=2, steps=4)
+    assert len(calls) == 8 > 2 * num_batches
+
+
+def test_a_run_of_the_trainer_goes_on_at_the_exact_next_batch(built, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    module, seen = example("train_trainer"), []
+    loss = module.DistillationTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, *arguments, **options):
+        seen.append(inputs["input_ids"])
+        return loss(self, model, inputs, *arguments, **options)
+
+    monkeypatch.setattr(module.DistillationTrainer, "compute_loss", compute_loss)
+    sizes = ["--length", "64", "--width", "16"]
+    options = [str(built), str(tmp_path), *sizes, "--steps", "7", "--accumulate", "2"]
+    losses = module.main([*options, "--save-every", "5"])
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path)
+    whole_seen = [seen.pop(0) for _ in range(len(seen))]
+    assert len(whole_seen) == 14
+    shutil.rmtree(tmp_path / "checkpoint-7")
+    assert module.main([*options, "--resume"]) == losses
+    assert len(seen) == 4
+    assert all(map(torch.equal, seen, whole_seen[10:]))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, values in whole.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], values)
 
 
 def write_synthetic(directory, *, num_tokens, vocab_size, top_k, row_length=256, spread=4.0):

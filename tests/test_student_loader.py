@@ -207,17 +207,22 @@ def test_columns_that_the_schema_does_not_know_are_in_the_batch_if_they_are_numb
 
 
 def test_a_packed_batch_leaks_nothing_through_transformers(data, tiny_model):
-    """Given position_ids and no attention mask, each sequence has the logits that it has alone."""
+    """Given position_ids, no attention mask and no cache, each sequence has the logits that it has alone."""
     batch = next(iter(data.batches(batch_size=2, length=200, packed=True)))
     assert batch["sequence_ids"].max() >= 2
     with torch.inference_mode():
         together = tiny_model(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
         ).logits
+        leaking = tiny_model(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"]
+        ).logits
         for row, number in ((0, 1), (0, 2), (1, 1)):
             where = batch["sequence_ids"][row] == number
             alone = tiny_model(input_ids=batch["input_ids"][row][where][None]).logits[0]
             torch.testing.assert_close(together[row][where], alone, atol=1e-4, rtol=1e-4)
+            # If this is no more so, we need not warn of it: in `Batches`, in the README and in the example.
+            assert (leaking[row][where] - alone).abs().max() > 0.1
 
 
 def test_the_order_depends_on_seed_and_epoch_only(data, stored):
@@ -307,6 +312,7 @@ def test_what_makes_no_sense_is_refused(data):
     for options, message in (
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": 1, "packed": True}, "packed and split_long need a length"),
+        ({"batch_size": 1, "seed": -1}, "seed is -1, expected 0 or more, or None"),
         ({"batch_size": 1, "rank": 2, "world_size": 2}, "rank is 2, expected 0 to 1"),
         ({"batch_size": 1, "world_size": 99}, "row groups cannot be shared by 99 processes"),
     ):
@@ -320,6 +326,12 @@ def test_it_is_a_torch_dataset_for_one_process(data):
     assert_same_batches(list(loader), list(data.batches(batch_size=4)))
     with pytest.raises(ValueError, match="use num_workers=0"):
         list(torch.utils.data.DataLoader(batches, batch_size=None, num_workers=1))
+
+
+def test_it_says_in_a_line_what_it_is(data, stored):
+    sha256 = data.manifest["teacher"]["sha256"]
+    start = f"<{len(stored)} rows, {data.num_tokens:,} tokens, 448 logits; teacher tiny@{sha256}; "
+    assert repr(data).startswith(start + "input_ids, topk_indices, ")
 
 
 def test_token_counts(data, stored):
@@ -347,6 +359,7 @@ def test_what_is_required_is_accepted_or_refused_with_both_values(built, data, t
         ({"require_teacher": "large"}, rf"teacher tiny@{teacher['sha256']}, but large is required"),
         ({"require_tokenizer": other}, f"SHA-256 {teacher['tokenizer_sha256']}, but [0-9a-f]+ is"),
         ({"require_tokenizer": "0" * 64}, f"SHA-256 {teacher['tokenizer_sha256']}, but 000"),
+        ({"require_tokenizer": SimpleNamespace()}, "SimpleNamespace is not a fast tokenizer"),
         ({"require_vocab_size": 50}, "vocabulary of 448 logits, but 50 is required"),
         ({"revision": "v1"}, "is a directory, which has no revision"),
     ):

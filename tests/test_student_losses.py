@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from builder.student import distillation_loss, distillation_loss_from_hidden
 from builder.student.divergences import Kind
-from builder.student.gather import gather_logprobs
+from builder.student.gather import _prepare, gather_logprobs
 from builder.student.losses import _at_temperature
 
 KINDS = get_args(Kind)
@@ -301,6 +301,21 @@ def test_no_mass_makes_no_nan(kind):
     assert not gradient[0, 0].any()  # that position is right
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_position_where_nothing_is_listed_is_finite(kind):
+    """As a projection onto another tokenizer leaves it, where it finds a place for none of the top K."""
+    batch, _ = make_batch()
+    batch["topk_indices"][0, 0], batch["topk_logprobs"][0, 0] = -1, -65504
+    batch["tail_logprob"][0, 0] = 0
+    value, gradient = value_and_gradient(
+        lambda z: distillation_loss(z, batch, kind=kind), student_logits()
+    )
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+    if kind == "renormalised_top_k":  # of no list nothing can be learned
+        assert not gradient[0, 0].any()
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "tail_draws"])
 def test_a_head_that_is_the_whole_vocabulary(kind):
     batch, logp = make_batch(dtype=torch.float64, top_k=V)
@@ -372,16 +387,51 @@ def test_a_batch_of_nothing_but_padding_is_zero_with_a_zero_gradient():
     batch, _ = make_batch()
     batch["mask"][:] = False
     batch["target_ids"][:] = -100
-    value, gradient = value_and_gradient(
-        lambda z: distillation_loss(z, batch, text_weight=0.5), student_logits()
-    )
+    for num_positions in (None, 0, torch.tensor(0)):
+        options = {"text_weight": 0.5, "num_positions": num_positions}
+        value, gradient = value_and_gradient(
+            lambda z, options=options: distillation_loss(z, batch, **options), student_logits()
+        )
+        assert value == 0
+        assert not gradient.any()
+    hidden, head = torch.randn(B, T, 8, requires_grad=True), torch.nn.Linear(8, V)
+    value = distillation_loss_from_hidden(hidden, head, batch)
     assert value == 0
-    assert not gradient.any()
-    value, gradient = value_and_gradient(
-        lambda h: distillation_loss_from_hidden(h, torch.nn.Identity(), batch), student_logits()
-    )
-    assert value == 0
-    assert not gradient.any()
+    value.backward()
+    for part in (hidden, *head.parameters()):  # not None, for which DDP would wait
+        assert not part.grad.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_the_loss_is_float32_of_the_same_logits(kind):
+    batch, _ = make_batch()
+    hidden, head = torch.randn(B, T, 8), torch.nn.Linear(8, V)
+    options = {"kind": kind, "text_weight": 0.2}
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head(hidden)
+        found = [
+            distillation_loss(logits, batch, **options),
+            distillation_loss_from_hidden(hidden, head, batch, **options),
+        ]
+    assert logits.dtype == torch.bfloat16
+    expected = reference(logits, batch, kind, text_weight=0.2)
+    for value in found:
+        assert value.dtype == torch.float32
+        assert abs(value - expected) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_it_is_the_same():
+    """There are breaks in its graph, and no errors; the backend is of no matter to that."""
+    batch, _ = make_batch()
+    logits = student_logits()
+
+    def loss(z):
+        return distillation_loss(z, batch, text_weight=0.2)
+
+    found = value_and_gradient(torch.compile(loss, backend="eager"), logits)
+    for ours, expected in zip(found, value_and_gradient(loss, logits), strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -466,5 +516,22 @@ def test_what_is_refused():
         distillation_loss(logits, batch, kind="tail_draws", temperature=2.0)
     with pytest.raises(ValueError, match="but the student has 10 logits"):
         distillation_loss(small, batch)
+    with pytest.raises(ValueError, match=r"the batch has no mask, target_ids; take it from load_"):
+        distillation_loss(logits, {"input_ids": batch["input_ids"]})
     with pytest.raises(ValueError, match=r"logits have shape \(2, 4, 37\), but the batch \(2, 5\)"):
         distillation_loss(logits[:, 1:], batch)
+    with pytest.raises(ValueError, match=r"logits have shape \(5, 2, 37\), but the batch \(2, 5\)"):
+        distillation_loss(logits.transpose(0, 1), batch)  # as many positions, in another order
+    with pytest.raises(ValueError, match=r"hidden states have shape \(2, 4, 37\), but the batch"):
+        distillation_loss_from_hidden(logits[:, 1:], torch.nn.Identity(), batch)
+
+
+def test_the_first_id_too_many_is_out_of_bounds_where_nothing_looks_before():
+    """`other`, for a student that was made without it: on a GPU it must not pass for an empty place."""
+    logits, rows = torch.zeros(1, V), torch.tensor([0])
+    none, empty, beyond = (torch.tensor([[i]], dtype=torch.int32) for i in (0, -1, V))
+    padded_CV, head_CK, other_CJ = _prepare(logits, rows, empty, beyond, 1.0)
+    assert padded_CV.gather(1, head_CK) == -torch.inf
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        padded_CV.gather(1, other_CJ)
+    assert _prepare(logits, rows, none, none, 1.0)[1] == 0

@@ -105,6 +105,19 @@ def test_frequent_tokens_that_must_be_kept():
         FrequentTokens([5, 0, 3, 4], 2, always_keep=[1, 4])
 
 
+def test_frequent_tokens_of_a_dataset_keep_the_end_of_a_sequence(data):
+    eos = data.manifest["teacher"]["eos_token_id"]
+    counts = data.token_counts()
+    assert counts[eos] == 0  # it stands in no text, so that it would have no place
+    projection = FrequentTokens.of(data, 50, always_keep=[7])
+    expected = FrequentTokens(counts, 50, always_keep=[7, eos])
+    assert projection.fingerprint == expected.fingerprint
+    assert eos in projection.kept
+    targets = [b["target_ids"] for b in data.project(projection).batches(batch_size=4)]
+    assert any((ids == projection.kept.tolist().index(eos)).any() for ids in targets)
+    assert FrequentTokens.of(data, 10**6).vocab_size == TINY_VOCAB_SIZE + 1
+
+
 def small_batch(kept, *, seed=0, num_positions=6, top_k=5, draws=0):
     """A projected batch of one row, float64 logits of a student, and the teacher summed up into its ids, [N, kept + 1]."""
     rows, logp = make_rows(seed, num_positions, top_k, V, draws=draws)

@@ -58,8 +58,11 @@ class Batches(IterableDataset[dict[str, Tensor]]):
       completions it is True only where the distribution is about a completion's token of the same sequence;
     - `sequence_ids` [B, T] int32: 0, 1, … of the sequences packed in a row, −1 in padding. A position must attend only to those
       of its own sequence;
-    - `position_ids` [B, T] int32: 0, 1, … within each sequence; padding counts on. transformers separates the sequences by them if
-      it is given these and no attention mask.
+    - `position_ids` [B, T] int32: 0, 1, … within each sequence; padding counts on.
+
+    Models of transformers separate the sequences of a row if they are called with `position_ids`, with no attention mask and with
+    `use_cache=False`: their default is a cache, and with one **sequences see each other**, without a word. Flash attention separates
+    them in batches of one row only: batch_size=1 with a length of several sequences.
     """
 
     def __init__(
@@ -82,6 +85,8 @@ class Batches(IterableDataset[dict[str, Tensor]]):
             raise ValueError(f"batch_size is {batch_size} and length {length}, expected 1 or more")
         if (packed or split_long) and length is None:
             raise ValueError("packed and split_long need a length; give length=1024, for example")
+        if seed is not None and seed < 0:
+            raise ValueError(f"seed is {seed}, expected 0 or more, or None for the stored order")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}, expected 0 to {world_size - 1} (world_size − 1)")
         if world_size > len(row_groups):
@@ -103,7 +108,11 @@ class Batches(IterableDataset[dict[str, Tensor]]):
         self._epoch, self._block, self._row = 0, 0, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values that say which batch comes next."""
+        """Plain values (JSON will do) that say which batch this iterator gives next.
+
+        What stands between it and the training and takes batches before they are wanted, as loaders of accelerate take one, has them
+        skipped: give the batches to the training as they are.
+        """
         position = {"epoch": self._epoch, "block": self._block, "row": self._row}
         return {**self._settings, **position}
 

@@ -9,7 +9,7 @@ tail_draws          cross-entropy H(p, q) = −Σ_h p log q − p_tail/m Σ_j lo
 residual            KL(p′ ‖ q), p′ = p on the head, plus R on y. Ibid., where the missing mass goes to the
                     ground truth. Positions without a known y are left out.
 renormalised_top_k  KL(p / Σ_h p ‖ q) over the head: the usual top-K distillation. **Biased**: it teaches that there is no tail, and
-                    a student that is right is moved away from the truth. Here for comparison.
+                    a student that is right is moved away from the truth. Here for comparison. 0 where no id is listed.
 reverse_kl          KL(q ‖ p) over the K + 1 events; Gu et al., MiniLLM, ICLR 2024, on a coarser support: a lower bound.
                     A token that the teacher rules out counts as e^−65504, so mass on it costs 65504 nats a unit.
 jensen_shannon      ½ KL(p ‖ m) + ½ KL(q ‖ m), m = ½ (p + q), over the K + 1 events; Agarwal et al., GKD, ICLR 2024, with β = ½.
@@ -95,6 +95,8 @@ def _residual(teacher: AtTeacher, student: AtStudent) -> Tensor:
 
 def _renormalised_top_k(teacher: AtTeacher, student: AtStudent) -> Tensor:
     logp_NK = teacher.logp_NK.log_softmax(-1)
+    # Where a projection found a place for nothing that is listed, empty places would share the mass.
+    logp_NK = logp_NK.masked_fill(teacher.logp_NK <= FLOAT16_MIN, FLOAT16_MIN)
     return _mean_under(logp_NK, logp_NK - student.head_NK)
 
 

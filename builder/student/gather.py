@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 2**21
 """Logits worked on at once on a CPU: they stay in its last-level cache."""
-CUDA_CHUNK_BYTES = 2**28
-"""The same on a GPU, where a chunk must fill the device."""
+DEVICE_CHUNK_BYTES = 2**28
+"""The same on any other device, which a chunk must fill."""
 
 
 def gather_logprobs(
@@ -44,7 +44,7 @@ def gather_logprobs(
         log q of the head [N, K], of the tail [N] (−inf where the head is everything), of the other ids [N, J].
 
     Raises:
-        ValueError: an id is outside the logits (looked at on the CPU only; a GPU asserts by itself).
+        ValueError: an id is outside the logits. (With CUDA, where looking would be waiting, its own assertion fails.)
     """
     vocab_size = logits_MV.shape[1]
     for ids in (head_NK, other_NJ):
@@ -115,7 +115,7 @@ class _GatherLogprobs(torch.autograd.Function):
 def _prepare(
     logits_MV: Tensor, rows_C: Tensor, head_CK: Tensor, other_CJ: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A chunk's scaled logits with one more column of −inf, to which empty places point."""
+    """A chunk's scaled logits with one more column of −inf, to which empty places point, and nothing else."""
     num_rows, vocab_size = len(rows_C), logits_MV.shape[1]
     dtype = torch.promote_types(logits_MV.dtype, torch.float32)
     logits_CV = torch.empty(num_rows, vocab_size + 1, dtype=dtype, device=logits_MV.device)
@@ -123,7 +123,11 @@ def _prepare(
     if scale != 1.0:
         logits_CV.mul_(scale)
     logits_CV[:, -1] = -torch.inf
-    head_CK, other_CJ = (ids.long().where(ids >= 0, vocab_size) for ids in (head_CK, other_CJ))
+    # The id V, of a student with one logit too few, moves on to where there is no column.
+    head_CK, other_CJ = (
+        (ids + (ids >= vocab_size)).long().where(ids >= 0, vocab_size)
+        for ids in (head_CK, other_CJ)
+    )
     return logits_CV, head_CK, other_CJ
 
 
@@ -134,6 +138,6 @@ def _logsumexp_in_place(values_CV: Tensor) -> Tensor:
 
 
 def _chunks(logits_MV: Tensor, num_rows: int) -> list[slice]:
-    chunk_bytes = CUDA_CHUNK_BYTES if logits_MV.is_cuda else CHUNK_BYTES
+    chunk_bytes = CHUNK_BYTES if logits_MV.device.type == "cpu" else DEVICE_CHUNK_BYTES
     size = max(1, chunk_bytes // (4 * logits_MV.shape[1]))
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]

@@ -28,7 +28,7 @@ from builder.student.rows import Ends, Projection, RowGroup, Rows, read_rows, to
 MANIFEST = "manifest.json"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class LogitDataset:
     """A dataset that was found to be what was required. Made by `load_logits`."""
 
@@ -41,6 +41,12 @@ class LogitDataset:
     projection: Projection | None = None
     prompt_targets: bool = False
     """Whether `target_ids` outside completions are kept."""
+
+    def __repr__(self) -> str:
+        return (
+            f"<{self.num_rows:,} rows, {self.num_tokens:,} tokens, {self.vocab_size:,} logits; "
+            f"teacher {'@'.join(_teacher_names(self.manifest))}; {', '.join(self.columns)}>"
+        )
 
     @property
     def layout(self) -> Layout:
@@ -83,12 +89,14 @@ class LogitDataset:
             packed: fill each row with several sequences, up to `length`.
             split_long: cut a sequence longer than `length` into pieces. The teacher has seen what stands before a piece, the student
                 has not. Otherwise such a sequence is an error.
-            seed: of the shuffling, which is another one in every epoch; None keeps the stored order.
+            seed: of the shuffling, 0 or more, which is another one in every epoch; None keeps the stored order.
             rank: of this process.
-            world_size: number of processes. Each gets other row groups; their numbers of batches can differ.
+            world_size: number of processes. Each gets other row groups. Their numbers of batches differ, so processes that wait for each
+                other must train for a number of steps and go on into the next epoch each for itself (`while …: for batch in batches`).
+                A loader that divides batches among processes itself, as accelerate's does, is not for these: it would divide one rank's.
 
         Raises:
-            ValueError: the arguments contradict each other, or there are more processes than row groups.
+            ValueError: an argument is out of range or contradicts another, or there are more processes than row groups.
         """
         return Batches(
             row_groups=self.row_groups,
@@ -166,7 +174,8 @@ def load_logits(
             distributions are learned for completions in any case.
 
     Raises:
-        ValueError: there is no such dataset, it is damaged, or it is not what was required; names both values.
+        ValueError: there is no such dataset, it is damaged, or it is not what was required (names both values); or the tokenizer given
+            is no fast one.
     """
     directory = Path(path_or_repo)
     if directory.is_dir():
@@ -214,11 +223,13 @@ def _check_requirements(
 ) -> None:
     found = manifest["teacher"]
     if teacher is not None:
-        name, pin = found.get("repo") or found.get("name"), found.get("commit") or found["sha256"]
+        name, pin = _teacher_names(manifest)
         if teacher not in (name, pin, f"{name}@{pin}"):
             raise ValueError(f"{where} has the teacher {name}@{pin}, but {teacher} is required")
     if tokenizer is not None:
-        wanted = tokenizer if isinstance(tokenizer, str) else _tokenizer_sha256(tokenizer)
+        wanted = tokenizer
+        if not isinstance(tokenizer, str):
+            wanted = hashlib.sha256(plain_tokenizer(tokenizer).to_str().encode()).hexdigest()
         if wanted != found["tokenizer_sha256"]:
             raise ValueError(
                 f"{where} has a tokenizer with SHA-256 {found['tokenizer_sha256']}, but {wanted} is required; "
@@ -230,13 +241,28 @@ def _check_requirements(
         )
 
 
-def _tokenizer_sha256(tokenizer: Any) -> str:
-    """As in the manifest: of the tokenizer's JSON without the padding and truncation that a trainer may have set."""
+def _teacher_names(manifest: dict[str, Any]) -> tuple[str, str]:
+    """Its name, and what pins it."""
+    found = manifest["teacher"]
+    return found.get("repo") or found["name"], found.get("commit") or found["sha256"]
+
+
+def plain_tokenizer(tokenizer: Any) -> Any:
+    """A copy of a fast tokenizer's backend, without the padding and truncation that a trainer may have set.
+
+    Raises:
+        ValueError: it is no fast tokenizer.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not hasattr(backend, "to_str"):
+        raise ValueError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer; give one of the `tokenizers` library, or one of transformers "
+            "that has a backend_tokenizer"
+        )
     plain = type(backend).from_str(backend.to_str())
     plain.no_padding()
     plain.no_truncation()
-    return hashlib.sha256(plain.to_str().encode()).hexdigest()
+    return plain
 
 
 def _read_manifest(source: Callable[[str], Any], where: str) -> dict[str, Any]:

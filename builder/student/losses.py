@@ -34,12 +34,13 @@ def distillation_loss(
     kind: Kind = "tail_bucket",
     text_weight: float = 0.0,
     temperature: float = 1.0,
-    num_positions: float | None = None,
+    num_positions: float | Tensor | None = None,
 ) -> Tensor:
     """(1 − w) · distillation + w · cross-entropy on the text, each a mean over the positions that count.
 
     For the distillation those are `mask`, for the text those with a `target_ids`. At a temperature ≠ 1 both
     distributions are softmax(logits / T), and the distillation is multiplied by T² (Hinton et al. 2015, §2).
+    A scalar in nats, in float32 (float64 for float64 logits); 0 where nothing counts.
 
     Args:
         logits_BTV: raw logits in float32, bfloat16, float16 or float64. Statistics are float32 (or float64).
@@ -47,18 +48,14 @@ def distillation_loss(
         kind: see `divergences`.
         text_weight: w, 0 to 1.
         temperature: 1, or one whose log-partition the dataset stores; any, where it has whole distributions.
-        num_positions: divide the sums by this instead (for the accumulation of gradients over several batches).
+        num_positions: divide both sums by this instead of their own counts: the positions in the `mask` of all batches over which
+            gradients accumulate. Means of each batch would weigh a position less where there are many.
 
     Raises:
         ValueError: the batch has not what this kind or temperature needs, or ids outside the student's vocabulary.
     """
     terms = _Terms.of(batch, kind, text_weight, temperature)
-    logits_MV = logits_BTV.flatten(0, 1)
-    if len(logits_MV) != batch["input_ids"].numel():
-        raise ValueError(
-            f"logits have shape {tuple(logits_BTV.shape)}, but the batch {tuple(batch['input_ids'].shape)}; "
-            "pass the logits of all its positions, in its order"
-        )
+    logits_MV = _positions(logits_BTV, batch, "logits")
     sums = terms.sums(logits_MV, slice(None), terms.rows_N)
     return terms.combine(sums, num_positions)
 
@@ -71,7 +68,7 @@ def distillation_loss_from_hidden(
     kind: Kind = "tail_bucket",
     text_weight: float = 0.0,
     temperature: float = 1.0,
-    num_positions: float | None = None,
+    num_positions: float | Tensor | None = None,
 ) -> Tensor:
     """The same loss where no [B, T, V] ever exists: the head runs on a chunk of positions, and again in the backward pass.
 
@@ -84,19 +81,30 @@ def distillation_loss_from_hidden(
         ValueError: as in `distillation_loss`.
     """
     terms = _Terms.of(batch, kind, text_weight, temperature)
-    hidden_MD = hidden_BTD.flatten(0, 1)
+    hidden_MD = _positions(hidden_BTD, batch, "hidden states")
 
     def chunk_sums(hidden_CD: Tensor, chunk: slice) -> Tensor:
         logits_CV = head(hidden_CD)
         rows_C = torch.arange(len(logits_CV), device=logits_CV.device)
         return terms.sums(logits_CV, chunk, rows_C)
 
-    sums = hidden_MD[:0].sum().to(torch.promote_types(hidden_MD.dtype, torch.float32)).expand(2)
-    for start in range(0, len(terms.rows_N), HEAD_CHUNK_POSITIONS):
+    sums = []
+    # Once, though no position may count: then the head's weights have gradients too, for which DDP waits.
+    for start in range(0, max(1, len(terms.rows_N)), HEAD_CHUNK_POSITIONS):
         chunk = slice(start, start + HEAD_CHUNK_POSITIONS)
         hidden_CD = hidden_MD.index_select(0, terms.rows_N[chunk])
-        sums = sums + checkpoint(chunk_sums, hidden_CD, chunk, use_reentrant=False)
-    return terms.combine(sums, num_positions)
+        sums.append(checkpoint(chunk_sums, hidden_CD, chunk, use_reentrant=False))
+    return terms.combine(torch.stack(sums).sum(0), num_positions)
+
+
+def _positions(values_BTX: Tensor, batch: Mapping[str, Tensor], what: str) -> Tensor:
+    """[M, X]: what a student has at each position of a batch."""
+    found, expected = tuple(values_BTX.shape), tuple(batch["input_ids"].shape)
+    if found[:-1] != expected:
+        raise ValueError(
+            f"{what} have shape {found}, but the batch {expected}; pass those of all its positions, in its order"
+        )
+    return values_BTX.flatten(0, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +128,10 @@ class _Terms:
             raise ValueError(f"kind is {kind!r}, expected one of {', '.join(get_args(Kind))}")
         if not 0 <= text_weight <= 1:
             raise ValueError(f"text_weight is {text_weight}, expected 0 to 1")
+        if missing := {"input_ids", "target_ids", "mask"} - set(batch):
+            raise ValueError(
+                f"the batch has no {', '.join(sorted(missing))}; take it from load_logits(…).batches(…), which shifts and masks"
+            )
         if kind == "tail_draws":
             _check_draws(batch, temperature)
         target_M = batch["target_ids"].flatten()
@@ -167,10 +179,13 @@ class _Terms:
             text = -other[:, 0].where(teacher.target_N >= 0, 0).sum()
         return torch.stack([distilled, text])
 
-    def combine(self, sums: Tensor, num_positions: float | None) -> Tensor:
-        """The weighted mean."""
-        counts = torch.stack([self.distilled_N.sum(), (self.teacher.target_N >= 0).sum()])
-        means = sums / (counts.clamp(min=1) if num_positions is None else num_positions)
+    def combine(self, sums: Tensor, num_positions: float | Tensor | None) -> Tensor:
+        """The weighted mean; 0 of no positions."""
+        if num_positions is None:
+            counts = torch.stack([self.distilled_N.sum(), (self.teacher.target_N >= 0).sum()])
+        else:
+            counts = torch.as_tensor(num_positions, dtype=sums.dtype, device=sums.device)
+        means = sums / (counts + (counts == 0))
         return (1 - self.text_weight) * means[0] + self.text_weight * means[1]
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from builder.schema import FLOAT16_MIN
+from builder.student.load import plain_tokenizer
 from builder.student.rows import EMPTY, NO_TARGET, Array, Rows
 from builder.student.vocabulary import add_mass
 
@@ -30,8 +31,8 @@ class TokenizerProjection:
     text itself can still be learned there).
 
     Mass. A listed teacher's token i with the bytes b(i) gives its mass to f(i), the first token into which the student's tokenizer cuts b(i), if
-    the bytes of f(i) are a prefix of b(i); several i can share one. (Where b(i) is not text, as half a character is not, f(i) is the longest token that
-    is a prefix.) Some i do not tell how the student begins: if the student has a token that is longer than b(i), is no token of
+    the bytes of f(i) are a prefix of b(i); several i can share one. (Where b(i) is not text, as half a character is not, or the student's tokenizer
+    puts a space before a text, f(i) is the longest token that is a prefix.) Some i do not tell how the student begins: if the student has a token that is longer than b(i), is no token of
     the teacher, and that the teacher would begin with i ("·the" where only the student has "·thexy"). Those, and tokens without bytes
     (special ones; but for the end of a sequence, which becomes the student's), join the tail: where their mass belongs is not known, and a listed
     token may in truth have some of it. That costs much where the student has many words that the teacher has not (on Python's
@@ -59,7 +60,7 @@ class TokenizerProjection:
             strict: whether the mass of a token that does not tell how the student begins joins the tail.
 
         Raises:
-            ValueError: it cannot be told of which bytes a tokenizer's tokens consist.
+            ValueError: a tokenizer is no fast one, or it cannot be told of which bytes its tokens consist.
         """
         teacher, student = _Vocabulary(teacher_tokenizer), _Vocabulary(student_tokenizer)
         self._teacher, self._student = teacher, student
@@ -231,10 +232,7 @@ class _Vocabulary:
     """The bytes of a tokenizer's tokens, and the tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
-        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-        self._backend = type(backend).from_str(backend.to_str())
-        self._backend.no_padding()
-        self._backend.no_truncation()
+        self._backend = plain_tokenizer(tokenizer)
         self._backend.encode_special_tokens = True
         self.eos: int | None = getattr(tokenizer, "eos_token_id", None)
         self.bytes = _token_bytes(self._backend)

@@ -12,11 +12,13 @@ Shape suffixes: N positions, K top-k, J tail draws, V teacher's vocabulary.
 
 import hashlib
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from builder.schema import FLOAT16_MIN
+from builder.student.load import LogitDataset
 from builder.student.rows import EMPTY, Array, Rows
 
 
@@ -62,6 +64,22 @@ class FrequentTokens:
         self._map_V = np.full(len(counts_V), self.other, dtype=np.int32)
         self._map_V[self.kept] = np.arange(num_kept, dtype=np.int32)
         self.fingerprint = hashlib.sha256(self._map_V.tobytes()).hexdigest()
+
+    @classmethod
+    def of(cls, data: LogitDataset, num_kept: int, *, always_keep: Sequence[int] = ()) -> Self:
+        """Of the ids most frequent in a dataset's texts, and the end of a sequence, which stands in no text but must be learned.
+
+        Args:
+            data: its texts are read once (`input_ids` only).
+            num_kept: n, as above; all ids, if there are not so many.
+            always_keep: as above, such as the tokens of a chat template.
+
+        Raises:
+            ValueError: as above.
+        """
+        counts_V, eos = data.token_counts(), data.manifest["teacher"]["eos_token_id"]
+        keep = [*always_keep] if eos is None else [*always_keep, eos]
+        return cls(counts_V, min(num_kept, len(counts_V)), always_keep=keep)
 
     def __call__(self, rows: Rows) -> Rows:
         """Rows in the student's vocabulary."""

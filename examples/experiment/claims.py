@@ -9,6 +9,7 @@ Numbers are those of the test documents at the best point of a run.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isnan, nan
 from statistics import mean
 from typing import Any
 
@@ -43,15 +44,19 @@ class Claim:
         values = self.values(results)
         if not values or len(values) < self.min_seeds:
             return "undecided: too few seeds so far"
+        if any(map(isnan, values)):
+            return "undecided: text was as good as the whole distribution"
         if min(values) > self.bound:
             return "holds"
         return "undecided: seeds differ" if mean(values) > self.bound else "**refuted**"
 
 
 def share_of_gap(get: Any, arm: str, data: str) -> float:
-    """How much of the way from the text to the whole distribution an arm goes."""
+    """How much of the way from the text to the whole distribution an arm goes; NaN where that is no way down."""
     ce = {name: get(name, data)["best"]["ce"] for name in ("text", arm, "whole")}
-    return float((ce["text"] - ce[arm]) / (ce["text"] - ce["whole"]))
+    gap = ce["text"] - ce["whole"]
+    # Of a negative gap, an arm that is worse than both would have a share of more than all.
+    return float((ce["text"] - ce[arm]) / gap) if gap > 0 else nan
 
 
 def _better(arm: str, than: str, data: str, metric: str = "ce", **options: Any) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 A number is a mean over seeds ± the standard deviation among them; without ± it is of one seed.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -42,7 +44,7 @@ def write_report(results: Path, page: Path) -> None:
         if settings["rate"] == plan["rate"]:
             found[settings["arm"], settings["data"]][settings["seed"]] = run
     _plots(found, results)
-    at = results.resolve().relative_to(page.resolve().parent)
+    at = Path(os.path.relpath(results.resolve(), page.resolve().parent)).as_posix()
     parts = [_state(found, runs, plan, dataset), _verdicts(found)]
     for data, words in DATA.items():
         if any(which == data for _, which in found):
@@ -73,7 +75,7 @@ def _state(
         f"{done} of {wanted} runs, {runs[0]['parameters']:,} parameters, {plan['steps']:,} steps with all data and {plan['quarter_steps']:,} with a quarter, of up to "
         f"{plan['batch_size'] * plan['length']:,} tokens at rate {plan['rate']:g}, {minutes:.0f} minutes of one core; "
         f"{tokens['train']:,} tokens to learn from, {tokens['quarter']:,} in the quarter, {tokens['validation']:,} to choose by, "
-        f"{tokens['test']:,} to test on, of which {dataset['text_outside_vocabulary']:.1%} are `other`; Python {python}."
+        f"{tokens['test']:,} to test on; of those to learn from, {dataset['text_outside_vocabulary']:.1%} are `other`; Python {python}."
     ]
     if done < wanted:
         lines.append("**Not complete**: these are the seeds so far.")
@@ -83,7 +85,7 @@ def _state(
 def _verdicts(found: Results) -> str:
     lines = ["| | claim | number, by seed | must be above | |", "|---|---|---|---|---|"]
     for name, claim in CLAIMS.items():
-        values = " ".join(f"{value:.3f}" for value in claim.values(found)) or "–"
+        values = " ".join(spread([value]) for value in claim.values(found)) or "–"
         lines.append(
             f"| {name} | {claim.text} | {claim.number}: {values} | {claim.bound:g} | {claim.verdict(found)} |"
         )
@@ -126,8 +128,8 @@ def _table(found: Results, data: str, dataset: dict[str, Any]) -> str:
 
 
 def spread(values: Sequence[float], form: str = "{:.3f}") -> str:
-    """Mean ± standard deviation."""
-    if not values:
+    """Mean ± standard deviation, if every value is a number."""
+    if not values or any(map(isnan, values)):
         return "–"
     deviation = f" ± {form.replace('+', '').format(stdev(values))}" if len(values) > 1 else ""
     return form.format(mean(values)) + deviation
