@@ -480,7 +480,7 @@ def test_a_token_that_is_not_accepted(hub, publish, out):
 
 
 def test_a_repository_of_another_owner(hub, publish, out):
-    message = "the token may not write to other/set; use a token with write access"
+    message = r"the token may not write to other/set \(.*rights to write.*\); use a token with write access"
     assert_one_line(publish("other/set", out), message)
     assert not hub.repos
     theirs = {".gitattributes": b""}
