@@ -279,13 +279,14 @@ def info(
 ) -> None:
     """Say what a dataset is, or show a row with the teacher's alternatives."""
     from builder import info as information
+    from builder.lookup import file_of_row
 
     directory = _local(dataset, revision)
     if row is not None:
         if format is Format.JSON:
             raise ValueError("--format json prints the summary; rows are read with load_dataset")
         _quiet_libraries()
-        directory = _local(dataset, revision, information.file_of_row(directory, row)[0])
+        directory = _local(dataset, revision, file_of_row(directory, row)[0])
         if position is None:
             print(information.describe_row(directory, row, teacher_path=teacher))
         else:

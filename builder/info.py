@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from builder import authorship
-from builder.manifest import read_manifest, records_of
-from builder.recompute import dataset_tokenizer, read_row, what_follows
+from builder.lookup import dataset_tokenizer, file_of_row, read_row, what_follows
+from builder.manifest import read_manifest
 from builder.schema import Layout, columns, is_generated, kept_positions
 from builder.sequences import NO_TOKEN
 
@@ -294,20 +294,6 @@ def _spell(tokenizer: Any, tokens: list[int]) -> str:
         return text  # not a byte-level vocabulary
     exact = bytes(byte_of[character] for character in raw).decode("utf-8", "surrogateescape")
     return re.sub("[\udc80-\udcff]", lambda match: f"<0x{ord(match[0]) - 0xDC00:02X}>", exact)
-
-
-def file_of_row(directory: Path, row: int) -> tuple[str, int]:
-    """The data file that holds a row, and the row's number in it.
-
-    Raises:
-        ValueError: there is no such row.
-    """
-    first = 0
-    for record in records_of(read_manifest(directory)):
-        if first <= row < first + record.rows:
-            return record.file, row - first
-        first += record.rows
-    raise ValueError(f"{directory} has rows 0 to {first - 1}, not {row}")
 
 
 def _find_row(

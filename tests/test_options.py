@@ -18,9 +18,9 @@ from test_verify import Row, forge, problems
 
 from builder import worker as worker_module
 from builder.charts import measure
+from builder.comparison import _best
 from builder.manifest import read_manifest
 from builder.recipe import Recipe, load_recipe
-from builder.recompute import _best
 from builder.schema import FLOAT16_MIN, arrow_schema, columns
 from builder.schema import Layout as RowLayout
 from builder.student import FrequentTokens, distillation_loss, load_logits

@@ -101,7 +101,7 @@ class Data:
     @cached_property
     def tokenizer(self) -> Any:
         """The teacher's."""
-        from builder.recompute import dataset_tokenizer
+        from builder.lookup import dataset_tokenizer
 
         return dataset_tokenizer(self.manifest, self._teacher)
 

@@ -29,9 +29,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from builder.comparison import MAX_FLOAT32_ERROR
 from builder.loading import load_teacher
+from builder.lookup import teacher_source
 from builder.manifest import read_manifest, write_json
-from builder.recompute import MAX_FLOAT32_ERROR, teacher_source
 from builder.schema import FLOAT16_MIN, float16_rounding
 from builder.sequences import length_sorted_batches
 from builder.shards import atomic_file, nested_values
