@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     """Train; returns the loss of every step."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset", help="directory, or name on the Hub")
-    parser.add_argument("--kind", default="tail_bucket", help="see builder/student/divergences.py")
+    parser.add_argument("--kind", default="residual", help="see builder/student/divergences.py")
     parser.add_argument("--vocabulary", type=int, default=4096, help="ids that keep a place")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--length", type=int, default=256)

@@ -485,3 +485,25 @@ def test_share_and_steps():
     assert CLAIMS["4"].values(results) == pytest.approx([0.9] * 3)
     assert CLAIMS["8"].values(results) == [50, 50, 50]
     assert CLAIMS["5"].values(results) == []
+
+
+def test_the_readme_says_what_the_results_are():
+    results = REPOSITORY / "examples" / "experiment" / "results"
+    rate = json.loads((results / "plan.json").read_text())["rate"]
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    section = readme.split("### What is a distribution worth")[1].split("\n## ")[0]
+    rows = [line.split(" | ") for line in section.splitlines() if re.match(r"\| .*\d \|$", line)]
+    assert len(rows) == len(arms.ARMS)
+    for (name, arm), row in zip(arms.ARMS.items(), rows, strict=True):
+        best = {
+            data: [
+                json.loads(path.read_text())["best"]
+                for path in sorted(results.glob(f"{name}-{data}-*-rate{rate:g}.json"))
+            ]
+            for data in ("train", "quarter")
+        }
+        assert len(best["train"]) == len(best["quarter"]) == (3 if arm.has_seeds else 1)
+        assert row[1] == f"{arm.raw_bytes:,}"
+        assert row[2] == spread([run["ce"] for run in best["train"]])
+        assert row[3] == spread([run["ce"] for run in best["quarter"]])
+        assert row[4] == f"{spread([run['kl'] for run in best['train']])} |"

@@ -79,9 +79,9 @@ def _scale(low: float, high: float, start: float, stop: float) -> Callable[[floa
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers, five or so."""
+    """Round numbers, eight or so at most."""
     step = 10.0 ** math.floor(math.log10(max(high - low, 1e-9)))
-    step = next(step * f for f in (0.2, 0.5, 1, 2) if (high - low) / (step * f) <= 6)
+    step = next(step * f for f in (0.2, 0.5, 1, 2) if (high - low) / (step * f) <= 8)
     first = -(-low // step)
     return [round((first + i) * step, 10) for i in range(int((high - first * step) / step) + 1)]
 
