@@ -81,7 +81,7 @@ def test_a_student_of_the_trainer_learns_and_is_saved(built, tmp_path):
 @pytest.fixture
 def student(tiny_model):
     """Of the teacher's size, and ignorant."""
-    model = copy.deepcopy(tiny_model)
+    model = copy.deepcopy(tiny_model).requires_grad_(True)  # as a teacher, it is frozen
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.ndim > 1:
