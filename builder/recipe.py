@@ -367,10 +367,14 @@ def row_fingerprint(plan: dict[str, Any]) -> str:
 
     It stands in every Parquet file, so that a dataset that goes on where a smaller one stopped shares its files with it.
     """
+    return _sha256({**deciding_rows(plan), "schema_version": SCHEMA_VERSION})
+
+
+def deciding_rows(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan without what changes no row: as `deciding`, and without how many rows there are."""
     values = deciding(plan)
     corpus = {key: value for key, value in values["recipe"]["corpus"].items() if key not in LIMITS}
-    values["recipe"] = {**values["recipe"], "corpus": corpus}
-    return _sha256({**values, "schema_version": SCHEMA_VERSION})
+    return {**values, "recipe": {**values["recipe"], "corpus": corpus}}
 
 
 def deciding(plan: dict[str, Any]) -> dict[str, Any]:

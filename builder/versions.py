@@ -9,7 +9,7 @@ import re
 from typing import Any, Literal, NamedTuple, Self
 
 from builder.manifest import ShardRecord, records_of
-from builder.recipe import LIMITS, deciding, differences
+from builder.recipe import deciding_rows, differences
 from builder.schema import SCHEMA_VERSION
 
 Step = Literal["patch", "minor", "major"]
@@ -121,10 +121,7 @@ def choose(
 def _row_deciding(manifest: dict[str, Any]) -> dict[str, Any]:
     """What decides the content of each row and how it is stored."""
     keys = ("recipe", "corpus", "teacher", "schema_version")
-    values = deciding({key: manifest[key] for key in keys})
-    corpus = values["recipe"]["corpus"]
-    values["recipe"]["corpus"] = {k: v for k, v in corpus.items() if k not in LIMITS}
-    return values
+    return deciding_rows({key: manifest[key] for key in keys})
 
 
 def _lost(old: list[ShardRecord], new: list[ShardRecord]) -> list[str]:
