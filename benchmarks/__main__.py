@@ -39,9 +39,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("out/bench.json"))
     options = parser.parse_args()
 
-    from builder.cli import _quiet_libraries
+    from builder.cli.terminal import quiet_libraries
 
-    _quiet_libraries()
+    quiet_libraries()
     results: dict[str, Any] = {"machine": sample.machine(options.device)}
     print(" · ".join(f"{name} {value}" for name, value in results["machine"].items()))
     started = time.perf_counter()
@@ -142,7 +142,7 @@ def _scaling(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _stored(options: argparse.Namespace) -> dict[str, Any]:
-    from builder.build import build
+    from builder.build.build import build
 
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:

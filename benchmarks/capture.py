@@ -11,15 +11,15 @@ import torch
 from datasets import Dataset
 
 from benchmarks import sample
-from builder import distribution, pipeline
-from builder.build import build
-from builder.corpus import Corpus
-from builder.estimate import product_flops
-from builder.manifest import read_manifest
-from builder.plan import EMBEDDED, flop_per_token
-from builder.sequences import Encoder, Sequence, length_sorted_batches
-from builder.shards import ShardWriter
-from builder.teacher import Teacher
+from builder.build.build import build
+from builder.capture import distribution, pipeline
+from builder.corpus.documents import Corpus
+from builder.corpus.sequences import Encoder, Sequence, length_sorted_batches
+from builder.dataset.manifest import read_manifest
+from builder.dataset.shards import ShardWriter
+from builder.plan.estimate import product_flops
+from builder.plan.plan import EMBEDDED, flop_per_token
+from builder.teacher.model import Teacher
 
 
 def measure(dtype: str, *, device: str, tokens: int, rounds: int) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from benchmarks import sample
-from builder import demo
-from builder.build import build
-from builder.corpus import Document
-from builder.manifest import read_manifest
+from builder.build.build import build
+from builder.corpus.documents import Document
+from builder.corpus.sequences import Encoder, length_sorted_batches
+from builder.dataset.manifest import read_manifest
 from builder.recipe import Recipe
-from builder.sequences import Encoder, length_sorted_batches
-from builder.teacher import Teacher
+from builder.sources import demo
+from builder.teacher.model import Teacher
 
 NEW_TOKENS, PROMPT_CHARACTERS = 96, 160
 

@@ -31,10 +31,10 @@ def _run(vocab_size: int, max_length: int, tokens: int) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from benchmarks.sample import BATCH_TOKENS
-    from builder import demo
-    from builder import ranks as module
-    from builder.build import build
+    from builder.build.build import build
     from builder.recipe import Recipe
+    from builder.sources import demo
+    from builder.teacher import ranks as module
 
     prepared, _ = demo.embedded_teacher()
     with tempfile.TemporaryDirectory() as scratch:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import sample
-from builder.build import build
-from builder.manifest import read_manifest
+from builder.build.build import build
+from builder.dataset.manifest import read_manifest
 
 OPTIONS: dict[str, dict[str, object]] = {
     "4 tail draws": {"tail_samples": 4},

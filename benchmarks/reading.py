@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from datasets import Features, List, Value, load_dataset
 
 from benchmarks import sample
-from builder.student import load_logits
+from logit_dataset import load_logits
 
 
 def measure(dataset: Path, *, rounds: int) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from builder import demo
-from builder.loading import load_teacher
-from builder.manifest import environment
+from builder.build.stream import SequenceStream, make_encoder
+from builder.corpus.sequences import Encoder, Sequence
+from builder.dataset.manifest import environment
 from builder.recipe import Recipe
-from builder.sequences import Encoder, Sequence
-from builder.stream import SequenceStream, make_encoder
-from builder.teacher import Teacher
+from builder.sources import demo
+from builder.teacher.loading import load_teacher
+from builder.teacher.model import Teacher
 
 MAX_LENGTH, BATCH_TOKENS, TOP_K = 512, 4096, 50
 
@@ -42,7 +42,7 @@ def load(dtype: str, device: str) -> Teacher:
 
 def sequences(teacher: Teacher, tokens: int) -> list[Sequence]:
     """The sequences of the recipe, in the corpus's order."""
-    from builder.sources import KnownSources, resolve_corpus
+    from builder.sources.resolve import KnownSources, resolve_corpus
 
     cut = recipe("float32", tokens)
     source = resolve_corpus(cut.corpus, Path(), KnownSources())

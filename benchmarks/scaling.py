@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import sample
-from builder import demo
-from builder.build import build
-from builder.manifest import read_manifest, records_of
+from builder.build.build import build
+from builder.build.worker import Pool
+from builder.dataset.manifest import read_manifest, records_of
 from builder.recipe import Recipe
-from builder.worker import Pool
+from builder.sources import demo
 
 WORKERS = 2
 SHARDS = 4

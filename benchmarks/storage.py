@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from builder.shards import column_bytes, nested_values, parquet_writer
+from builder.dataset.shards import column_bytes, nested_values, parquet_writer
 
 
 def measure(dataset: Path, scratch: Path) -> dict[str, dict[str, float]]:

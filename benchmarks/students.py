@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks import sample
 from benchmarks.memory import kernel_says
-from builder.student import (
+from logit_dataset import (
     FrequentTokens,
     distillation_loss,
     distillation_loss_from_hidden,

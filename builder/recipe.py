@@ -4,8 +4,8 @@ What a run may choose freely (device, output directory, when to stop early) is a
 """
 
 import difflib
-import hashlib
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -18,8 +18,6 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-
-from builder.schema import SCHEMA_VERSION
 
 Positive = Annotated[int, Field(gt=0)]
 SpecialToken = Literal["tokenizer", "always", "never"]
@@ -45,22 +43,6 @@ TopK = Annotated[int | Literal["all"], PlainValidator(_top_k)]
 UNSAID = {"teacher": ("device_map", "tensor_parallel")}
 """Fields that a plan holds only if the recipe sets them: they are younger than the fingerprints of some datasets."""
 
-DESCRIPTIVE = {
-    "": ("name", "description"),
-    "corpus": ("license", "language"),
-    "teacher": ("license",),
-}
-"""Fields that the card shows and no byte of the data depends on."""
-LIMITS = ("max_documents", "max_tokens")
-"""Fields of the corpus that say how many rows there are, but change none."""
-
-PINNED = {
-    "corpus": ("files", "revision"),
-    "teacher": ("path", "gguf", "tokenizer", "revision"),
-    "sequences": ("chat_template",),
-}
-"""Fields for which a plan holds hashes or a commit, so that how they are spelled decides nothing."""
-
 
 class _Section(BaseModel):
     model_config = ConfigDict(
@@ -68,7 +50,19 @@ class _Section(BaseModel):
     )
 
 
-class CorpusRecipe(_Section):
+class _Source(_Section):
+    """A section that may name a repository of the Hub."""
+
+    repo: str | None = None
+    revision: str = "main"
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the revision is a full commit, which needs no resolving."""
+        return re.fullmatch(r"[0-9a-f]{40}", self.revision) is not None
+
+
+class CorpusRecipe(_Source):
     """Where the documents come from: exactly one of `repo`, `files` and `embedded`."""
 
     repo: str | None = None
@@ -112,7 +106,7 @@ class CorpusRecipe(_Section):
         return self
 
 
-class TeacherRecipe(_Section):
+class TeacherRecipe(_Source):
     """The language model whose distributions are captured: exactly one of `repo`, `path`, `gguf`, `embedded`."""
 
     repo: str | None = None
@@ -150,7 +144,7 @@ class TeacherRecipe(_Section):
             raise ValueError(
                 "a GGUF teacher runs on one device; leave out device_map and tensor_parallel"
             )
-        if self.trust_remote_code and not is_commit(self.revision):
+        if self.trust_remote_code and not self.is_pinned:
             raise ValueError(
                 "trust_remote_code runs code from the repo, so revision must be a full 40-digit commit, "
                 f"not {self.revision!r}"
@@ -357,80 +351,6 @@ def load_recipe(path: Path) -> Recipe:
         raise ValueError(f"{path}: {problems}") from None
 
 
-def fingerprint(plan: dict[str, Any]) -> str:
-    """SHA-256 of everything that decides the data: the recipe, and the exact corpus and teacher behind it."""
-    return _sha256({**deciding(plan), "schema_version": SCHEMA_VERSION})
-
-
-def row_fingerprint(plan: dict[str, Any]) -> str:
-    """SHA-256 of what decides each row: as `fingerprint`, but the same for any number of rows.
-
-    It stands in every Parquet file, so that a dataset that goes on where a smaller one stopped shares its files with it.
-    """
-    return _sha256({**deciding_rows(plan), "schema_version": SCHEMA_VERSION})
-
-
-def deciding_rows(plan: dict[str, Any]) -> dict[str, Any]:
-    """A plan without what changes no row: as `deciding`, and without how many rows there are."""
-    values = deciding(plan)
-    corpus = {key: value for key, value in values["recipe"]["corpus"].items() if key not in LIMITS}
-    return {**values, "recipe": {**values["recipe"], "corpus": corpus}}
-
-
-def deciding(plan: dict[str, Any]) -> dict[str, Any]:
-    """A plan without what changes no byte: fields for the card, and how the recipe spells what the plan pins."""
-    recipe = without_description(plan["recipe"])
-    for section, pinned in PINNED.items():
-        values = recipe[section].items()
-        recipe[section] = {key: value for key, value in values if key not in pinned}
-    return {**plan, "recipe": recipe}
-
-
-def without_description(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's plain values without the fields that only the card shows."""
-    kept = {key: value for key, value in recipe.items() if key not in DESCRIPTIVE[""]}
-    for section in ("corpus", "teacher"):
-        values = recipe[section].items()
-        kept[section] = {key: value for key, value in values if key not in DESCRIPTIVE[section]}
-    return kept
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """One line for each field in which two plans differ, e.g. `recipe.output.top_k: 50 → 20`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        lines = []
-        for key in sorted(old.keys() | new.keys()):
-            lines += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-        return lines
-    return [] if old == new else [f"{path}: {_short(old)} → {_short(new)}"]
-
-
-def expand_home(path: str) -> Path:
-    """A path whose ~ is replaced by the home directory.
-
-    Raises:
-        ValueError: there is no such user.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise ValueError(f"{path!r} begins with the home directory of nobody") from None
-
-
-def is_commit(revision: str) -> bool:
-    """Whether a revision is a full commit hash, which needs no resolving."""
-    return len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
-
-
-def _sha256(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:76]} …"
-
-
 def _exactly_one(section: BaseModel, *fields: str) -> None:
     given = [field for field in fields if getattr(section, field)]
     if len(given) != 1:
@@ -447,8 +367,9 @@ def _only_with(section: BaseModel, source: str, *fields: str) -> None:
 
 def _portable(path: str) -> str:
     """What of a path can be published: all of it only if it stays below the recipe's directory."""
-    parts = expand_home(path)
-    return parts.name if parts.is_absolute() or ".." in parts.parts else path
+    parts = Path(path)
+    leads_elsewhere = parts.is_absolute() or ".." in parts.parts or path.startswith("~")
+    return parts.name if leads_elsewhere else path
 
 
 def _explain(problem: Any) -> str:

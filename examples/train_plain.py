@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from builder.student import FrequentTokens, distillation_loss_from_hidden, load_logits
+from logit_dataset import FrequentTokens, distillation_loss_from_hidden, load_logits
 
 
 class Block(nn.Module):
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     """Train; returns the loss of every step."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset", help="directory, or name on the Hub")
-    parser.add_argument("--kind", default="residual", help="see builder/student/divergences.py")
+    parser.add_argument("--loss", default="residual", help="see logit_dataset/divergences.py")
     parser.add_argument("--vocabulary", type=int, default=4096, help="ids that keep a place")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--length", type=int, default=256)
@@ -96,14 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
         for batch in batches:  # one epoch, or what is left of it
             batch = {name: values.to(device) for name, values in batch.items()}
             hidden_BTD = student(batch)
-            loss = distillation_loss_from_hidden(hidden_BTD, student.head, batch, kind=args.kind)
+            loss = distillation_loss_from_hidden(hidden_BTD, student.head, batch, loss=args.loss)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
             is_last = len(losses) == args.steps
             if is_last or len(losses) % args.every == 0:
-                print(f"step {len(losses):>5}  {args.kind} {losses[-1]:.3f} nats")
+                print(f"step {len(losses):>5}  {args.loss} {losses[-1]:.3f} nats")
                 if args.checkpoint:
                     save(args.checkpoint, student=student, optimizer=optimizer, batches=batches)
             if is_last:

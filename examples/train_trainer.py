@@ -22,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from builder.student import distillation_loss, load_logits
+from logit_dataset import distillation_loss, load_logits
 
 
 class DistillationTrainer(Trainer):
@@ -30,10 +30,10 @@ class DistillationTrainer(Trainer):
 
     loss_is_scaled_for_ga = True  # by the positions of all batches over which gradients accumulate
 
-    def __init__(self, *, batches: Any, kind: str, text_weight: float, **options: Any) -> None:
-        """`kind` and `text_weight` are those of `distillation_loss`, all else is as in Trainer; `max_steps` says how long."""
+    def __init__(self, *, batches: Any, loss: str, text_weight: float, **options: Any) -> None:
+        """`loss` and `text_weight` are those of `distillation_loss`, all else is as in Trainer; `max_steps` says how long."""
         super().__init__(**options)
-        self.batches, self.kind, self.text_weight = batches, kind, text_weight
+        self.batches, self.loss, self.text_weight = batches, loss, text_weight
 
     def get_train_dataloader(self) -> Iterator[Any]:
         """Batches as they are, read ahead and of this process, without end: at the end of an epoch, which is at another step in each
@@ -62,7 +62,7 @@ class DistillationTrainer(Trainer):
         loss = distillation_loss(
             outputs.logits,
             inputs,
-            kind=self.kind,
+            loss=self.loss,
             text_weight=self.text_weight,
             num_positions=num_items_in_batch,
         )
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset", help="directory, or name on the Hub")
     parser.add_argument("output", help="directory for the student")
-    parser.add_argument("--kind", default="tail_bucket", help="see builder/student/divergences.py")
+    parser.add_argument("--loss", default="tail_bucket", help="see logit_dataset/divergences.py")
     parser.add_argument("--text-weight", type=float, default=0.1)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--length", type=int, default=512)
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
         args=options,
         callbacks=[KeepPlace(batches)],
         batches=batches,
-        kind=args.kind,
+        loss=args.loss,
         text_weight=args.text_weight,
     )
     trainer.train(resume_from_checkpoint=args.resume)

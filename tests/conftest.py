@@ -20,9 +20,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this tiny, a second 
 
 import pytest
 import torch
-from hub import Client, Hub, serve
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.loopback_hub import Client, Hub, serve
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -158,7 +159,7 @@ def run_cli(*arguments: object, **environment: str) -> subprocess.CompletedProce
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """`logit-dataset …` in this process: (exit status, stdout, stderr)."""
-    from builder.cli import main
+    from builder.cli.main import main
 
     def call(*arguments: object) -> tuple[int, str, str]:
         before, status = sys.argv, 0
@@ -207,7 +208,7 @@ def client(running: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
 @pytest.fixture(scope="session")
 def built(tiny_teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished dataset by the tiny teacher, with several shards. Read only: copy before changing anything."""
-    from builder.build import build
+    from builder.build.build import build
     from builder.recipe import load_recipe
 
     base = tmp_path_factory.mktemp("built")
@@ -221,8 +222,8 @@ def built(tiny_teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> Iterator[None]:
-    from builder.cli import _quiet_libraries
+    from builder.cli.terminal import quiet_libraries
 
-    _quiet_libraries()
+    quiet_libraries()
     yield
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)

@@ -8,12 +8,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from chats import chatty_teacher
-from conftest import REPOSITORY
-from test_build import run
-from test_chat_builds import write_recipe
 
-from builder.schema import LOGPROBS, Layout, columns
+from logit_dataset.schema import LOGPROBS, Layout, columns
+from tests.build.test_build import run
+from tests.build.test_chat_builds import write_recipe
+from tests.chats import chatty_teacher
+from tests.conftest import REPOSITORY
 
 BUILDER, STUDENT = REPOSITORY / "builder", REPOSITORY / "builder" / "student"
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -74,11 +74,11 @@ def test_the_student_imports_the_schema_and_itself_only(module):
 
 def test_importing_the_student_loads_neither_transformers_nor_the_builder():
     code = (
-        "import sys, builder.student; print(*sorted(m for m in sys.modules if m in "
+        "import sys, logit_dataset; print(*sorted(m for m in sys.modules if m in "
         "('transformers', 'pydantic', 'typer') or m.startswith('builder.') and 'student' not in m))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["builder.schema"]
+    assert done.stdout.split() == ["logit_dataset.schema"]
 
 
 def test_stages_know_nothing_of_recipes():

@@ -7,25 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
 
-from builder import recipe as recipe_module
+from builder.dataset import identity
+from builder.dataset.identity import DESCRIPTIVE, PINNED, differences, fingerprint, row_fingerprint
 from builder.recipe import (
-    DESCRIPTIVE,
-    PINNED,
     CorpusRecipe,
     GenerationRecipe,
     OutputRecipe,
     Recipe,
     SequencesRecipe,
     TeacherRecipe,
-    differences,
-    fingerprint,
-    is_commit,
     load_recipe,
-    row_fingerprint,
 )
-from builder.sources import KnownSources, resolve_corpus, resolve_teacher
+from builder.sources.resolve import KnownSources, resolve_corpus, resolve_teacher
+from tests.conftest import REPOSITORY
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SMALLEST = 'name = "x"\n[corpus]\nfiles = ["a.txt"]\n[teacher]\npath = "t"\n'
@@ -208,7 +203,7 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path):
     [(COMMIT, True), (COMMIT[:39], False), (COMMIT.upper(), False), ("g" * 40, False), ("", False)],
 )
 def test_what_a_commit_is(revision, expected):
-    assert is_commit(revision) == expected
+    assert CorpusRecipe(repo="org/set", revision=revision).is_pinned == expected
 
 
 # --- fingerprint -----------------------------------------------------------------------------------------------------------
@@ -306,7 +301,7 @@ def test_only_what_decides_each_row_changes_the_fingerprint_of_rows():
 
 def test_the_schema_version_changes_the_fingerprint(monkeypatch):
     before = fingerprint(plan(BASE))
-    monkeypatch.setattr(recipe_module, "SCHEMA_VERSION", "9.0.0")
+    monkeypatch.setattr(identity, "SCHEMA_VERSION", "9.0.0")
     assert fingerprint(plan(BASE)) != before
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from builder.info import alternatives
+from builder.dataset.info import alternatives
 
 BAR_WIDTH, ROW_HEIGHT, LABEL_WIDTH = 420, 24, 110
 

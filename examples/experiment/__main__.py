@@ -17,7 +17,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the Hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a run is one thread, and there are several at once
 
-from builder.cli import _quiet_libraries
+from builder.cli.terminal import quiet_libraries
 from examples.experiment.prepare import Place
 from examples.experiment.report import BEGIN, END, write_report
 from examples.experiment.runs import FULL, QUICK, experiment
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         work.mkdir(parents=True, exist_ok=True)
         page.write_text(f"# Experiment\n\n{BEGIN}\n{END}\n", encoding="utf-8")
     if not options.report:
-        _quiet_libraries()
+        quiet_libraries()
         plan = QUICK if options.quick else FULL
         place = Place(work=work, num_kept=plan.num_kept, length=plan.length)
         experiment(plan, place, results, workers=options.workers)

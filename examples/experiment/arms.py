@@ -1,6 +1,6 @@
 """The nine arms: what a student is told about the token that follows, and what telling it costs.
 
-Each arm is a loss of `builder.student` on the same batch; only the oracle has one of its own, a plain dense cross-entropy. What the
+Each arm is a loss of `logit_dataset` on the same batch; only the oracle has one of its own, a plain dense cross-entropy. What the
 teacher says is put into the student's vocabulary by `StudentVocabulary`, as for any small student.
 
 Shape suffixes: B rows, T positions, N those that count, K top-k, V student's vocabulary.
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from builder.student import FrequentTokens, distillation_loss
-from builder.student.rows import Rows
+from logit_dataset import FrequentTokens, distillation_loss
+from logit_dataset.rows import Rows
 
 Batch = dict[str, Tensor]
 Loss = Callable[[Tensor, Batch], Tensor]
@@ -59,27 +59,27 @@ def samples(logits_BTV: Tensor, batch: Batch) -> Tensor:
     told = {name: values for name, values in batch.items() if not name.startswith("other_")}
     told |= {name: batch[name][..., :0] for name in ("topk_indices", "topk_logprobs")}
     told |= {"tail_indices": batch["samples"], "tail_logprob": torch.zeros_like(batch["entropy"])}
-    return distillation_loss(logits_BTV, told, kind="tail_draws")
+    return distillation_loss(logits_BTV, told, loss="tail_draws")
 
 
 def renormalised(logits_BTV: Tensor, batch: Batch) -> Tensor:
     """The usual top-50 distillation."""
-    return distillation_loss(logits_BTV, batch, kind="renormalised_top_k")
+    return distillation_loss(logits_BTV, batch, loss="renormalised_top_k")
 
 
 def tail_bucket(logits_BTV: Tensor, batch: Batch) -> Tensor:
     """Top 50, and one event for everything else."""
-    return distillation_loss(logits_BTV, batch, kind="tail_bucket")
+    return distillation_loss(logits_BTV, batch, loss="tail_bucket")
 
 
 def residual(logits_BTV: Tensor, batch: Batch) -> Tensor:
     """Top 50, and the mass of everything else on the token that really follows."""
-    return distillation_loss(logits_BTV, batch, kind="residual")
+    return distillation_loss(logits_BTV, batch, loss="residual")
 
 
 def tail_draws(logits_BTV: Tensor, batch: Batch) -> Tensor:
     """Top 50, and four tokens drawn from the tail that share its mass."""
-    return distillation_loss(logits_BTV, batch, kind="tail_draws")
+    return distillation_loss(logits_BTV, batch, loss="tail_draws")
 
 
 def whole(logits_BTV: Tensor, batch: Batch) -> Tensor:

@@ -17,7 +17,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from builder.shards import atomic_file
+from builder.dataset.shards import atomic_file
 
 DOCSTRING_CHARACTERS = 1_500
 """Docstrings of a module are taken, each whole, until they are this long."""

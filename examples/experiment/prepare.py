@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from builder.build import build
-from builder.manifest import environment, read_manifest, write_json
+from builder.build.build import build
+from builder.dataset.manifest import environment, read_manifest, write_json
 from builder.recipe import load_recipe
-from builder.student.load import LogitDataset
-from builder.verify import verify
+from builder.verify.verify import verify
 from examples.experiment.arms import ARMS
 from examples.experiment.corpus import write_corpus
 from examples.experiment.train import Data, teacher_itself
 from examples.experiment.truth import SAMPLES, write_truth
+from logit_dataset.load import LogitDataset
 
 RECIPE = Path(__file__).parent / "recipe.toml"
 Progress = Callable[[str], None]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from builder.cli import _quiet_libraries
-from builder.manifest import write_json
+from builder.cli.terminal import quiet_libraries
+from builder.dataset.manifest import write_json
 from examples.experiment.arms import ARMS
 from examples.experiment.prepare import Place, prepare
 from examples.experiment.train import Data, Settings, read_json, train
@@ -160,7 +160,7 @@ _worker_data: list[Data] = []
 
 
 def _start_worker(place: Place) -> None:
-    _quiet_libraries()
+    quiet_libraries()
     torch.set_num_threads(1)
     _worker_data[:] = [place.data()]
 

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from builder.student import load_logits
-from builder.student.load import LogitDataset
 from examples.experiment.arms import ARMS, Batch, StudentVocabulary
 from examples.experiment.measure import cross_entropy_and_kl, measure
 from examples.experiment.student import logits_of, make_student, write_on
 from examples.experiment.truth import student_vocabulary
+from logit_dataset import load_logits
+from logit_dataset.load import LogitDataset
 
 AVERAGE, WARMUP_STEPS, MAX_NORM = 0.98, 50, 1.0
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.1
@@ -101,7 +101,7 @@ class Data:
     @cached_property
     def tokenizer(self) -> Any:
         """The teacher's."""
-        from builder.lookup import dataset_tokenizer
+        from builder.dataset.lookup import dataset_tokenizer
 
         return dataset_tokenizer(self.manifest, self._teacher)
 

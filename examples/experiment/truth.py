@@ -29,16 +29,16 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from builder.comparison import MAX_FLOAT32_ERROR
-from builder.loading import load_teacher
-from builder.lookup import teacher_source
-from builder.manifest import read_manifest, write_json
-from builder.schema import FLOAT16_MIN, float16_rounding
-from builder.sequences import length_sorted_batches
-from builder.shards import atomic_file, nested_values
-from builder.student import FrequentTokens
-from builder.teacher import Teacher
+from builder.corpus.sequences import length_sorted_batches
+from builder.dataset.lookup import teacher_source
+from builder.dataset.manifest import read_manifest, write_json
+from builder.dataset.shards import atomic_file, nested_values
+from builder.teacher.loading import load_teacher
+from builder.teacher.model import Teacher
+from builder.verify.comparison import MAX_FLOAT32_ERROR
 from examples.experiment.corpus import PARTS, in_quarter, part_of
+from logit_dataset import FrequentTokens
+from logit_dataset.schema import FLOAT16_MIN, float16_rounding
 
 SAMPLES = 50
 SEED = 20261125

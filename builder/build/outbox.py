@@ -1,0 +1,408 @@
+"""Finished shards → a branch of a repository on the Hub, while the build goes on.
+
+In:   the records of shards, as they are finished.
+Out:  on the branch, `data/*.parquet`, and in `.build/` all that another machine needs to go on: the plan, the teacher, the
+      commits behind branches, and the record of every shard. A record comes with its file, in one commit: a shard without a
+      record does not exist on the branch either, and a record counts only while its file has the recorded hash.
+
+How:  A thread of its own takes one shard after the other. It checks all rows as `verify` does, takes down what the card's
+      pictures need, and sends the content. A commit for several of them follows; then the hashes are read back, and only then
+      may a file be deleted here. What fails there fails the build.
+
+Cost: a second for a million tokens, beside the build; a copy of the data on the network. With `discard`, no more than
+      `max_local` shards are on the disk: those that wait, and those being computed.
+"""
+
+import json
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from threading import Condition, Thread
+from typing import Any, NamedTuple
+
+from huggingface_hub import CommitOperationAdd
+
+from builder.build.state import DISK_FULL, BuildState
+from builder.card.charts import Curves, Measured, curves_of, measure_file
+from builder.dataset.identity import fingerprint, row_fingerprint
+from builder.dataset.manifest import ShardRecord, json_bytes, records_of
+from builder.dataset.shards import file_sha256
+from builder.hub.calls import Notice, explain
+from builder.hub.limits import (
+    DISCARDED_TOGETHER,
+    FILES_PER_COMMIT,
+    MAX_FILE_BYTES,
+    MAX_FILES,
+    MAX_LOCAL_SHARDS,
+)
+from builder.hub.repository import LocalFile, Moved, Repository, Tree, holds
+from builder.sources.resolve import KnownSources
+from builder.verify.rows import Report, check_shard
+
+BRANCH = "logit-dataset-build"
+SENT_TOGETHER = FILES_PER_COMMIT - 5
+"""With the plan, the teacher, the commits and two lists of records."""
+COMMIT_SECONDS = 600
+"""After which even a single shard is committed."""
+RECORDS = ".build/records/"
+RECORDS_PER_FILE = 100
+"""One file for each would be thousands of requests for a machine that goes on."""
+
+
+def is_branch_of(repo: Repository, head: str | None, manifest: dict[str, Any]) -> bool:
+    """Whether the branch, which stands at `head` if it is there, is of the build that a finished dataset comes from."""
+    path = repo.download(".build/plan.json", head) if head else None
+    try:
+        plan = _json(path) if path else {}
+        if plan.pop("schema_version", None) != manifest["schema_version"]:
+            return False
+        return fingerprint(plan) == str(manifest["fingerprint"])
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def is_left_over(repo: Repository, head: str | None, manifest: dict[str, Any]) -> bool:
+    """Whether the branch holds nothing but the shards of a finished dataset, all of them just as they are there.
+
+    One that holds fewer may be of a build that makes them anew, which is not to be lost.
+    """
+    if head is None or not is_branch_of(repo, head, manifest):
+        return False
+    sent: set[tuple[str, str]] = set()
+    try:
+        for path in repo.tree(head):
+            if path.startswith(RECORDS) and (found := repo.download(path, head)):
+                records = [entry["record"] for entry in _json(found)]
+                sent |= {(record["file"], record["sha256"]) for record in records}
+    except (ValueError, LookupError, TypeError):
+        return False
+    return sent >= {(record.file, record.sha256) for record in records_of(manifest)}
+
+
+class _Sent(NamedTuple):
+    """A shard whose content has arrived, but which no commit holds yet."""
+
+    record: ShardRecord
+    measured: Measured
+    addition: CommitOperationAdd
+
+
+class Outbox:
+    """Sends finished shards, and knows which have arrived."""
+
+    def __init__(
+        self,
+        repo: Repository,
+        *,
+        discard: bool,
+        max_local: int = MAX_LOCAL_SHARDS,
+        notice: Notice,
+    ) -> None:
+        """Do nothing yet.
+
+        Args:
+            repo: exists, and may be written to.
+            discard: whether a file is deleted here once it is there.
+            max_local: data files on the disk, with `discard`.
+            notice: told, in a line, what the user should know.
+        """
+        self.repo, self.discards = repo, discard
+        self._max_local = max_local
+        self._notice = notice
+        self._changed = Condition()
+        self._waiting: list[ShardRecord] = []
+        self._sent: list[_Sent] = []
+        self._entries: list[dict[str, Any]] = []
+        """Of the branch, in the order of its lists of records."""
+        self._held: dict[tuple[int, int], tuple[ShardRecord, Measured]] = {}
+        self._last_commit = time.monotonic()
+        self._blocked = self._closing = self._abandoned = False
+        self._failure: BaseException | None = None
+        self._thread = Thread(target=self._run, name="outbox", daemon=True)
+
+    def open(self, output: Path, state: BuildState, known: KnownSources) -> None:
+        """Read what the branch holds, make the directory go on with it, and begin to send.
+
+        Args:
+            output: directory of the dataset.
+            state: of the build there, locked.
+            known: given the commits that the branch's build has resolved.
+
+        Raises:
+            ValueError: the branch is something else's, or the directory holds another build than the branch.
+        """
+        self._output, self._state, self._known = output, state, known
+        refs = self.repo.refs()
+        assert refs  # for it exists
+        main = refs.branches["main"]
+        self._head = refs.branches.get(BRANCH) or self.repo.create_branch(BRANCH, main)
+        tree = self.repo.tree(self._head)
+        plan = self._read("plan", tree)
+        if plan is not None:
+            state.adopt(
+                f"branch {BRANCH} of {self.repo.id}",
+                {"plan": plan, "teacher": self._read("teacher", tree)},
+            )
+            known.commits |= self._read("known", tree)["commits"]
+            self._read_records(tree)
+        elif self._head != main and not self._is_unused(main, tree):
+            raise ValueError(
+                f"branch {BRANCH} of {self.repo.id} holds something else than an unfinished build; delete it, or publish under "
+                "another name"
+            )
+        if self.discards:
+            state.note_repository(self.repo.id)
+        self._tidy()
+        self._thread.start()
+
+    def _is_unused(self, main: str, tree: Tree) -> bool:
+        """Whether nothing was ever put on the branch, though main may have moved on since it was made."""
+        return self.repo.is_of_main(self._head) or self.repo.tree(main) == tree
+
+    def held(self, partition: int, index: int) -> ShardRecord | None:
+        """The record of a shard that is on the branch; its file need not be here."""
+        found = self._held.get((partition, index))
+        return found[0] if found else None
+
+    def room(self, under_way: int = 0) -> bool:
+        """Whether another shard may be begun: waits until it may.
+
+        Where others are under way, it does not wait, for then one of those has to be finished and handed over first.
+        """
+        with self._changed:
+            while self.discards:
+                self._check()
+                if len(self._waiting) + len(self._sent) + under_way < self._max_local:
+                    break
+                if under_way:
+                    return False
+                self._blocked = True
+                self._changed.notify_all()
+                self._changed.wait()
+            self._blocked = False
+            return True
+
+    def put(self, record: ShardRecord) -> None:
+        """Hand over a finished shard, whose file is in the directory.
+
+        Raises:
+            ValueError: an earlier one could not be sent, or the Hub will not take this one.
+        """
+        if record.bytes > MAX_FILE_BYTES:
+            raise ValueError(
+                f"{record.file} has {record.bytes / 1e9:,.1f} GB, and the Hub takes files of up to {MAX_FILE_BYTES / 1e9:.0f} GB; "
+                "begin anew with a smaller output.shard_tokens"
+            )
+        with self._changed:
+            self._check()
+            if len(self._held) + len(self._sent) + len(self._waiting) >= MAX_FILES:
+                raise ValueError(
+                    f"{record.file} is one more than the {MAX_FILES:,} files that the Hub takes; begin anew with a larger "
+                    "output.shard_tokens"
+                )
+            self._waiting.append(record)
+            self._changed.notify_all()
+
+    def drain(self) -> None:
+        """Wait until all that was handed over is on the branch.
+
+        Raises:
+            ValueError: something could not be sent.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+        with self._changed:
+            self._check()
+
+    def abandon(self) -> None:
+        """Send nothing more: the build has failed."""
+        with self._changed:
+            self._abandoned = True
+            self._changed.notify_all()
+
+    def curves(self, records: Iterable[ShardRecord]) -> Curves:
+        """What the card's pictures show of shards that are on the branch."""
+        return curves_of(self._held[record.partition, record.index][1] for record in records)
+
+    def _check(self) -> None:
+        failure = self._failure
+        if failure is None:
+            return
+        if isinstance(failure, OSError) and failure.errno in DISK_FULL:
+            raise failure
+        # Of others, only what is known to hold no address.
+        what = failure if isinstance(failure, ValueError) else explain(failure, self.repo.id)
+        raise ValueError(
+            f"{what}. Finished shards are safe; the same command goes on from here"
+        ) from failure
+
+    # What the branch holds
+
+    def _read(self, name: str, tree: Tree) -> Any:
+        path = f".build/{name}.json"
+        found = self.repo.download(path, self._head) if path in tree else None
+        try:
+            return _json(found) if found else None
+        except ValueError as error:
+            raise ValueError(
+                f"{path} on branch {BRANCH} of {self.repo.id} is damaged ({error}); delete the branch to build anew"
+            ) from None
+
+    def _read_records(self, tree: Tree) -> None:
+        for path in sorted(path for path in tree if path.startswith(RECORDS)):
+            self._entries += self._read(path.removeprefix(".build/").removesuffix(".json"), tree)
+        damaged: dict[tuple[int, int], str] = {}
+        for entry in self._entries:
+            record = ShardRecord.from_json(entry["record"])
+            place, there = (record.partition, record.index), tree.get(record.file)
+            if there and (there.sha256, there.size) == (record.sha256, record.bytes):
+                self._held[place] = record, Measured(**entry["measured"])
+                damaged.pop(place, None)
+            elif place not in self._held:
+                damaged[place] = record.file
+        for file in damaged.values():
+            self._notice(
+                f"{file} on branch {BRANCH} is not what its record says: building it again"
+            )
+
+    def _tidy(self) -> None:
+        """Delete here what the branch holds, or holds otherwise, and leftovers of builds that were killed."""
+        held = {record.file: record.sha256 for record, _ in self._held.values()}
+        recorded = self._state.recorded_files()
+        for path in (self._output / "data").iterdir():
+            name = f"data/{path.name}"
+            if name in held:
+                if self.discards or file_sha256(path) != held[name]:
+                    path.unlink(missing_ok=True)
+            elif self.discards and name not in recorded:
+                path.unlink(missing_ok=True)  # a worker that outlived its driver may be faster
+
+    # What the thread does
+
+    def _run(self) -> None:
+        try:
+            while step := self._next_step():
+                step()
+        except BaseException as error:
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+
+    def _next_step(self) -> Any:
+        """What is to be done next; waits until there is something, and is None when all is done."""
+        with self._changed:
+            while not self._abandoned:
+                seconds_left = self._last_commit + COMMIT_SECONDS - time.monotonic()
+                if self._is_commit_due(seconds_left):
+                    return self._commit
+                if self._waiting:
+                    return partial(self._send, self._waiting[0])
+                if self._closing:
+                    break
+                self._changed.wait(max(seconds_left, 0) if self._sent else None)
+            return None
+
+    def _is_commit_due(self, seconds_left: float) -> bool:
+        if not self._sent:
+            return False
+        if len(self._sent) >= SENT_TOGETHER or seconds_left <= 0:
+            return True
+        together = DISCARDED_TOGETHER if self.discards else SENT_TOGETHER
+        is_awaited = self._closing or self._blocked or len(self._sent) >= together
+        return is_awaited and not self._waiting
+
+    def _send(self, record: ShardRecord) -> None:
+        """Check a shard and send its content."""
+        path, report = self._output / record.file, Report()
+        plan = self._state.read("plan")
+        about = {
+            "recipe": plan["recipe"],
+            "teacher": self._state.read("teacher"),
+            "row_fingerprint": row_fingerprint(plan),
+        }
+        check_shard(self._output, record, about, report)
+        if report.problems:
+            raise ValueError(f"{report.problems[0]}; it was not sent")
+        measured = measure_file(path)
+        addition = CommitOperationAdd(record.file, path)
+        self.repo.send(addition, BRANCH)
+        if addition.upload_info.sha256.hex() != record.sha256:
+            raise ValueError(f"{record.file} has changed since it was finished; it was not sent")
+        with self._changed:
+            self._waiting.remove(record)
+            self._sent.append(_Sent(record, measured, addition))
+            self._changed.notify_all()
+
+    def _commit(self) -> None:
+        """Bring into the branch what was sent, read back that it is there, and discard it here."""
+        batch = self._sent[:SENT_TOGETHER]
+        entries = [
+            *self._entries,
+            *({"record": asdict(sent.record), "measured": asdict(sent.measured)} for sent in batch),
+        ]
+        small = {
+            path: LocalFile.of(json_bytes(values)) for path, values in self._small(entries).items()
+        }
+        files = {
+            sent.record.file: LocalFile(self._output / sent.record.file, sent.record.bytes, sent.record.sha256)
+            for sent in batch
+        }  # fmt: skip
+        files |= small
+        names = [sent.record.file.removeprefix("data/") for sent in batch]
+        try:
+            head = self.repo.commit(
+                BRANCH,
+                [
+                    *(sent.addition for sent in batch),
+                    *(CommitOperationAdd(path, file.content) for path, file in small.items()),
+                ],
+                message=f"{len(names)} shards: {names[0]} … {names[-1]}",
+                parent=self._head,
+                landed=lambda tree: all(holds(tree, path, file) for path, file in files.items()),
+            )
+        except Moved as error:
+            raise ValueError(
+                f"{error}; is another machine building the same? Let only one of them go on"
+            ) from None
+        there = self.repo.tree(head, list(files))
+        for path, file in files.items():
+            if not holds(there, path, file) or (path not in small and not there[path].sha256):
+                raise ValueError(f"{path} has not arrived as it was sent")
+        if self.discards:
+            for sent in batch:
+                with suppress(FileNotFoundError):
+                    (self._output / sent.record.file).unlink()
+        with self._changed:
+            self._head, self._entries = head, entries
+            self._held |= {
+                (sent.record.partition, sent.record.index): (sent.record, sent.measured)
+                for sent in batch
+            }
+            del self._sent[: len(batch)]
+            self._last_commit = time.monotonic()
+            self._changed.notify_all()
+
+    def _small(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
+        """Path → values of the small files that go with a commit: what no earlier one has brought."""
+        first = len(self._entries) // RECORDS_PER_FILE
+        files: dict[str, Any] = {
+            f"{RECORDS}{number:05d}.json": entries[
+                number * RECORDS_PER_FILE : (number + 1) * RECORDS_PER_FILE
+            ]
+            for number in range(first, -(-len(entries) // RECORDS_PER_FILE))
+        }
+        if not self._entries:
+            files[".build/plan.json"] = self._state.read("plan")
+            files[".build/teacher.json"] = self._state.read("teacher")
+            # Never the hashes that it knows, for they stand beside paths of this machine.
+            files[".build/known.json"] = {"commits": self._known.commits}
+        return files
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,347 @@
+"""One shard of a plan → its file and its record: what a worker does, in this process or in another one.
+
+In:   a plan, and where a shard starts in the corpus.
+Out:  the shard's file, renamed into place, and its record, which is for the caller to keep.
+
+How:  a shard is a pure function of the recipe, the sources and its start. So it does not matter who computes it, or whether
+      two do: each writes under a temporary name of its own, and what it renames into place are the same bytes.
+"""
+
+import gc
+import secrets
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from builder.build.stream import SequenceStream
+from builder.capture.decoding import Decoder
+from builder.capture.generation import Generator
+from builder.capture.pipeline import Notice, Pipeline, Progress
+from builder.corpus.chats import ChatTemplate
+from builder.corpus.documents import Offset
+from builder.corpus.sequences import Encoder
+from builder.dataset.identity import row_fingerprint
+from builder.dataset.manifest import Completions, ShardRecord, Sums, environment
+from builder.dataset.shards import (
+    MAX_ROW_VALUES,
+    Block,
+    ShardWriter,
+    atomic_file,
+    column_bytes,
+    file_sha256,
+)
+from builder.recipe import CorpusRecipe, Recipe
+from builder.sources.opening import make_encoder, open_teacher
+from builder.sources.resolve import Sources, template_provenance
+from builder.teacher.model import Teacher
+from logit_dataset.schema import SCHEMA_VERSION, Layout
+
+SUM_VALUES = 2**22
+"""Log-probabilities that are summed at once: 32 MB in float64."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A shard to compute."""
+
+    partition: int
+    index: int
+    start: Offset | None
+    """Where in the corpus the shard before it ended; None for the first of a partition."""
+
+    @property
+    def file(self) -> str:
+        """Path of its file below the dataset's directory."""
+        return f"data/train-{self.partition:03d}-{self.index:05d}.parquet"
+
+
+Computed = tuple[Task, ShardRecord | Exception]
+"""A shard that was to be computed, and how that ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Several workers that Ray runs."""
+
+    workers: int
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`: settled where the workers are."""
+    address: str | None = None
+    """Of a Ray cluster, as `ray.init` takes it; None for this machine alone."""
+    gpus_per_worker: float | None = None
+    """None for what device and teacher need."""
+    told: Callable[[str], None] = lambda _: None
+    """Called, again and again, with a few words on what each worker does."""
+
+
+class Worker:
+    """Computes shards. Holds what is worth keeping between them: the teacher, and the open corpus."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        sources: Sources,
+        *,
+        device: str,
+        progress: Progress,
+        notice: Notice,
+    ) -> None:
+        """Prepare to compute; the teacher is loaded when it is first needed.
+
+        Args:
+            recipe: what is built.
+            sources: of the recipe.
+            device: a torch device.
+            progress: told of captured tokens.
+            notice: told, in a line, of what the user should know.
+        """
+        self._recipe = recipe
+        self._sources = sources
+        self._device = device
+        self._progress = progress
+        self._notice = notice
+        self._metadata = {
+            "logit_dataset.schema": SCHEMA_VERSION,
+            "logit_dataset.row_fingerprint": row_fingerprint(sources.plan(recipe)),
+        }
+        self._stream: SequenceStream | None = None
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The teacher, loaded when first needed."""
+        teacher = open_teacher(self._recipe.teacher, self._sources.teacher, device=self._device)
+        _check_fit(self._recipe, teacher)
+        return teacher
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The way from documents to sequences of the recipe and the teacher's tokenizer."""
+        return make_encoder(self._recipe, self.teacher.tokenizer, self._sources.template)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """What the rows hold."""
+        return Layout.of(self._recipe.published(), self.teacher.provenance())
+
+    @cached_property
+    def decoder(self) -> Decoder | None:
+        """The teacher as it writes; None where it does not."""
+        recipe = self._recipe.generation
+        if recipe is None:
+            return None
+        chats = self.encoder.chats
+        return Decoder(
+            self.teacher,
+            temperature=recipe.temperature,
+            top_p=recipe.top_p,
+            ends=chats.ends if isinstance(chats, ChatTemplate) else (),
+        )
+
+    def prepare(self, task: Task) -> dict[str, Any]:
+        """Load the teacher and open the corpus for a first task, without reading it.
+
+        Returns:
+            What the loaded teacher is, what is put around its sequences, and where those end that it writes.
+
+        Raises:
+            ValueError: no shard can be computed, for the teacher cannot be loaded or does not fit the recipe, or the
+                corpus cannot be opened.
+        """
+        self._stream = self._stream_for(task)
+        encoder = self.encoder
+        special: dict[str, Any] = {"prefix_ids": encoder.prefix, "suffix_ids": encoder.suffix}
+        if self.decoder:
+            special["generation_eos_ids"] = sorted(self.decoder.eos_ids)
+        template = encoder.chats.source if isinstance(encoder.chats, ChatTemplate) else None
+        return self.teacher.provenance() | special | template_provenance(template)
+
+    def shard(self, output: Path, task: Task) -> ShardRecord:
+        """Compute one shard and write its file below the directory `output`.
+
+        Raises:
+            ValueError: its part of the corpus cannot be read or is empty, or the teacher fails on it.
+            OSError: the disk is full or cannot be written.
+        """
+        try:
+            return self._shard(output, task)
+        except Exception as error:
+            _forget_locals(error)
+            if self._recipe.teacher.tensor_parallel:
+                self._forget_teacher()
+            raise
+
+    def _forget_teacher(self) -> None:
+        """Have it loaded anew for the next shard: the processes over which it is split may be out of step."""
+        for name in ("teacher", "encoder", "layout", "decoder"):
+            self.__dict__.pop(name, None)
+        self._stream = None
+        gc.collect()  # a model may hold itself in a circle, and two have no room on a GPU
+
+    def _shard(self, output: Path, task: Task) -> ShardRecord:
+        started = time.perf_counter()
+        file = output / task.file
+        stream, self._stream = self._stream_for(task), None
+        rows, tokens, sums = 0, 0, Sums()
+        pipeline = self._pipeline()
+        generator = self._generator(pipeline)
+        if generator:
+            blocks = stream.shard_blocks(generator)
+        else:
+            blocks = pipeline.blocks(stream.shard_sequences())
+        with (
+            atomic_file(file, writer=secrets.token_hex(4)) as sink,
+            ShardWriter(
+                sink,
+                layout=self.layout,
+                profile=self._recipe.output.profile,
+                metadata=self._metadata,
+            ) as writer,
+        ):
+            for block in blocks:
+                writer.write(block)
+                rows += len(block.sequences)
+                tokens += len(block.distribution["logsumexp"])
+                sums += _sums(block, self.layout)
+            if not rows:
+                raise ValueError(_nothing_in(self._recipe.corpus, stream))
+        self._stream = stream
+        return ShardRecord(
+            file=task.file,
+            sha256=file_sha256(file),
+            bytes=file.stat().st_size,
+            rows=rows,
+            tokens=tokens,
+            partition=task.partition,
+            index=task.index,
+            offset_before=task.start or {},
+            offset_after=stream.offset,
+            exhausted=stream.exhausted,
+            sums=sums,
+            halved_batches=(generator or pipeline).halved_batches,
+            seconds=round(time.perf_counter() - started, 3),
+            environment=environment(self._device),
+            completions=Completions(**generator.counts, prompts_too_long=stream.prompts_too_long)
+            if generator
+            else None,
+            column_bytes=column_bytes(pq.read_metadata(file)),
+        )
+
+    def _pipeline(self) -> Pipeline:
+        return Pipeline(
+            self.teacher,
+            layout=self.layout,
+            seed=self._recipe.output.seed,
+            batch_tokens=self._recipe.sequences.batch_tokens,
+            # What is written is counted while it is written.
+            progress=(lambda _: None) if self.decoder else self._progress,
+            notice=self._notice,
+        )
+
+    def _generator(self, pipeline: Pipeline) -> Generator | None:
+        recipe = self._recipe.generation
+        if recipe is None or self.decoder is None:
+            return None
+        return Generator(
+            self.decoder,
+            pipeline,
+            layout=self.layout,
+            is_greedy=recipe.temperature == 0,
+            max_new_tokens=recipe.max_new_tokens,
+            samples=recipe.samples,
+            seed=recipe.seed,
+            batch_tokens=recipe.batch_tokens,
+            progress=self._progress,
+            notice=self._notice,
+        )
+
+    def _stream_for(self, task: Task) -> SequenceStream:
+        """The corpus from where the shard starts: as the shard before left it, or opened anew."""
+        stream = self._stream
+        if stream and (stream.partition, stream.offset) == (task.partition, task.start):
+            return stream
+        return SequenceStream(
+            self._recipe,
+            self._sources.corpus,
+            self.encoder,
+            task.partition,
+            task.start,
+            notice=self._notice,
+        )
+
+
+def _forget_locals(error: BaseException) -> None:
+    """Let go what the failed calls held, such as a teacher and its batches: an error may be kept until the build ends."""
+    errors = [error]
+    for one in errors:
+        traceback.clear_frames(one.__traceback__)
+        errors += [e for e in (one.__cause__, one.__context__) if e and e not in errors]
+
+
+def _nothing_in(recipe: CorpusRecipe, stream: SequenceStream) -> str:
+    """Why there is no row."""
+    skipped, partition = stream.offset["skipped"], stream.partition
+    where = f"partition {partition} of the corpus" if partition else "the corpus"
+    if stream.prompts_too_long:
+        return (
+            f"{where} has no prompt that leaves room for generation.max_new_tokens ({stream.prompts_too_long} are too long); "
+            "choose a larger sequences.max_length"
+        )
+    if stream.is_of_prompts:
+        return f"{where} has no prompt ({skipped} are null, empty or blank); check its column in [corpus]"
+    if recipe.messages_column:
+        return (
+            f"{where} has no chat to learn from ({skipped} without an answer, or with the first one beyond sequences.max_length); "
+            "check corpus.messages_column"
+        )
+    return (
+        f"{where} has no text ({skipped} null, empty or blank documents); check corpus.text_column"
+    )
+
+
+def _check_fit(recipe: Recipe, teacher: Teacher) -> None:
+    output, max_length = recipe.output, recipe.sequences.max_length
+    if output.top_k != "all" and output.top_k > teacher.vocab_size:
+        raise ValueError(
+            f"output.top_k is {output.top_k}, but the teacher's vocabulary has {teacher.vocab_size} tokens; "
+            "choose a smaller top_k"
+        )
+    if teacher.max_length and max_length > teacher.max_length:
+        raise ValueError(
+            f"sequences.max_length is {max_length}, but the teacher was made for {teacher.max_length} "
+            "positions; choose a smaller max_length"
+        )
+    if output.hidden_states and not teacher.head_only:
+        raise ValueError(
+            f"output.hidden_states is true, but {type(teacher.model).__name__} does not come apart into a body and a head; "
+            "set it to false"
+        )
+    widest = Layout.of(recipe.published(), teacher.provenance()).widest
+    if max_length * widest > MAX_ROW_VALUES:
+        raise ValueError(
+            f"a row of sequences.max_length = {max_length} tokens would hold {max_length * widest:,} values in one column, more "
+            f"than the {MAX_ROW_VALUES:,} that Arrow's lists can; choose a smaller max_length or top_k"
+        )
+
+
+def _sums(block: Block, layout: Layout) -> Sums:
+    distribution = block.distribution
+    nll = -distribution["target_logprob"].double()
+    logprobs = distribution.get("topk_logprobs", distribution.get("logprobs"))
+    assert logprobs is not None
+    rows = max(1, SUM_VALUES // logprobs.shape[1])
+    return Sums(
+        entropy=float(distribution["entropy"].double().sum()),
+        topk_mass=sum(float(part.double().exp().sum()) for part in logprobs.split(rows)),
+        target_nll=float(nll.nansum()),
+        targets=int((~nll.isnan()).sum()),
+        completion_tokens=sum(sum(s.completion_mask or ()) for s in block.sequences)
+        if layout.completion_mask
+        else None,
+        kept=len(logprobs) if layout.completions_only else None,
+    )

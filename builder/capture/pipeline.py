@@ -1,0 +1,302 @@
+"""Sequences → blocks of rows: the teacher and its statistics, batch by batch, without waiting for the device.
+
+In:   the sequences of a shard, and the teacher.
+Out:  Blocks in the order of the sequences.
+
+How:  sequences are taken a window at a time and sorted by length within it, so that batches carry little padding. While
+      the device works on a batch, the one before is copied to the host (once, through pinned memory) and put in order, and
+      the next window is read and tokenized. Nothing is carried from one shard to the next.
+
+Cost: two windows of statistics on the host, 6 bytes · T · K each.
+
+Shape suffixes: N positions, M draws from the tail, D hidden.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from builder.capture.distribution import Distribution, capture, concatenate
+from builder.capture.draws import uniforms
+from builder.corpus.sequences import Sequence, length_sorted_batches
+from builder.dataset.shards import Block
+from builder.teacher.model import Teacher, to_device
+from logit_dataset.schema import FLOAT16_MIN, Layout
+
+WINDOW_BATCHES = 8
+"""Sequences of this many batches are sorted by length together."""
+WINDOW_VALUES = 2**26
+"""Limit on T · K of a window, for large K: 400 MB of indices and log-probs. Batches are no larger than their window."""
+BATCHES_IN_FLIGHT = 1
+"""Launched batches whose results have not been asked for, besides the one being launched."""
+
+Progress = Callable[[int], None]
+"""Called with the number of tokens just captured."""
+Notice = Callable[[str], None]
+"""Called with a line that the user should see."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Window:
+    """Consecutive sequences, and the batches of them that have come back so far."""
+
+    sequences: list[Sequence]
+    landed: list[tuple[list[int], Distribution]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Batch:
+    """A batch that was launched on the device."""
+
+    window: _Window
+    indices: list[int]
+    """Of its sequences in the window."""
+    is_last: bool
+    """Whether the window is complete with it."""
+    arrive: Callable[[], Distribution]
+    """Waits for the statistics on the host."""
+
+
+class Pipeline:
+    """Runs a teacher over the sequences of one shard."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        layout: Layout,
+        seed: int = 0,
+        batch_tokens: int,
+        progress: Progress = lambda _: None,
+        notice: Notice = lambda _: None,
+    ) -> None:
+        """Prepare to run.
+
+        Args:
+            teacher: the teacher.
+            layout: what is to be stored.
+            seed: of the draws from the tail.
+            batch_tokens: positions in a batch, padding included.
+            progress: told of captured tokens.
+            notice: told of batches that did not fit the device's memory.
+        """
+        self._teacher = teacher
+        self._layout = layout
+        self._seed = seed
+        self._batch_tokens = batch_tokens
+        self._progress = progress
+        self._notice = notice
+        self.halved_batches = 0
+        """How many batches did not fit the device's memory and were halved: this can change last bits."""
+
+    def blocks(self, sequences: Iterator[Sequence]) -> Iterator[Block]:
+        """The sequences in their order, each with the distributions of its positions.
+
+        Raises:
+            ValueError: the teacher yields NaN or infinity (names the document), or one sequence alone does not fit
+                the device's memory.
+        """
+        in_flight: deque[_Batch] = deque()
+        for window in self._windows(sequences):
+            for batch in self._launched(window):
+                in_flight.append(batch)
+                if len(in_flight) > BATCHES_IN_FLIGHT:
+                    yield from self._land(in_flight.popleft())
+        while in_flight:
+            yield from self._land(in_flight.popleft())
+
+    def _windows(self, sequences: Iterator[Sequence]) -> Iterator[_Window]:
+        limit = min(WINDOW_BATCHES * self._batch_tokens, WINDOW_VALUES // self._layout.widest)
+        window: list[Sequence] = []
+        tokens = 0
+        for sequence in sequences:
+            if window and tokens + len(sequence.token_ids) > limit:
+                yield _Window(sequences=window)
+                window, tokens = [], 0
+            window.append(sequence)
+            tokens += len(sequence.token_ids)
+        if window:
+            yield _Window(sequences=window)
+
+    def _launched(self, window: _Window) -> Iterator[_Batch]:
+        lengths = [len(sequence.token_ids) for sequence in window.sequences]
+        waiting = deque(length_sorted_batches(lengths, self._batch_tokens))
+        while waiting:
+            indices = waiting.popleft()
+            arrive = self._launch([window.sequences[i] for i in indices])
+            if arrive is None:
+                middle = len(indices) // 2
+                waiting.extendleft([indices[middle:], indices[:middle]])
+            else:
+                yield _Batch(window=window, indices=indices, is_last=not waiting, arrive=arrive)
+
+    def _launch(self, sequences: list[Sequence]) -> Callable[[], Distribution] | None:
+        """Start the work on a batch; None if it does not fit the device's memory."""
+        try:
+            return start_copy(self._capture(sequences))
+        except torch.OutOfMemoryError:
+            pass  # what the failed attempt holds is let go with the exception, before the next attempt
+        longest = max(len(sequence.token_ids) for sequence in sequences)
+        if len(sequences) == 1:
+            raise ValueError(
+                f"a single sequence of {longest} tokens does not fit the memory of {self._teacher.device}; choose a "
+                "smaller sequences.max_length, or a device with more memory"
+            )
+        self.halved_batches += 1
+        self._notice(
+            f"out of memory on {self._teacher.device} with {len(sequences)} sequences of up to {longest} tokens: going on with "
+            "half as many; a smaller sequences.batch_tokens avoids this"
+        )
+        if self._teacher.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    def _capture(self, sequences: list[Sequence]) -> Distribution:
+        """The statistics of a batch, on the device."""
+        teacher, layout = self._teacher, self._layout
+        ids = [sequence.token_ids for sequence in sequences]
+        targets_N = torch.tensor([target for sequence in sequences for target in sequence.targets])
+        uniforms_NM = None
+        if layout.tail_samples:
+            uniforms_NM = torch.cat([self._uniforms(sequence) for sequence in sequences])
+        hidden_ND = teacher.hidden(ids) if layout.hidden_states else None
+        distribution = capture(
+            teacher.logits(ids) if hidden_ND is None else teacher.head(hidden_ND),
+            to_device(targets_N, teacher.logits_device),
+            top_k=layout.top_k,
+            uniforms_NM=None
+            if uniforms_NM is None
+            else to_device(uniforms_NM, teacher.logits_device),
+            temperatures=layout.temperatures,
+        )
+        if hidden_ND is not None:
+            distribution["hidden_states"] = hidden_ND.half().to(teacher.logits_device)
+        if layout.completions_only:
+            kept_C = to_device(_loss_positions(sequences), teacher.logits_device)
+            for name, values in distribution.items():
+                if values.ndim == 2:
+                    distribution[name] = values.index_select(0, kept_C)
+        return distribution
+
+    def _uniforms(self, sequence: Sequence) -> Tensor:
+        return uniforms(
+            self._seed,
+            sequence.document_id,
+            sequence.chunk_index,
+            num_positions=len(sequence.token_ids),
+            count=self._layout.tail_samples,
+        )
+
+    def _land(self, batch: _Batch) -> Iterator[Block]:
+        """Take a batch in; yields the block of its window when that is complete."""
+        distribution = batch.arrive()
+        sequences = [batch.window.sequences[i] for i in batch.indices]
+        _check_finite(distribution, sequences, loss_only=self._layout.completions_only)
+        batch.window.landed.append((batch.indices, distribution))
+        self._progress(len(distribution["logsumexp"]))
+        if batch.is_last:
+            yield _in_order(batch.window, loss_only=self._layout.completions_only)
+
+
+def start_copy(distribution: Distribution) -> Callable[[], Distribution]:
+    """Begin to copy statistics to the host, in one piece; the result waits for them."""
+    if distribution["logsumexp"].device.type == "cpu":
+        return lambda: distribution
+    packed = pack(distribution)
+    host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+    host.copy_(packed, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(packed.device))
+
+    def arrive() -> Distribution:
+        done.synchronize()
+        return unpack(host, like=distribution)
+
+    return arrive
+
+
+def pack(distribution: Distribution) -> Tensor:
+    """All bytes of a Distribution in one tensor, columns of four-byte values first, so that all are aligned."""
+    columns = [distribution[name] for name in _packing_order(distribution)]
+    return torch.cat([column.contiguous().view(torch.uint8).flatten() for column in columns])
+
+
+def unpack(packed: Tensor, *, like: Distribution) -> Distribution:
+    """The inverse of `pack`, as views of its result, in the shapes and types of `like`."""
+    columns, start = {}, 0
+    for name in _packing_order(like):
+        column = like[name]
+        end = start + column.numel() * column.itemsize
+        columns[name] = packed[start:end].view(column.dtype).view(column.shape)
+        start = end
+    return columns
+
+
+def _packing_order(distribution: Distribution) -> list[str]:
+    return sorted(distribution, key=lambda name: -distribution[name].itemsize)
+
+
+def _in_order(window: _Window, *, loss_only: bool) -> Block:
+    """The block of a complete window: positions are brought back from the order of batches to that of sequences."""
+    order_N = order_C = _order(window, [len(sequence.token_ids) for sequence in window.sequences])
+    if loss_only:
+        order_C = _order(window, [len(sequence.loss_positions) for sequence in window.sequences])
+    whole = concatenate([distribution for _, distribution in window.landed])
+    ordered = {
+        name: column.index_select(0, order_N if column.ndim == 1 else order_C)
+        for name, column in whole.items()
+    }
+    return Block(sequences=window.sequences, distribution=ordered)
+
+
+def _order(window: _Window, lengths: list[int]) -> Tensor:
+    """Where each value of the sequences, of which they have so many, stands among those that have landed."""
+    starts, start = [0] * len(lengths), 0
+    for indices, _ in window.landed:
+        for i in indices:
+            starts[i] = start
+            start += lengths[i]
+    return torch.cat(
+        [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+    )
+
+
+def _loss_positions(sequences: list[Sequence]) -> Tensor:
+    """Indices of the positions in the loss mask among all positions of some sequences, [C]."""
+    found, start = [], 0
+    for sequence in sequences:
+        found += [start + position for position in sequence.loss_positions]
+        start += len(sequence.token_ids)
+    return torch.tensor(found, dtype=torch.long)
+
+
+def _check_finite(
+    distribution: Distribution, sequences: list[Sequence], *, loss_only: bool
+) -> None:
+    bad = (~distribution["logsumexp"].isfinite()).nonzero()
+    if len(bad):
+        where = _place(int(bad[0]), sequences)
+        raise ValueError(
+            f"the teacher yields NaN or infinity for {where}; try another teacher.dtype, or leave it out"
+        )
+    if "hidden_states" not in distribution:
+        return
+    bad = (~distribution["hidden_states"].isfinite().all(-1)).nonzero()
+    if len(bad):
+        position = int(_loss_positions(sequences)[bad[0]]) if loss_only else int(bad[0])
+        raise ValueError(
+            f"a hidden state for {_place(position, sequences)} is beyond {-FLOAT16_MIN:.0f}, the largest float16; "
+            "this teacher's cannot be stored: set output.hidden_states to false"
+        )
+
+
+def _place(position: int, sequences: list[Sequence]) -> str:
+    """Document, chunk and position of a position of a batch."""
+    for sequence in sequences:
+        if position < len(sequence.token_ids):
+            break
+        position -= len(sequence.token_ids)
+    return f"document {sequence.document_id!r} (chunk {sequence.chunk_index}, position {position})"

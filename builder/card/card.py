@@ -1,0 +1,425 @@
+"""The manifest → the dataset card: README.md with its pictures, and the YAML head by which `load_dataset` knows its types.
+
+In:   a manifest; the data files, for the pictures; and, where they exist, `verification.json` and `release.json`.
+Out:  the same bytes for the same input, whether `build` or `publish` asks.
+
+Names, descriptions and file names come from outside: `plain` makes them text that does nothing, and what goes into YAML or
+TOML is quoted by a library.
+"""
+
+import functools
+import json
+import re
+from collections import Counter
+from dataclasses import asdict, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from builder.card.charts import Curves, entropy_svg, marks, mass_svg, measure
+from builder.card.licences import licence_head, licence_text
+from builder.card.markdown import plain
+from builder.dataset import authorship
+from builder.dataset.manifest import data_digest, mean_topk_mass, records_of, write_json
+from builder.dataset.shards import atomic_file
+from builder.recipe import (
+    CorpusRecipe,
+    GenerationRecipe,
+    OutputRecipe,
+    SequencesRecipe,
+    TeacherRecipe,
+)
+from builder.sources import demo
+from logit_dataset.schema import Layout, card_features, columns, is_generated
+
+README, VERIFICATION, RELEASE = "README.md", "verification.json", "release.json"
+PICTURES = ("assets/mass.svg", "assets/entropy.svg")
+CURVES = ".curves.json"
+"""What the pictures show of data that are no longer in the directory; stays there."""
+
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+
+
+def card_files(
+    directory: Path, manifest: dict[str, Any], *, release: dict[str, Any] | None = None
+) -> dict[str, bytes]:
+    """The card of a dataset and its pictures: name → content.
+
+    Args:
+        directory: holds the data files (or what `keep_curves` wrote) and, if random rows were recomputed,
+            `verification.json`.
+        manifest: of the dataset, which need not be written yet.
+        release: what `publish` says of this version and those before; None for a dataset that is not published.
+    """
+    kept = _about(directory / CURVES, manifest)
+    if kept:
+        curves = Curves(**{key: value for key, value in kept.items() if key != "data"})
+    else:
+        curves = _curves(directory, tuple((r.file, r.sha256) for r in records_of(manifest)))
+    verification = read_verification(directory, manifest)
+    card = render_card(manifest, curves=curves, verification=verification, release=release)
+    pictures = (mass_svg(curves), entropy_svg(curves))
+    return {
+        README: card.encode(),
+        **{name: svg.encode() for name, svg in zip(PICTURES, pictures, strict=True)},
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def _curves(directory: Path, files_and_hashes: tuple[tuple[str, str], ...]) -> Curves:
+    """Measured once, though a plan, its description and the upload all need the card."""
+    return measure(directory / file for file, _ in files_and_hashes)
+
+
+def keep_curves(directory: Path, manifest: dict[str, Any], curves: Curves) -> None:
+    """Write down what the pictures show, for a directory whose data files are elsewhere."""
+    write_json(directory / CURVES, {"data": data_digest(manifest), **asdict(curves)})
+
+
+def write_card(
+    directory: Path, manifest: dict[str, Any], *, release: dict[str, Any] | None = None
+) -> None:
+    """Write the card and its pictures into a dataset's directory."""
+    for name, content in card_files(directory, manifest, release=release).items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        with atomic_file(directory / name) as sink:
+            sink.write(content)
+
+
+def read_release(directory: Path) -> dict[str, Any] | None:
+    """What an earlier `publish` wrote into this directory, if anything."""
+    return _read_json(directory / RELEASE)
+
+
+def read_verification(directory: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """The recorded result of `verify --recompute`, if it is about these data files."""
+    return _about(directory / VERIFICATION, manifest)
+
+
+def render_card(
+    manifest: dict[str, Any],
+    *,
+    curves: Curves | None = None,
+    verification: dict[str, Any] | None = None,
+    release: dict[str, Any] | None = None,
+) -> str:
+    """The text of README.md."""
+    from huggingface_hub import DatasetCard, DatasetCardData
+
+    recipe, teacher = manifest["recipe"], manifest["teacher"]
+    totals, sequences = manifest["totals"], recipe["sequences"]
+    layout = Layout.of(recipe, teacher)
+    where = f"{release['repo']} --revision v{release['version']}" if release else "DIRECTORY"
+    card = DatasetCard.from_template(
+        DatasetCardData(**_head(manifest)),
+        template_str=(resources.files("builder.card") / "template.md").read_text(encoding="utf-8"),
+        title=plain(recipe["name"]),
+        description=plain(recipe.get("description") or ""),
+        tokens=f"{totals['tokens']:,}",
+        corpus=_corpus_name(manifest["corpus"]),
+        teacher=_teacher_name(teacher),
+        kept=_what_is_kept(manifest, layout),
+        is_whole=layout.top_k == "all",
+        document=_documents(totals).removesuffix("s"),
+        rows="C" if layout.completions_only else "T",
+        at_wide="[kept]" if layout.completion_mask and not layout.completions_only else "",
+        layout=layout,
+        load_arguments=_load_arguments(release),
+        columns=columns(layout),
+        column_bytes=_column_bytes(manifest),
+        end_of_document=_end_of_document(manifest),
+        writing=authorship.sentences(manifest),
+        statistics=_statistics(manifest),
+        marks=[(k, f"{curves.mass[k - 1]:.1%}") for k in marks(len(curves.mass))] if curves else [],
+        mass_alt="Probability inside the k most probable tokens, against k",
+        entropy_alt="Distribution of the entropy of the teacher’s predictions",
+        provenance=_provenance(manifest),
+        verification=_verification_text(verification, where),
+        tail_mass=f"{1 - _topk_mass(manifest):.1%}",
+        max_length=f"{sequences['max_length']:,}",
+        chunked=", and longer documents were cut off there"
+        if sequences["long_documents"] == "truncate"
+        else "",
+        dtype=plain(teacher["dtype"]),
+        recipe=recipe_toml(recipe, manifest),
+        reproduce_note=_reproduce_note(recipe),
+        fingerprint=manifest["fingerprint"],
+        licence=licence_text(manifest),
+        changelog=_changelog(release),
+    )
+    return str(card)
+
+
+def _column_bytes(manifest: dict[str, Any]) -> dict[str, str]:
+    """What a token takes in each column; empty where that was not recorded."""
+    records = records_of(manifest)
+    if not all(record.column_bytes for record in records):
+        return {}
+    totals: Counter[str] = Counter()
+    for record in records:
+        totals.update(record.column_bytes or {})
+    return {name: f"{size / manifest['totals']['tokens']:,.2f}" for name, size in totals.items()}
+
+
+def recipe_toml(recipe: dict[str, Any], manifest: dict[str, Any]) -> str:
+    """A recipe that builds the same data again: what differs from the defaults, with commits for branches."""
+    sections: dict[str, type[BaseModel]] = {
+        "corpus": CorpusRecipe,
+        "teacher": TeacherRecipe,
+        "sequences": SequencesRecipe,
+        "generation": GenerationRecipe,
+        "output": OutputRecipe,
+    }
+    lines = [f"{key} = {_toml(recipe[key])}" for key in ("name", "description") if recipe.get(key)]
+    for section, model in sections.items():
+        values = dict(recipe.get(section) or {})
+        if commit := manifest.get(section, {}).get("commit"):
+            values["revision"] = commit
+        defaults = {name: field.default for name, field in model.model_fields.items()}
+        kept = [
+            f"{key} = {_toml(value)}"
+            for key, value in values.items()
+            if value not in (defaults[key], None, [])
+        ]
+        if kept:
+            lines += ["", f"[{section}]", *kept]
+    return "\n".join(lines) + "\n"
+
+
+def _head(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The YAML head."""
+    recipe, totals = manifest["recipe"], manifest["totals"]
+    corpus = manifest["corpus"]
+    language = recipe["corpus"].get("language") or (
+        demo.CORPUS_LANGUAGE if recipe["corpus"].get("embedded") else ()
+    )
+    repo = corpus.get("repo")
+    return {
+        "pretty_name": recipe["name"],
+        **licence_head(manifest),
+        "language": list(language) or None,
+        "size_categories": [_size_category(totals["rows"])],
+        "task_categories": ["text-generation"],
+        "source_datasets": [repo] if repo and _REPO.fullmatch(repo) else None,
+        "tags": ["distillation", "knowledge-distillation", "logits", "logit-dataset"],
+        "configs": [
+            {
+                "config_name": "default",
+                "data_files": [{"split": "train", "path": "data/train-*.parquet"}],
+            }
+        ],
+        "dataset_info": {
+            "config_name": "default",
+            "features": card_features(Layout.of(recipe, manifest["teacher"])),
+            "splits": [
+                {"name": "train", "num_bytes": totals["bytes"], "num_examples": totals["rows"]}
+            ],
+            "download_size": totals["bytes"],
+            "dataset_size": totals["bytes"],
+        },
+    }
+
+
+def _size_category(rows: int) -> str:
+    bounds = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
+    index = max(0, len(str(rows)) - 3)
+    if index == 0:
+        return "n<1K"
+    return f"{bounds[index - 1]}<n<{bounds[index]}" if index < len(bounds) else "n>1T"
+
+
+def _load_arguments(release: dict[str, Any] | None) -> str:
+    if release is None:
+        return '"path/to/this/directory"'
+    return f'"{release["repo"]}", revision="v{release["version"]}"'
+
+
+def _end_of_document(manifest: dict[str, Any]) -> str:
+    if manifest["teacher"]["eos_token_id"] is None:
+        return "nothing (the tokenizer has no end-of-sequence token), and `target_logprob` is NaN there"
+    return f"the end-of-sequence token (id {manifest['teacher']['eos_token_id']})"
+
+
+def _corpus_name(corpus: dict[str, Any]) -> str:
+    if repo := corpus.get("repo"):
+        return _link(repo, f"datasets/{repo}")
+    if name := corpus.get("name"):
+        return plain(name)
+    count = len(corpus["files"])
+    return f"{count:,} local file{'s' if count > 1 else ''}"
+
+
+def _teacher_name(teacher: dict[str, Any]) -> str:
+    return _link(teacher["repo"], teacher["repo"]) if teacher.get("repo") else plain(teacher["name"])  # fmt: skip
+
+
+def _link(text: str, path: str) -> str:
+    if not _REPO.fullmatch(path.removeprefix("datasets/")):
+        return plain(text)
+    return f"[{plain(text)}](https://huggingface.co/{path})"
+
+
+def _what_is_kept(manifest: dict[str, Any], layout: Layout) -> str:
+    """Of each distribution, in words."""
+    if layout.completions_only:
+        everything = replace(layout, completions_only=False)
+        where = (
+            "in completions" if is_generated(manifest["recipe"]) else "where the assistant speaks"
+        )
+        return f"{where}, {_what_is_kept(manifest, everything)}"
+    if layout.top_k == "all":
+        return (
+            f"the log-probabilities of all {layout.vocab_size:,} tokens, and the partition function"
+        )
+    draws = f", {layout.tail_samples} tokens drawn from among these" if layout.tail_samples else ""
+    return (
+        f"the {layout.top_k} most probable tokens with their true log-probabilities, the mass of all others{draws}, and the "
+        "partition function"
+    )
+
+
+def _statistics(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    totals, top_k = manifest["totals"], manifest["recipe"]["output"]["top_k"]
+    perplexity = totals["teacher_perplexity"]
+    share = [(f"probability inside the top {top_k}", f"{_topk_mass(manifest):.1%} on average")]
+    if top_k == "all":
+        share = []
+    return [
+        ("tokens", f"{totals['tokens']:,}"),
+        *_completions(totals),
+        ("rows", f"{totals['rows']:,}, from {totals['documents']:,} {_documents(totals)}"),
+        ("size", f"{totals['bytes'] / 1e6:,.1f} MB, {totals['bytes_per_token']} bytes a token"),
+        ("entropy", f"{totals['mean_entropy']:.3f} nats on average"),
+        *share,
+        (
+            "perplexity of the teacher on these texts",
+            f"{perplexity:,.3f}" if perplexity else "infinite",
+        ),
+    ]
+
+
+def _completions(totals: dict[str, Any]) -> list[tuple[str, str]]:
+    count, written = totals.get("completion_tokens"), totals.get("completions")
+    if count is None:
+        return []
+    rows = [("of completions", f"{count:,} tokens, {count / totals['tokens']:.1%}")]
+    if written:
+        mean = count / written["completions"]
+        rows.append(("completions", f"{written['completions']:,} of {mean:,.1f} tokens on average"))
+    return rows
+
+
+def _documents(totals: dict[str, Any]) -> str:
+    if "completions" in totals:
+        return "prompts"
+    return "documents" if totals.get("completion_tokens") is None else "chats"
+
+
+def _topk_mass(manifest: dict[str, Any]) -> float:
+    """Unrounded, so that its complement and the picture show the same digits."""
+    return mean_topk_mass(records_of(manifest))
+
+
+def _provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    teacher, corpus, recipe = manifest["teacher"], manifest["corpus"], manifest["recipe"]
+    devices = ", ".join(sorted({plain(e["device"]) for e in manifest["environments"]}))
+    options = [
+        f"{name} {plain(recipe['corpus'][name])}"
+        for name in ("config", "split")
+        if corpus.get("repo") and recipe["corpus"].get(name)
+    ]
+    return [
+        ("teacher", f"{_teacher_name(teacher)}, {_pin(teacher)}"),
+        (
+            "architecture",
+            f"{plain(teacher['architecture'])}, {teacher['parameters']:,} parameters, run in {plain(teacher['dtype'])} "
+            f"with {plain(teacher['attention'])} attention",
+        ),
+        (
+            "vocabulary",
+            f"{teacher['vocab_size']:,} logits; the tokenizer (SHA-256 `{teacher['tokenizer_sha256'][:16]}`) has "
+            f"{teacher['tokenizer_vocab_size']:,} tokens",
+        ),
+        *_chat_template(manifest),
+        ("corpus", ", ".join([_corpus_name(corpus), _pin(corpus), *options])),
+        (
+            "built on",
+            f"{devices}, in {manifest['totals']['seconds']:,.0f} s at "
+            f"{manifest['totals']['tokens_per_second']:,.0f} tokens/s",
+        ),
+    ]
+
+
+def _chat_template(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    digest = manifest["teacher"].get("chat_template_sha256")
+    if digest is None:
+        return []
+    file = manifest["recipe"]["sequences"].get("chat_template")
+    name = plain(file) if file else "the tokenizer’s own"
+    return [("chat template", f"{name}, SHA-256 `{plain(digest)}`")]
+
+
+def _pin(source: dict[str, Any]) -> str:
+    """The commit or hash of a teacher or corpus."""
+    if source.get("commit"):
+        return f"commit `{plain(source['commit'])}`"
+    package = f"package {plain(source['package'])} {plain(source['version'])}, " if source.get("package") else ""  # fmt: skip
+    digest = source.get("sha256") or source["files"][0]["sha256"]
+    more = f" and {len(source['files']) - 1:,} more" if len(source.get("files", ())) > 1 else ""
+    return f"{package}SHA-256 `{plain(digest)}`{more}"
+
+
+def _verification_text(record: dict[str, Any] | None, where: str) -> str:
+    if record is None:
+        return (
+            "Hashes, schema and the invariants of every row can be checked, and random rows can be run through the teacher "
+            f"again, with `logit-dataset verify {where} --recompute 5`. No result of the latter was recorded for this version."
+        )
+    return (
+        f"Hashes, schema and the invariants of every row were checked. On {plain(record['date'])}, {record['rows']:,} random "
+        f"rows ({record['tokens']:,} tokens, seed {record['seed']}) were run through the teacher again, on "
+        f"{plain(record['environment']['device'])}, and compared with a plain float64 log-softmax: log-probabilities differ by "
+        f"{record['mean_abs_error']:.2g} nats on average and {record['max_abs_error']:.2g} at most, the teacher’s first choice "
+        f"is the stored one at {record['top1_agreement']:.2%} of the positions, and the mean negative log-probability of the "
+        f"texts is {record['nll_stored']:.4f} as stored and {record['nll_recomputed']:.4f} as recomputed. Do not take our word "
+        f"for it: `logit-dataset verify {where} --recompute 5` takes other rows each time."
+    )
+
+
+def _reproduce_note(recipe: dict[str, Any]) -> str:
+    local = [recipe["teacher"].get(key) for key in ("path", "gguf", "tokenizer")]
+    local.append(recipe["sequences"].get("chat_template"))
+    if recipe["corpus"]["files"] or any(local):
+        return " beside the files that it names (their hashes are in the manifest)"
+    return ""
+
+
+def _changelog(release: dict[str, Any] | None) -> list[dict[str, Any]]:
+    return [
+        {
+            "title": plain(f"v{entry['version']} ({entry['date']})"),
+            "lines": [plain(line) for line in entry["changes"]],
+        }
+        for entry in (release["changelog"] if release else [])
+    ]
+
+
+def _toml(value: Any) -> str:
+    """A string, number, truth value or list as TOML, whose strings are JSON's but for the character DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _about(path: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """A JSON file that says something of data files, if they are those of the manifest."""
+    values = _read_json(path)
+    return values if values and values.get("data") == data_digest(manifest) else None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None

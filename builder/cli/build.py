@@ -1,0 +1,163 @@
+"""The command `build`: what a recipe describes becomes a dataset, which can be published while it is built."""
+
+import shlex
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from builder.cli.options import (
+    Device,
+    DeviceOption,
+    MessageOption,
+    PrivateOption,
+    RecomputeOption,
+    TagOption,
+)
+from builder.cli.terminal import (
+    choose_device,
+    notice,
+    program,
+    progress_bar,
+    quiet_libraries,
+    say_published,
+    start_from,
+)
+
+
+def build(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as dataset_cards/*/recipe.toml.")],
+    output: Annotated[
+        Path, typer.Option(help="Directory of the dataset. An unfinished build in it goes on.")
+    ],
+    device: DeviceOption = Device.AUTO,
+    max_shards: Annotated[
+        int | None, typer.Option(min=0, help="Stop after this many new shards.")
+    ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, help="Partitions that are built at the same time, by Ray."),
+    ] = 1,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="A Ray cluster for the workers, such as auto; this machine by default."),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="GPUs that each worker has to itself.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Show the resolved recipe and an estimate; write nothing.")
+    ] = False,
+    publish_to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORG/NAME",
+            help="Send shards there while they are built, go on with what is there, and publish in the end.",
+        ),
+    ] = None,
+    discard_local: Annotated[
+        bool,
+        typer.Option(
+            "--discard-local",
+            help="Delete each shard here once it is there: four stay at most, and one more for each further worker.",
+        ),
+    ] = False,
+    tag: TagOption = None,
+    private: PrivateOption = False,
+    message: MessageOption = None,
+    recompute: RecomputeOption = 5,
+) -> None:
+    """Build a dataset from a recipe, or go on with an unfinished one."""
+    from builder.recipe import load_recipe
+
+    if not publish_to and (discard_local or tag or private or message):
+        raise ValueError(
+            "--discard-local, --tag, --private and --message mean something only with --publish-to"
+        )
+    loaded = load_recipe(recipe)
+    base = recipe.parent
+    quiet_libraries()
+    with_ray = workers > 1 or ray_address is not None or gpus_per_worker is not None
+    # Where the workers are, there may be GPUs though there is none here.
+    torch_device = choose_device(Device.AUTO if with_ray and device is Device.CUDA else device)
+    if dry_run:
+        from builder.plan.estimate import estimate
+
+        print(_format_estimate(estimate(loaded, base, device=torch_device)))
+        return
+    from builder.build.build import build as run
+    from builder.build.delivery import deliver
+    from builder.build.worker import Pool
+    from builder.sources.resolve import local_teacher
+
+    with progress_bar("build", loaded.corpus.max_tokens) as bar:
+        pool = None
+        if with_ray:
+            pool = Pool(
+                workers=workers,
+                device=device.value,
+                address=ray_address,
+                gpus_per_worker=gpus_per_worker,
+                told=bar.set_postfix_str,
+            )
+        options: dict[str, Any] = {
+            "device": torch_device,
+            "pool": pool,
+            "max_shards": max_shards,
+            "progress": bar.update,
+            "found": partial(start_from, bar),
+            "notice": notice,
+        }
+        if publish_to:
+            result, published = deliver(
+                loaded,
+                base,
+                output,
+                publish_to,
+                discard=discard_local,
+                tag=tag,
+                private=private,
+                message=message,
+                recompute=recompute,
+                **options,
+            )
+        else:
+            result, published = run(loaded, base, output, **options), None
+    if result.manifest is None:
+        print(
+            f"stopped early after {result.shards_built} new shards; run the same command to go on"
+        )
+        return
+    totals = result.manifest["totals"]
+    print(
+        f"{output}: {result.status}, {totals['tokens']:,} tokens in {totals['rows']:,} rows, "
+        f"{totals['bytes_per_token']} bytes a token"
+    )
+    if publish_to and published:
+        say_published(publish_to, *published)
+        return
+    following = [program(), "verify", str(output), "--recompute", "5"]
+    if teacher := local_teacher(loaded.teacher, base):
+        following += ["--teacher", str(teacher)]
+    print(f"next: {shlex.join(following)}")
+
+
+def _format_estimate(estimate: Any) -> str:
+    import json
+
+    def known(value: float | None, text: str) -> str:
+        return "unknown" if value is None else text
+
+    about = "at most" if estimate.is_most else "about"
+    tokens, size, seconds = estimate.tokens, estimate.bytes, estimate.seconds
+    hours = None if seconds is None else seconds / 3600
+    return "\n".join(
+        [
+            json.dumps(estimate.plan, indent=1, ensure_ascii=False),
+            f"tokens  {known(tokens, f'{about} {tokens or 0:,}')}",
+            f"disk    {known(size, f'{about} {(size or 0) / 1e6:,.1f} MB')}",
+            f"time    {known(hours, f'about {(hours or 0) * 60:,.1f} minutes on {estimate.device}')}",
+            "nothing was written; run the command without --dry-run to build",
+        ]
+    )

@@ -1,0 +1,17 @@
+"""The command `card`: the card of a dataset, written again."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def card(
+    directory: Annotated[Path, typer.Argument(help="Directory of a finished dataset.")],
+) -> None:
+    """Write the card of a finished dataset and its pictures again."""
+    from builder.card.card import read_release, write_card
+    from builder.dataset.manifest import read_manifest
+
+    write_card(directory, read_manifest(directory), release=read_release(directory))
+    print(f"{directory}/README.md")

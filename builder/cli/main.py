@@ -1,0 +1,81 @@
+"""The command line: parse, call one function, print. Data goes to stdout, progress and notices to stderr.
+
+Each command is a file beside this one. Everything heavy is imported inside the commands, so that `--help` answers at once.
+"""
+
+import os
+import sys
+
+import typer
+
+from builder.cli.build import build
+from builder.cli.card import card
+from builder.cli.info import info
+from builder.cli.plan import plan
+from builder.cli.publish import publish
+from builder.cli.verify import verify
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Capture a teacher's next-token distributions as a Hugging Face dataset, verify and read them.",
+    epilog="Example: logit-dataset build dataset_cards/smollm2-135m-python-docs/recipe.toml --output out/python-docs",
+)
+app.command(epilog="Example: logit-dataset build recipe.toml --output out/mine --dry-run")(build)
+app.command(
+    epilog="Example: logit-dataset plan recipe.toml --tokens 1e12 --gpu h100 --parameters 8e9 --workers 64"
+)(plan)
+app.command(epilog="Example: logit-dataset verify ORG/NAME --revision v1.0.0 --recompute 20")(
+    verify
+)
+app.command(epilog="Example: logit-dataset info ORG/NAME --revision v1.0.0")(info)
+app.command(epilog="Example: logit-dataset card out/mine")(card)
+app.command(epilog="Example: logit-dataset publish ORG/NAME out/mine --tag v1.0.0 --dry-run")(
+    publish
+)
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C: 128 and the number of the signal, as shells have it."""
+
+
+def main() -> None:
+    """Run a command. A failure is one line on stderr, and exit status 1, 2 for a wrong command line, or 130 after Ctrl-C."""
+    try:
+        # What this returns is the status of a typer.Exit, which typer also makes of Ctrl-C.
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        sys.stdout.flush()
+    except (typer.Abort, KeyboardInterrupt):
+        status = INTERRUPTED
+    except BrokenPipeError:  # who reads our output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except Exception as error:
+        if os.environ.get("LOGIT_DATASET_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(_explain(error).split())}", file=sys.stderr)
+        status = getattr(error, "exit_code", 1)
+    if status == INTERRUPTED:
+        print(
+            "interrupted: finished shards are safe; run the same command to go on", file=sys.stderr
+        )
+    sys.exit(status)
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, typer.TyperException):
+        command = (
+            context.command_path if (context := getattr(error, "ctx", None)) else "logit-dataset"
+        )
+        return f"{error.format_message().rstrip('.')}; see {command} --help"
+    if isinstance(error, OSError) and error.errno:
+        from builder.build.state import DISK_FULL
+
+        if error.errno in DISK_FULL:
+            return (
+                f"cannot write ({os.strerror(error.errno)}); finished shards are safe: make room, and run the same "
+                "command to go on"
+            )
+    if isinstance(error, ValueError | OSError):
+        return str(error)
+    return f"{type(error).__name__}: {error} (not expected: LOGIT_DATASET_TRACEBACK=1 shows where it comes from)"

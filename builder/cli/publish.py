@@ -1,0 +1,61 @@
+"""The command `publish`: a finished dataset becomes a version on the Hub."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from builder.cli.options import (
+    Device,
+    DeviceOption,
+    MessageOption,
+    PrivateOption,
+    RecomputeOption,
+    TagOption,
+    TeacherOption,
+)
+from builder.cli.terminal import choose_device, notice, progress_bar, quiet_libraries, say_published
+
+
+def publish(
+    name: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Dataset repository on the Hub.")],
+    directory: Annotated[Path, typer.Argument(help="Directory of a finished dataset.")],
+    tag: TagOption = None,
+    private: PrivateOption = False,
+    message: MessageOption = None,
+    recompute: RecomputeOption = 5,
+    device: DeviceOption = Device.AUTO,
+    teacher: TeacherOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List files, bytes and the card; change nothing.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Publish a finished dataset as a tagged version, or go on with that."""
+    from builder.hub import publish as hub
+    from builder.hub import release
+
+    quiet_libraries()
+    plan = release.prepare(
+        name, directory, tag=tag, private=private, message=message, notice=notice
+    )
+    if dry_run:
+        hub.check(plan, recompute=0)
+        print(release.describe(plan, with_card=True))
+        return
+    if not yes and not plan.is_published and sys.stdin.isatty():
+        print(release.describe(plan), file=sys.stderr)
+        if not typer.confirm(f"Publish {name} {plan.version.tag}?", err=True):
+            raise typer.Exit(1)
+    torch_device = choose_device(device) if recompute else "cpu"
+    with progress_bar("verify", plan.manifest["totals"]["tokens"]) as bar:
+        commit = hub.publish(
+            plan,
+            recompute=recompute,
+            device=torch_device,
+            teacher_path=teacher,
+            notice=notice,
+            progress=bar.update,
+        )
+    say_published(name, plan.version.tag, commit, not plan.is_published)

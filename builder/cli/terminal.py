@@ -1,0 +1,105 @@
+"""What the commands have in common at the terminal: progress, notices, the device, datasets by name, and the next command."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from builder.cli.options import Device
+
+
+def local_directory(dataset: str, revision: str | None, *files: str) -> Path:
+    """The directory of a dataset; of one on the Hub, what describes it is fetched, and these files."""
+    if Path(dataset).exists():
+        if revision is not None:
+            raise ValueError(f"--revision is for datasets on the Hub, but {dataset} is a directory")
+        return Path(dataset)
+    from builder.hub.limits import REPO_ID
+    from builder.hub.repository import fetch
+
+    if not REPO_ID.fullmatch(dataset):
+        return Path(dataset)  # and let the command say that it is not there
+    quiet_libraries()
+    return fetch(dataset, revision or "main", *files)
+
+
+def say_published(name: str, tag: str, commit: str, is_new: bool) -> None:
+    """Name a version on the Hub, and how to load it."""
+    print(f"{name} {tag} {'is published' if is_new else 'was published already'}, commit {commit}")
+    print(f'next: load_dataset("{name}", revision="{tag}", split="train")')
+
+
+def notice(message: str) -> None:
+    """A line on stderr, above any bar."""
+    from tqdm import tqdm
+
+    tqdm.write(message, file=sys.stderr)
+
+
+@contextmanager
+def progress_bar(label: str, total: int | None) -> Iterator[Any]:
+    """A bar with tokens/s and ETA on a terminal, nothing elsewhere."""
+    from tqdm import tqdm
+
+    with tqdm(
+        desc=label, total=total, unit="tok", unit_scale=True, disable=None, leave=False
+    ) as bar:
+        yield bar
+
+
+def start_from(bar: Any, tokens: int) -> None:
+    """Count tokens as done before the bar began, so that rate and ETA are those of this run."""
+    if not bar.disable:
+        bar.initial += tokens
+        bar.n += tokens
+        bar.refresh()
+
+
+def program() -> str:
+    """How to call this program again: by its name, or as it was called where the name alone is not found."""
+    called = Path(sys.argv[0])
+    if called.name != "logit-dataset" or shutil.which(called.name):
+        return "logit-dataset"
+    return str(called)
+
+
+def choose_device(device: Device) -> str:
+    """The torch device that was asked for.
+
+    Raises:
+        ValueError: there is none such.
+    """
+    import torch
+
+    if device is Device.AUTO:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device is Device.CUDA and not torch.cuda.is_available():
+        raise ValueError(
+            "--device cuda, but torch finds no CUDA device; use --device cpu, or install a CUDA build of torch"
+        )
+    return device.value
+
+
+def quiet_libraries() -> None:
+    """Leave stderr to our own messages and bars."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+    import datasets
+    import huggingface_hub
+    import transformers
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    # Retries are announced in two lines each, which name addresses that are signed.
+    huggingface_hub.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)
+    datasets.utils.logging.disable_progress_bar()

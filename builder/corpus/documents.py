@@ -1,0 +1,345 @@
+"""A pinned corpus → a stream of documents, from any recorded offset.
+
+In:   local files, or a Hub dataset at a commit; never loaded whole.
+Out:  Documents, in the corpus's order, and at any time the offset after the last one.
+
+How:  `datasets` streams. An offset is a file, a row group in it (the only one, but in Parquet) and a row in that. So resuming
+      opens only the file in which it stopped, and reads a row group of it, or a file of lines, again up to the place. It is
+      not the library's own state, which differs between a run that was resumed and one that was not.
+      Local JSON lines are streamed as lines and parsed here: `datasets` would guess one type a column from the first file, so
+      that an id like "2024-01-01" becomes a date, and a column that is null or of another type elsewhere ends the build.
+"""
+
+import codecs
+import hashlib
+import itertools
+import json
+import locale
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import IterableDataset, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from zstandard import ZstdError
+
+from builder.corpus.messages import (
+    Message,
+    canonical,
+    has_answer,
+    read_messages,
+    without_last_answer,
+)
+
+PARQUET_BATCH_ROWS = 1000
+"""Documents of a local Parquet file in memory at once; by default it would be a row group, however large."""
+
+Offset = dict[str, Any]
+"""Numbers of file, row group and row to read next, and documents and skipped, the counts so far."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One text of the corpus, or one chat."""
+
+    id: str
+    text: str = ""
+    messages: list[Message] | None = None
+    """Of a chat; its text is what a chat template makes of them."""
+
+
+def open_local(
+    files: tuple[Path, ...],
+    *,
+    format: Literal["text", "json", "parquet"],
+    text_unit: Literal["file", "line"],
+    columns: tuple[str, ...],
+) -> IterableDataset:
+    """Local files as a stream with one shard a file: JSON lines as lines of text, of Parquet files only `columns`.
+
+    Raises:
+        ValueError: the first Parquet file cannot be read or lacks a column, or compressed files would be read in another
+            encoding than UTF-8.
+    """
+    options: dict[str, Any]
+    if format == "parquet":
+        _check_parquet(files[0], columns)
+        options = {"columns": list(columns), "batch_size": PARQUET_BATCH_ROWS}
+    else:
+        _check_encoding(files)
+        whole_files = format == "text" and text_unit == "file"
+        options = {"sample_by": "document" if whole_files else "line"}
+    return load_dataset(
+        "parquet" if format == "parquet" else "text",
+        data_files={"train": [str(path) for path in files]},
+        split="train",
+        streaming=True,
+        **options,
+    )
+
+
+def open_hub(repo: str, *, commit: str, config: str | None, split: str) -> IterableDataset:
+    """A Hub dataset at a commit, as a stream.
+
+    Raises:
+        ValueError: it does not exist, cannot be reached, or has no such configuration or split.
+    """
+    try:
+        return load_dataset(repo, config, revision=commit, split=split, streaming=True)
+    except DatasetNotFoundError:
+        raise ValueError(
+            f"corpus {repo}@{commit[:8]} does not exist on the Hub, or is private"
+        ) from None
+    except ConnectionError:
+        raise ValueError(
+            f"corpus {repo}@{commit[:8]}: it is not in the cache, and the Hub cannot be reached to fetch it; "
+            "check the network, or use corpus.files"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"corpus {repo}@{commit[:8]}: {' '.join(str(error).split())[:300]}"
+        ) from None
+
+
+class Corpus:
+    """The documents of one partition of a corpus. Iterate over it once; `offset` says how far it is."""
+
+    def __init__(
+        self,
+        stream: IterableDataset,
+        *,
+        text_column: str = "text",
+        messages_column: str | None = None,
+        without_last_answer: bool = False,
+        id_column: str | None,
+        format: Literal["hub", "text", "json", "parquet"] = "hub",
+        file_names: tuple[str, ...] = (),
+        partition: int = 0,
+        num_partitions: int = 1,
+        start: Offset | None = None,
+    ) -> None:
+        """Prepare to read; nothing is opened yet.
+
+        Args:
+            stream: from `open_local` or `open_hub`.
+            text_column: column of the text.
+            messages_column: column of the messages, if the corpus is one of chats.
+            without_last_answer: end each chat where the assistant is to speak next, so that it is a prompt.
+            id_column: column of the document's id; where it is null or there is none, ids are hashes of the text, or of the messages.
+            format: what the stream's rows are; those of `json` are lines, each an object whose keys are the columns.
+            file_names: names of the stream's files for messages.
+            partition: which of `num_partitions` contiguous ranges of files to read.
+            start: an offset that an earlier Corpus of the same stream reported.
+
+        Raises:
+            ValueError: there are fewer files than partitions.
+        """
+        if stream.num_shards < num_partitions:
+            raise ValueError(
+                f"output.partitions is {num_partitions}, but the corpus has only {stream.num_shards} files to "
+                "divide; choose fewer"
+            )
+        self.stream = stream
+        self._is_of_chats = messages_column is not None
+        self._column = messages_column or text_column
+        self._without_last_answer = without_last_answer
+        self._id_column = id_column
+        self._format = format
+        self._file_names = file_names
+        first_file, self._end_file = (
+            stream.num_shards * p // num_partitions for p in (partition, partition + 1)
+        )
+        start = start or dict.fromkeys(("row_group", "row", "documents", "skipped"), 0)
+        self._file: int = start.get("file", first_file)
+        self._row_group: int = start["row_group"]
+        self._row: int = start["row"]
+        self._documents: int = start["documents"]
+        self._skipped: int = start["skipped"]
+
+    @property
+    def offset(self) -> Offset:
+        """Where to go on after the last document that was yielded."""
+        return {
+            "file": self._file,
+            "row_group": self._row_group,
+            "row": self._row,
+            "documents": self._documents,
+            "skipped": self._skipped,
+        }
+
+    def __iter__(self) -> Iterator[Document]:
+        """Yield documents that are not empty; of chats those with an answer, or with something to be answered.
+
+        Raises:
+            ValueError: a file cannot be read as what it should be, or a column is missing or of another type.
+        """
+        while self._file < self._end_file:
+            is_first_row = self._row_group == self._row == 0
+            for row in self._rows_of_file():
+                if is_first_row:
+                    self._check_columns(row)
+                    is_first_row = False
+                document = self._chat(row) if self._is_of_chats else self._text(row)
+                if document is None:
+                    self._skipped += 1
+                    continue
+                self._documents += 1
+                yield document
+            self._file, self._row_group = self._file + 1, 0
+
+    def _text(self, row: dict[str, Any]) -> Document | None:
+        text = row.get(self._column)
+        if text is not None and not isinstance(text, str):
+            raise ValueError(
+                f"{self._where_exactly()}: column {self._column!r} holds {type(text).__name__}, expected text; "
+                "set corpus.text_column to a column of strings, or corpus.messages_column to one of chats"
+            )
+        if text is None or not text.strip():
+            return None
+        return Document(id=self._identify(row, text), text=text)
+
+    def _chat(self, row: dict[str, Any]) -> Document | None:
+        try:
+            messages = read_messages(row.get(self._column))
+        except ValueError as error:
+            raise ValueError(
+                f"{self._where_exactly()}: column {self._column!r} {error}; mend the corpus, or set "
+                "corpus.messages_column to another column"
+            ) from None
+        if self._without_last_answer:
+            messages = without_last_answer(messages)
+        if not messages or not (self._without_last_answer or has_answer(messages)):
+            return None
+        return Document(id=self._identify(row, canonical(messages)), messages=messages)
+
+    def _rows_of_file(self) -> Iterator[dict[str, Any]]:
+        """The rows of the current file from the current place on."""
+        for row in self._stream_of_file():
+            if self._format in ("text", "json") and self._row == 1:
+                row["text"] = row["text"].removeprefix("\ufeff")  # a byte order mark is no text
+            if self._format != "json":
+                yield row
+            elif line := row["text"].strip():
+                yield self._parse(line)
+
+    def _stream_of_file(self) -> Iterator[dict[str, Any]]:
+        with _readable(self._where(), self._advice()):
+            row_groups = self.stream.shard(self.stream.num_shards, self._file).reshard()
+        while self._row_group < row_groups.num_shards:
+            rows = iter(row_groups.shard(row_groups.num_shards, self._row_group))
+            with _readable(self._where(), self._advice()):
+                next(
+                    itertools.islice(rows, self._row, self._row), None
+                )  # what an earlier run has read
+            while True:
+                with _readable(self._where(), self._advice()):
+                    row: dict[str, Any] | None = next(rows, None)
+                if row is None:
+                    break
+                self._row += 1
+                yield row
+            self._row_group, self._row = self._row_group + 1, 0
+
+    def _parse(self, line: str) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = f"not valid JSON ({error})"
+        else:
+            if isinstance(row, dict):
+                return row
+            reason = f"a JSON {type(row).__name__}"
+        raise ValueError(
+            f"{self._where_exactly()} is {reason}; expected one JSON object a line, with the key {self._column!r}"
+        )
+
+    def _identify(self, row: dict[str, Any], text: str) -> str:
+        """The document's id, once it is known that it and the text (or messages) can be written as UTF-8."""
+        own = row.get(self._id_column) if self._id_column else None
+        if not isinstance(own, str | int | None) or isinstance(own, bool):
+            raise ValueError(
+                f"{self._where_exactly()}: column {self._id_column!r} holds {type(own).__name__}, expected text or a whole "
+                "number; set corpus.id_column to another column, or leave it out to have hashes of the text as ids"
+            )
+        try:
+            content = text.encode()
+            str(own).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{self._where_exactly()}: holds {error.object[error.start]!r}, half of a surrogate pair, which is no "
+                "character; replace it in the corpus (by \\ufffd, for instance)"
+            ) from None
+        return hashlib.sha256(content).hexdigest()[:16] if own in (None, "") else str(own)
+
+    def _check_columns(self, row: dict[str, Any]) -> None:
+        for name in filter(None, (self._column, self._id_column)):
+            if name not in row:
+                raise ValueError(f"{self._where()} {_no_column(name, row)}")
+
+    def _where(self) -> str:
+        if self._file < len(self._file_names):
+            return f"corpus file {self._file_names[self._file]}"
+        return f"corpus file number {self._file}"
+
+    def _where_exactly(self) -> str:
+        """With the line, or the row within its row group."""
+        if self._format == "json":
+            return f"{self._where()} line {self._row:,}"
+        group = f" of row group {self._row_group:,}" if self._row_group else ""
+        return f"{self._where()} row {self._row:,}{group}"
+
+    def _advice(self) -> str:
+        if self._format == "hub":
+            return "check the network, and run the command again"
+        return "mend it or leave it out"
+
+
+@contextmanager
+def _readable(where: str, advice: str = "mend it or leave it out") -> Iterator[None]:
+    """Turn whatever a reader raises into one line that names the file and says what to do.
+
+    Raises:
+        ValueError: the line.
+    """
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        before = error.object[max(0, error.start - 20) : error.start].decode(errors="replace")
+        raise ValueError(
+            f"{where} is not valid UTF-8 (byte 0x{error.object[error.start]:02x} after …{before!r}); "
+            "convert it, or leave it out"
+        ) from None
+    except (pa.ArrowException, ValueError, OSError, EOFError, zlib.error, ZstdError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{where} cannot be read ({reason}); {advice}") from None
+
+
+def _check_encoding(files: tuple[Path, ...]) -> None:
+    encoding = locale.getpreferredencoding(do_setlocale=False)
+    is_compressed = any(path.suffix in (".gz", ".zst") for path in files)
+    if is_compressed and codecs.lookup(encoding).name != "utf-8":
+        # `datasets` forgets the encoding of compressed files, so that of the system would silently apply.
+        raise ValueError(
+            f"compressed files would be read as {encoding}, the encoding of this system; run again with PYTHONUTF8=1 "
+            "in the environment"
+        )
+
+
+def _check_parquet(path: Path, columns: tuple[str, ...]) -> None:
+    with _readable(f"corpus file {path.name}"):
+        found = pq.read_schema(path).names
+    for name in columns:
+        if name not in found:
+            raise ValueError(f"corpus file {path.name} {_no_column(name, found)}")
+
+
+def _no_column(name: str, found: Iterable[str]) -> str:
+    return (
+        f"has no column {name!r}; its columns are {', '.join(found)}; "
+        "set corpus.text_column, corpus.messages_column or corpus.id_column"
+    )

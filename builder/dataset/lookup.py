@@ -1,0 +1,111 @@
+"""A finished dataset → one of its rows, the token that follows it, and its teacher: what looking at single rows needs."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from builder.corpus.sequences import NO_TOKEN
+from builder.dataset.identity import differences
+from builder.dataset.manifest import read_manifest, records_of
+from builder.dataset.shards import nested_values
+from builder.recipe import TeacherRecipe
+from builder.sources.resolve import KnownSources, TeacherSource, resolve_teacher
+from builder.teacher.loading import load_tokenizer
+from logit_dataset.schema import shortest_cut
+
+
+def teacher_source(manifest: dict[str, Any], teacher_path: Path | None = None) -> TeacherSource:
+    """Where to load a dataset's teacher from.
+
+    Raises:
+        ValueError: it cannot be found, or is another one than the manifest names.
+    """
+    values = dict(manifest["recipe"]["teacher"])
+    if teacher_path is not None:
+        if not (values["path"] or values["gguf"]):
+            raise ValueError(
+                "--teacher is for datasets of a local teacher; this one's is found by its name"
+            )
+        values["gguf" if values["gguf"] else "path"] = str(teacher_path.absolute())
+    if values["repo"]:
+        values["revision"] = manifest["teacher"]["commit"]
+    try:
+        source = resolve_teacher(TeacherRecipe.model_validate(values), Path(), KnownSources())
+    except ValueError as error:
+        hint = "; name it with --teacher PATH" if values["path"] or values["gguf"] else ""
+        raise ValueError(f"{error}{hint}") from None
+    recorded = {key: manifest["teacher"].get(key) for key in source.provenance}
+    changes = differences(recorded, source.provenance, "teacher")
+    if changes := [change for change in changes if not change.startswith("teacher.name")]:
+        raise ValueError(f"the teacher at hand is not the dataset's: {'; '.join(changes)}")
+    return source
+
+
+def dataset_tokenizer(manifest: dict[str, Any], teacher_path: Path | None = None) -> Any:
+    """The tokenizer of a dataset's teacher.
+
+    Raises:
+        ValueError: it cannot be found, or is another one than the manifest names.
+    """
+    source = teacher_source(manifest, teacher_path)
+    return load_tokenizer(source.location, commit=source.commit, tokenizer=source.tokenizer)
+
+
+def file_of_row(directory: Path, row: int) -> tuple[str, int]:
+    """The data file that holds a row, and the row's number in it.
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    first = 0
+    for record in records_of(read_manifest(directory)):
+        if first <= row < first + record.rows:
+            return record.file, row - first
+        first += record.rows
+    raise ValueError(f"{directory} has rows 0 to {first - 1}, not {row}")
+
+
+def read_row(file: Any, number: int, columns: list[str] | None = None) -> dict[str, Any]:
+    """One row of a Parquet file (a path or an open file): strings and numbers as such, token ids as a list, the rest as arrays.
+
+    Raises:
+        IndexError: the file has no such row.
+    """
+    parquet = pq.ParquetFile(file)
+    for group in range(parquet.num_row_groups):
+        if number < parquet.metadata.row_group(group).num_rows:
+            return _row_values(parquet.read_row_group(group, columns=columns).slice(number, 1))
+        number -= parquet.metadata.row_group(group).num_rows
+    raise IndexError(number)
+
+
+def _row_values(table: pa.Table) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name in table.column_names:
+        column = table[name]
+        if pa.types.is_list(column.type) and name != "input_ids":
+            values[name] = nested_values(column)
+        else:
+            values[name] = column.to_pylist()[0]
+    return values
+
+
+def what_follows(
+    manifest: dict[str, Any], file: Any, number: int, row: dict[str, Any]
+) -> tuple[int, bool]:
+    """The token after the last one of a row, and whether the document certainly ends with the row.
+
+    The token is NO_TOKEN where nothing follows, or where it is not known because the document may have been cut short.
+    """
+    try:
+        following = read_row(file, number + 1, columns=["id", "chunk_index", "input_ids"])
+    except IndexError:  # a file ends with a document
+        following = {"id": None}
+    if (following["id"], following.get("chunk_index")) == (row["id"], row["chunk_index"] + 1):
+        return int(following["input_ids"][len(manifest["teacher"]["prefix_ids"])]), False
+    if len(row["input_ids"]) >= shortest_cut(manifest):
+        return NO_TOKEN, False
+    eos = manifest["teacher"]["eos_token_id"]
+    return NO_TOKEN if eos is None else int(eos), True

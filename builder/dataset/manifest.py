@@ -1,0 +1,315 @@
+"""The record of a build: `manifest.json`, the only sign that a dataset is complete.
+
+In:   the plan (the recipe and the exact sources behind it) and one record for each shard.
+Out:  one JSON file with provenance, totals and the hash of every data file. It holds no tokens, user names, host names or
+      absolute paths, for it is published.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+from builder.dataset.identity import fingerprint, row_fingerprint
+from logit_dataset.schema import SCHEMA_VERSION
+
+FILE_NAME = "manifest.json"
+DATA_FILE = re.compile(r"data/[A-Za-z0-9_][A-Za-z0-9._-]*\.parquet")
+"""Names that a manifest, which may come from anywhere, may use for a data file."""
+LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
+
+FORMER_KEYS = {"position_before": "offset_before", "position_after": "offset_after"}
+"""Of records in older manifests and unfinished builds."""
+
+READ_BACK = {
+    "recipe": ("name", "corpus", "teacher", "sequences", "output"),
+    "teacher": ("vocab_size", "eos_token_id", "prefix_ids", "parameters", "dtype"),
+    "totals": ("tokens", "rows", "documents", "documents_skipped", "bytes"),
+    "corpus": (),
+}
+"""What readers of a manifest rely on, besides its shards."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sums:
+    """Sums over the tokens of a shard, from which the totals of the dataset follow."""
+
+    entropy: float = 0.0
+    """Nats."""
+    topk_mass: float = 0.0
+    """Probability inside the top K."""
+    target_nll: float = 0.0
+    """−log-probability of the tokens that really follow, in nats."""
+    targets: int = 0
+    """Positions that have a token that follows."""
+    completion_tokens: int | None = None
+    """Tokens of completions; None in a dataset without a completion_mask."""
+    kept: int | None = None
+    """Positions of which columns of several values a token are kept; None where these are all."""
+
+    def __add__(self, other: Self) -> Self:
+        both = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        known = {name: [v for v in values if v is not None] for name, values in both.items()}
+        return type(self)(**{name: sum(values) for name, values in known.items() if values})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completions:
+    """What came of the prompts of a shard."""
+
+    prompts: int = 0
+    """That were completed."""
+    prompts_too_long: int = 0
+    """That leave no room for a completion, and were skipped."""
+    completions: int = 0
+    tokens: int = 0
+    """Of the completions."""
+    ended: int = 0
+    """Completions that end with an end-of-sequence token; the others were cut at max_new_tokens."""
+    corrected: int = 0
+    """Tokens of greedy drafts that gave way to what the capture pass says."""
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRecord:
+    """What is known of a finished shard."""
+
+    file: str
+    """Path below the dataset's directory, e.g. `data/train-000-00000.parquet`."""
+    sha256: str
+    bytes: int
+    rows: int
+    tokens: int
+    """Positions, special tokens included."""
+    partition: int
+    index: int
+    offset_after: dict[str, Any]
+    """Corpus offset at which the next shard of this partition starts."""
+    exhausted: bool
+    """Whether this is the last shard of its partition."""
+    sums: Sums
+    halved_batches: int
+    """Batches that did not fit the device's memory and were halved, which can change last bits."""
+    seconds: float
+    environment: dict[str, Any]
+    """Libraries and hardware that computed it."""
+    completions: Completions | None = None
+    """None where the corpus is taken as it is."""
+    offset_before: dict[str, Any] | None = None
+    """Corpus offset at which it starts, {} at the beginning of a partition; None in a dataset of a schema before 1.2."""
+    column_bytes: dict[str, int] | None = None
+    """Compressed, of each column; None in a dataset of a schema before 1.2."""
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Rebuild a record from its JSON values.
+
+        Raises:
+            ValueError: fields are missing or unknown, or the file name leads out of the dataset.
+        """
+        values = {FORMER_KEYS.get(name, name): value for name, value in values.items()}
+        try:
+            record = cls(**{**values, "sums": Sums(**values["sums"])})
+            if record.completions is not None:
+                record = replace(record, completions=Completions(**values["completions"]))
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"not a shard record: {error}") from None
+        if not DATA_FILE.fullmatch(str(record.file)):
+            raise ValueError(f"shard record names {record.file!r}, expected data/*.parquet")
+        return record
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON values."""
+        values = asdict(self)
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in ("completions", "offset_before", "column_bytes") or value is not None
+        }
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Libraries and hardware of this process, without names of hosts or users."""
+    import torch
+
+    is_cuda = device.startswith("cuda")
+    hardware = torch.cuda.get_device_name(device) if is_cuda else f"{platform.machine()} CPU"
+    return {
+        "device": hardware,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in LIBRARIES},
+    }
+
+
+def make_manifest(
+    plan: dict[str, Any], teacher: dict[str, Any], records: Iterable[ShardRecord]
+) -> dict[str, Any]:
+    """The manifest of a finished build.
+
+    Args:
+        plan: recipe, corpus and teacher source, all as plain JSON values.
+        teacher: what the loaded teacher turned out to be (`Teacher.provenance`).
+        records: of all shards, in order.
+    """
+    records = list(records)
+    environments = []
+    for record in records:
+        if record.environment not in environments:
+            environments.append(record.environment)
+    shards = []
+    for record in records:
+        values = record.to_json()
+        del values["environment"]
+        values["sums"] = {name: v for name, v in values["sums"].items() if v is not None}
+        shards.append({**values, "environment": environments.index(record.environment)})
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": fingerprint(plan),
+        "row_fingerprint": row_fingerprint(plan),
+        "recipe": plan["recipe"],
+        "corpus": plan["corpus"],
+        "teacher": {**plan["teacher"], **teacher},
+        "totals": _totals(records),
+        "environments": environments,
+        "shards": shards,
+    }
+
+
+def records_of(manifest: dict[str, Any]) -> list[ShardRecord]:
+    """The shard records of a manifest.
+
+    Raises:
+        ValueError: they are damaged, or name files outside the dataset.
+    """
+    environments = manifest["environments"]
+    try:
+        shards = [
+            {**shard, "environment": environments[shard["environment"]]}
+            for shard in manifest["shards"]
+        ]
+    except (LookupError, TypeError) as error:
+        raise ValueError(
+            f"{FILE_NAME} has damaged shard records ({error}); fetch or build the dataset again"
+        ) from None
+    return [ShardRecord.from_json(shard) for shard in shards]
+
+
+def mean_topk_mass(records: Iterable[ShardRecord]) -> float:
+    """Mean probability inside the top K, of the positions that have one."""
+    mass, positions = 0.0, 0
+    for record in records:
+        mass += record.sums.topk_mass
+        positions += record.tokens if record.sums.kept is None else record.sums.kept
+    return mass / max(positions, 1)
+
+
+def data_digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of names and hashes of all data files: it stands for the data, whatever is said about them."""
+    listing = [[shard["file"], shard["sha256"]] for shard in manifest["shards"]]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a finished dataset.
+
+    Raises:
+        ValueError: there is none, it is not a manifest, or it is of a schema that this version cannot read.
+    """
+    path = directory / FILE_NAME
+    if not path.exists():
+        if not directory.exists():
+            raise ValueError(f"{directory} does not exist; name the directory of a finished build")
+        state = (
+            "an unfinished build; run the same build command to go on"
+            if (directory / ".build").exists()
+            else "not a logit dataset; name the directory of a finished build"
+        )
+        raise ValueError(f"{directory} has no {FILE_NAME}: it is {state}")
+    advice = "fetch or build the dataset again"
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        major = str(manifest["schema_version"]).split(".")[0]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({_reason(error)}); {advice}") from None
+    if major != SCHEMA_VERSION.split(".")[0]:
+        raise ValueError(
+            f"{path} has schema version {manifest['schema_version']}, this program reads {SCHEMA_VERSION}; install the matching version"
+        )
+    try:
+        if not records_of(manifest):
+            raise ValueError("no shards")
+        for section, keys in READ_BACK.items():
+            for key in keys:
+                manifest[section][key]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({_reason(error)}); {advice}") from None
+    return manifest
+
+
+def _reason(error: Exception) -> str:
+    return f"no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a small JSON file so that after a crash either the old or the new one is there, whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(json_bytes(values))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def json_bytes(values: Any) -> bytes:
+    """JSON as this program writes it."""
+    return f"{json.dumps(values, indent=1, ensure_ascii=False)}\n".encode()
+
+
+def _totals(records: list[ShardRecord]) -> dict[str, Any]:
+    sums = Sums()
+    for record in records:
+        sums += record.sums
+    tokens = sum(record.tokens for record in records)
+    data_bytes = sum(record.bytes for record in records)
+    seconds = sum(record.seconds for record in records)
+    nll = sums.target_nll / sums.targets if sums.targets else None
+    last = {record.partition: record.offset_after for record in records}
+    written = [record.completions for record in records if record.completions]
+    return {
+        "documents": sum(offset["documents"] for offset in last.values()),
+        "documents_skipped": sum(offset["skipped"] for offset in last.values()),
+        "rows": sum(record.rows for record in records),
+        "tokens": tokens,
+        **({} if sums.completion_tokens is None else {"completion_tokens": sums.completion_tokens}),
+        "bytes": data_bytes,
+        "bytes_per_token": round(data_bytes / tokens, 2),
+        "mean_entropy": round(sums.entropy / tokens, 4),
+        "mean_topk_mass": round(mean_topk_mass(records), 4),
+        "mean_target_nll": None if nll is None else round(nll, 4),
+        # Beyond float64 only if the teacher rules out (−inf) a good part of what really follows.
+        "teacher_perplexity": None if nll is None or nll > 700 else round(math.exp(nll), 3),
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(tokens / max(seconds, 1e-3), 1),
+        **({"completions": asdict(sum(written, Completions()))} if written else {}),
+    }

@@ -1,0 +1,6 @@
+"""A recipe → what building it takes, before anything is built.
+
+In:    a recipe, and a number of tokens or a sample of the corpus.
+Out:   tokens, bytes, hours, files, commits.
+First: plan.py, on paper; estimate.py reads a sample of the corpus.
+"""

@@ -1,0 +1,87 @@
+"""A recipe's sections and its resolved sources → the things themselves, which know nothing of recipes: documents, an encoder, a teacher."""
+
+from typing import Any
+
+from builder.corpus.chats import ChatTemplate
+from builder.corpus.documents import Corpus, Offset, open_hub, open_local
+from builder.corpus.sequences import Encoder
+from builder.recipe import CorpusRecipe, Recipe, TeacherRecipe
+from builder.sources.resolve import CorpusSource, TeacherSource
+from builder.teacher import ranks
+from builder.teacher.model import Teacher
+
+
+def open_corpus(
+    corpus: CorpusRecipe,
+    source: CorpusSource,
+    *,
+    are_prompts: bool = False,
+    partition: int = 0,
+    num_partitions: int = 1,
+    start: Offset | None = None,
+) -> Corpus:
+    """The documents of one partition of a resolved corpus, from an offset on."""
+    id_column = "id" if corpus.embedded else corpus.id_column
+    content_column = corpus.messages_column or corpus.text_column
+    if source.format == "hub":
+        assert corpus.repo
+        assert source.commit
+        rows = open_hub(corpus.repo, commit=source.commit, config=corpus.config, split=corpus.split)
+    else:
+        rows = open_local(
+            source.files,
+            format=source.format,
+            text_unit=corpus.text_unit,
+            columns=tuple(dict.fromkeys(filter(None, (content_column, id_column)))),
+        )
+    return Corpus(
+        rows,
+        text_column=corpus.text_column,
+        messages_column=corpus.messages_column,
+        without_last_answer=are_prompts,
+        id_column=id_column,
+        format=source.format,
+        file_names=tuple(path.name for path in source.files),
+        partition=partition,
+        num_partitions=num_partitions,
+        start=start,
+    )
+
+
+def make_encoder(recipe: Recipe, tokenizer: Any, template: str | None = None) -> Encoder:
+    """The encoder that a recipe asks for, with the chat template that it names, if any.
+
+    Raises:
+        ValueError: as `Encoder` and, where the corpus is one of chats, `ChatTemplate`.
+    """
+    sequences, is_of_prompts = recipe.sequences, recipe.generation is not None
+    chats = None
+    if recipe.corpus.messages_column:
+        chats = ChatTemplate(tokenizer, template, is_of_prompts=is_of_prompts)
+    return Encoder(
+        tokenizer,
+        max_length=sequences.max_length,
+        long_documents=sequences.long_documents,
+        bos=sequences.bos,
+        eos="never" if is_of_prompts else sequences.eos,
+        chats=chats,
+    )
+
+
+def open_teacher(recipe: TeacherRecipe, source: TeacherSource, *, device: str) -> Teacher:
+    """The teacher of a recipe, loaded.
+
+    Raises:
+        ValueError: with one line on what is wrong with this teacher or these devices, and what to do.
+    """
+    return ranks.load(
+        location=source.location,
+        commit=source.commit,
+        tokenizer=source.tokenizer,
+        dtype=recipe.dtype,
+        attention=recipe.attention,
+        trust_remote_code=recipe.trust_remote_code,
+        device=device,
+        device_map=recipe.device_map,
+        tensor_parallel=recipe.tensor_parallel,
+    )

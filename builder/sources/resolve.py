@@ -1,0 +1,316 @@
+"""What a recipe names → the exact thing it stands for: a commit on the Hub, or files with their hashes.
+
+In:   a recipe, and the directory at which its relative paths start.
+Out:  Sources: plain values that say where to read from, and their provenance, which enters the fingerprint.
+
+Cost: a local file is hashed once (about 1 GB/s); a later run of the same build trusts an unchanged size and time of change.
+"""
+
+import glob
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from builder.recipe import CorpusRecipe, Recipe, SequencesRecipe, TeacherRecipe
+from builder.sources import demo
+
+CorpusFormat = Literal["hub", "text", "json", "parquet"]
+
+_FORMATS: dict[str, CorpusFormat] = {
+    ".txt": "text",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusSource:
+    """A pinned corpus."""
+
+    format: CorpusFormat
+    files: tuple[Path, ...] = ()
+    """Local files in the order in which they are read."""
+    commit: str | None = None
+    """Commit of a Hub dataset."""
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherSource:
+    """A pinned teacher."""
+
+    location: str
+    """Hub repository, local directory, or GGUF file."""
+    commit: str | None = None
+    """Commit of a Hub repository."""
+    tokenizer: str | None = None
+    """Directory of the tokenizer, where it is not at `location`."""
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """Everything that a recipe names, pinned."""
+
+    corpus: CorpusSource
+    teacher: TeacherSource
+    template: str | None
+    """Text of the chat template that the recipe names, if any."""
+
+    def plan(self, recipe: Recipe) -> dict[str, Any]:
+        """What is built, as plain values: the recipe, and the exact corpus and teacher behind it."""
+        return {
+            "recipe": recipe.published(),
+            "corpus": self.corpus.provenance,
+            "teacher": self.teacher.provenance | template_provenance(self.template),
+        }
+
+
+@dataclass(slots=True)
+class KnownSources:
+    """What an earlier run of the same build resolved, so that resuming neither asks the Hub nor reads the files again."""
+
+    commits: dict[str, str] = field(default_factory=dict)
+    """`repo@revision` → commit."""
+    hashes: dict[str, list[Any]] = field(default_factory=dict)
+    """Path → [bytes, time of change in ns, sha256]."""
+
+    def commit(
+        self, recipe: CorpusRecipe | TeacherRecipe, repo_type: Literal["dataset", "model"]
+    ) -> str:
+        """The commit behind a branch or tag, asked of the Hub once in a build.
+
+        Raises:
+            ValueError: the Hub cannot be reached, or has no such repository or revision.
+        """
+        repo, revision = recipe.repo, recipe.revision
+        assert repo
+        if recipe.is_pinned:
+            return revision
+        key = f"{repo_type} {repo}@{revision}"
+        if key not in self.commits:
+            self.commits[key] = _commit_on_hub(repo, revision, repo_type)
+        return self.commits[key]
+
+    def sha256(self, path: Path) -> str:
+        """The hash of a file's content."""
+        stat = path.stat()
+        known = self.hashes.get(str(path))
+        if known is None or known[:2] != [stat.st_size, stat.st_mtime_ns]:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            self.hashes[str(path)] = known = [stat.st_size, stat.st_mtime_ns, digest]
+        return str(known[2])
+
+
+def resolve(recipe: Recipe, base: Path, known: KnownSources) -> Sources:
+    """Pin all that a recipe names.
+
+    Raises:
+        ValueError: as `resolve_corpus`, `resolve_teacher` and `read_chat_template`.
+    """
+    return Sources(
+        corpus=resolve_corpus(recipe.corpus, base, known),
+        teacher=resolve_teacher(recipe.teacher, base, known),
+        template=read_chat_template(recipe.sequences, base),
+    )
+
+
+def resolve_corpus(recipe: CorpusRecipe, base: Path, known: KnownSources) -> CorpusSource:
+    """Pin the corpus of a recipe whose relative paths start at `base`.
+
+    Raises:
+        ValueError: no such files, an unknown or mixed format, or the Hub does not know the dataset.
+    """
+    if recipe.repo:
+        _check_not_here(recipe.repo, "corpus.files")
+        commit = known.commit(recipe, "dataset")
+        provenance = {"kind": "hub", "repo": recipe.repo, "commit": commit}
+        return CorpusSource(format="hub", commit=commit, provenance=provenance)
+    if recipe.embedded:
+        path, provenance = demo.embedded_corpus()
+        return CorpusSource(
+            format="json", files=(path,), provenance={"kind": "embedded", **provenance}
+        )
+    files = _expand(recipe.files, base)
+    formats = {path: _format(path) for path in files}
+    if len(set(formats.values())) > 1:
+        found = ", ".join(sorted(set(formats.values())))
+        raise ValueError(f"corpus.files mixes formats ({found}); give files of one format")
+    root = files[0].parent
+    while not all(path.is_relative_to(root) for path in files):
+        root = root.parent
+    listing = [
+        {"file": path.relative_to(root).as_posix(), "sha256": known.sha256(path)} for path in files
+    ]
+    return CorpusSource(
+        format=formats[files[0]], files=files, provenance={"kind": "files", "files": listing}
+    )
+
+
+def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> TeacherSource:
+    """Pin the teacher of a recipe whose relative paths start at `base`.
+
+    Raises:
+        ValueError: no such directory or file, or the Hub does not know the model.
+    """
+    if recipe.repo:
+        _check_not_here(recipe.repo, "teacher.path")
+        commit = known.commit(recipe, "model")
+        return TeacherSource(
+            location=recipe.repo,
+            commit=commit,
+            provenance={"kind": "hub", "repo": recipe.repo, "commit": commit},
+        )
+    if recipe.embedded:
+        directory, provenance = demo.embedded_teacher()
+        return TeacherSource(location=str(directory), provenance={"kind": "package", **provenance})
+    if recipe.path:
+        directory = _existing(base, recipe.path, "teacher.path", "directory")
+        provenance = {
+            "kind": "directory",
+            "name": directory.name,
+            "sha256": _tree_sha256(directory, known),
+        }
+        return TeacherSource(location=str(directory), provenance=provenance)
+    assert recipe.gguf
+    file = _existing(base, recipe.gguf, "teacher.gguf", "file")
+    provenance = {"kind": "gguf", "name": file.name, "sha256": known.sha256(file)}
+    if not recipe.tokenizer:
+        return TeacherSource(location=str(file), provenance=provenance)
+    tokenizer = _existing(base, recipe.tokenizer, "teacher.tokenizer", "directory")
+    provenance["tokenizer_files_sha256"] = _tree_sha256(tokenizer, known)
+    return TeacherSource(location=str(file), tokenizer=str(tokenizer), provenance=provenance)
+
+
+def read_chat_template(recipe: SequencesRecipe, base: Path) -> str | None:
+    """The chat template that a recipe names, if any.
+
+    Raises:
+        ValueError: there is no such file, or it is not text.
+    """
+    if recipe.chat_template is None:
+        return None
+    path = _existing(base, recipe.chat_template, "sequences.chat_template", "file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"sequences.chat_template: {path.name!r} is not UTF-8 text; expected a Jinja template"
+        ) from None
+
+
+def local_teacher(recipe: TeacherRecipe, base: Path) -> Path | None:
+    """Where a recipe's teacher is, if it is a directory or file of the user's."""
+    path = recipe.path or recipe.gguf
+    return base / expand_home(path) if path else None
+
+
+def template_provenance(template: str | None) -> dict[str, str]:
+    """What pins a chat template that the recipe names; that of the tokenizer is pinned with it."""
+    if template is None:
+        return {}
+    return {"chat_template_sha256": hashlib.sha256(template.encode()).hexdigest()}
+
+
+def expand_home(path: str) -> Path:
+    """A path whose ~ is replaced by the home directory.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path!r} begins with the home directory of nobody") from None
+
+
+def _check_not_here(repo: str, key: str) -> None:
+    """The libraries read a directory of the working directory rather than a Hub repository of the same name."""
+    if Path(repo).exists():
+        raise ValueError(
+            f"{repo!r} is to come from the Hub, but there is a directory of this name here, which would be read instead; "
+            f"run from another directory, or name it as {key}"
+        )
+
+
+def _commit_on_hub(repo: str, revision: str, repo_type: Literal["dataset", "model"]) -> str:
+    import httpx2
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        commit = HfApi().repo_info(repo, revision=revision, repo_type=repo_type).sha
+    except HFValidationError:
+        raise ValueError(f"{repo!r} is not a Hub {repo_type} name; expected ORG/NAME") from None
+    except RepositoryNotFoundError:
+        raise ValueError(
+            f"the Hub has no {repo_type} {repo!r} that you can read; check the name, and log in if it is private"
+        ) from None
+    except RevisionNotFoundError:
+        raise ValueError(f"{repo_type} {repo!r} has no revision {revision!r} on the Hub") from None
+    except OfflineModeIsEnabled:
+        raise ValueError(
+            f"cannot reach the Hub to resolve {repo_type} {repo}@{revision}, since HF_HUB_OFFLINE is set; unset it, "
+            "give the full commit of what is in the cache, or use local files"
+        ) from None
+    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+        raise ValueError(
+            f"cannot reach the Hub to resolve {repo_type} {repo}@{revision} ({_first_line(error)}); "
+            "check the network, or use local files"
+        ) from None
+    assert commit
+    return commit
+
+
+def _expand(patterns: tuple[str, ...], base: Path) -> tuple[Path, ...]:
+    files: list[Path] = []
+    for pattern in patterns:
+        found = sorted(glob.glob(str(base / expand_home(pattern)), recursive=True))
+        matches = [path for path in map(Path, found) if path.is_file()]
+        if not matches:
+            raise ValueError(f"corpus.files: nothing matches {pattern!r} (looked in {base or '.'})")
+        files += [path.resolve() for path in matches if path.resolve() not in files]
+    return tuple(files)
+
+
+def _format(path: Path) -> CorpusFormat:
+    suffixes = path.suffixes
+    compressed = bool(suffixes) and suffixes[-1] in (".gz", ".zst")
+    name = suffixes[-2] if compressed and len(suffixes) > 1 else path.suffix
+    if name not in _FORMATS or (compressed and name == ".parquet"):
+        raise ValueError(
+            f"corpus.files: cannot tell the format of {path.name!r}; expected .txt, .jsonl or .parquet "
+            "(.txt and .jsonl also with .gz or .zst)"
+        )
+    return _FORMATS[name]
+
+
+def _existing(base: Path, path: str, key: str, kind: Literal["file", "directory"]) -> Path:
+    full = base / expand_home(path)
+    if not full.exists():
+        raise ValueError(f"{key}: {path!r} does not exist (looked in {base or '.'})")
+    if full.is_dir() is not (kind == "directory"):
+        raise ValueError(f"{key}: {path!r} is not a {kind}")
+    return full.resolve()
+
+
+def _tree_sha256(directory: Path, known: KnownSources) -> str:
+    """One hash of the names and contents of the files that make a model: configuration, weights, tokenizer."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        if path.suffix in (".json", ".safetensors", ".model", ".txt", ".jinja", ".py"):
+            digest.update(f"{path.name} {known.sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,311 @@
+"""The dataset card: true, valid, and unmoved by what names and descriptions say."""
+
+import copy
+import json
+import re
+import shutil
+import tomllib
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from datasets import load_dataset
+from markdown_it import MarkdownIt
+
+from builder.build.build import build
+from builder.card.card import card_files, read_verification, recipe_toml, render_card, write_card
+from builder.card.charts import BIN_NATS, Curves, entropy_svg, marks, mass_svg, measure
+from builder.card.markdown import plain
+from builder.dataset.identity import fingerprint, row_fingerprint
+from builder.dataset.manifest import read_manifest
+from builder.recipe import Recipe, load_recipe
+from builder.verify.verify import record_recomputation, verify
+from logit_dataset.schema import Layout, columns
+from tests import loopback_hub as stand_in
+from tests.conftest import recipe_text, sample_documents, write_jsonl
+
+MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+
+HOSTILE = [
+    "---\nlicense: mit\n---",
+    "</table><script>alert(1)</script><img src=x onerror=alert(1)>",
+    "| a | b |\n|---|---|\n# Heading",
+    "```\nrm -rf /\n```",
+    "[click](javascript:alert(1)) ![x](http://evil/x.png) <http://evil>",
+    "{{ 7 * 7 }} {% raw %} ${HOME} $$x$$",
+    "yes",
+    "null: [1, *anchor, &x]",
+    "'\"\\ \u2028 \u202e \x00 \ud800 no: *bold* _it_ ~~s~~ `code`",
+    "- item",
+    "1. item",
+    "=====",
+    "%YAML 1.1",
+    "<!-- the rest is gone",
+    "<?the rest, too",
+    "&lt; &amp;amp; &#60;",
+]
+
+
+@pytest.fixture
+def manifest(built):
+    return copy.deepcopy(read_manifest(built))
+
+
+@pytest.fixture
+def curves(built):
+    return measure(sorted((built / "data").iterdir()))
+
+
+def head_of(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def text_of(html: str) -> str:
+    return "".join(ElementTree.fromstring(f"<p>{html}</p>").itertext())
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_is_shown_and_does_nothing(text):
+    paragraph = MARKDOWN.render(plain(text))
+    shown = " ".join(re.sub(r"[\x00\ud800\u202e]", "", text).split())
+    assert re.fullmatch(r"<p>[^<]*</p>\n", paragraph), paragraph
+    assert text_of(paragraph.removeprefix("<p>").removesuffix("</p>\n")) == shown
+    table = MARKDOWN.render(f"| a |\n|---|\n| {plain(text)} |\n\nafter")
+    assert table.count("<td") == 1
+    assert table.endswith("</table>\n<p>after</p>\n")
+    assert text_of(re.search(r"<td>(.*?)</td>", table)[1]) == shown
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_names_break_neither_the_yaml_nor_the_page(manifest, curves, text):
+    normal = render_card(manifest, curves=curves)
+    manifest["recipe"]["description"] = text
+    manifest["recipe"]["corpus"] |= {"repo": text, "config": text, "split": text, "files": []}
+    manifest["recipe"]["teacher"] |= {"repo": text, "path": None}
+    manifest["corpus"] = {"kind": "hub", "repo": text, "commit": "0" * 40}
+    manifest["teacher"] |= {"repo": text, "commit": text, "architecture": text, "dtype": text}
+    manifest["environments"][0]["device"] = text
+    entry = {"version": text, "date": text, "changes": [text]}
+    release = {"repo": "org/set", "version": "1.0.0", "changelog": [entry]}
+    card = render_card(manifest, curves=curves, release=release)
+    assert head_of(card) == head_of(normal)
+    assert stand_in.card_errors(card) == []
+
+    def outline(card: str) -> list[str]:
+        html = MARKDOWN.render(card.split("---\n", 2)[2])
+        return re.findall(r"<(?:h\d|table|script|img|a |pre|hr|ul|ol)[^>]*>", html)
+
+    assert outline(card) == [*outline(normal), "<h3>", "<ul>"]  # those of the changelog
+
+
+def test_the_recipe_in_the_card_builds_the_same_data(built, manifest, tmp_path):
+    toml = re.search(r"```toml\n(.*?)```", (built / "README.md").read_text(), re.DOTALL)[1]
+    recipe = Recipe.model_validate_json(json.dumps(tomllib.loads(toml)))
+    plan = {key: manifest[key] for key in ("recipe", "corpus")}
+    sources = ("kind", "name", "sha256")
+    plan["teacher"] = {key: manifest["teacher"][key] for key in sources}
+    assert fingerprint(plan) == manifest["fingerprint"]
+    assert fingerprint({**plan, "recipe": recipe.published()}) == manifest["fingerprint"]
+
+    manifest["recipe"]["corpus"] |= {"files": [], "repo": "a/b", "config": 'x"\\\n[output]\n\x7f'}
+    manifest["corpus"] = {"kind": "hub", "repo": "a/b", "commit": "1" * 40}
+    manifest["recipe"]["description"] = "Two\nlines, 'quotes' \"and\" ``` fences"
+    hub_toml = recipe_toml(manifest["recipe"], manifest)
+    assert not re.search(r"^ {0,3}```", hub_toml, re.MULTILINE)
+    recipe = Recipe.model_validate_json(json.dumps(tomllib.loads(hub_toml)))
+    assert recipe.corpus.revision == "1" * 40
+    assert recipe.corpus.config == manifest["recipe"]["corpus"]["config"]
+    assert recipe.description == manifest["recipe"]["description"]
+    moved = {**plan, "corpus": manifest["corpus"], "recipe": manifest["recipe"]}
+    assert fingerprint(moved) == fingerprint({**moved, "recipe": recipe.published()})
+
+
+def test_what_is_said_about_a_dataset_changes_no_fingerprint_and_limits_no_row(manifest):
+    plan = {key: manifest[key] for key in ("recipe", "corpus", "teacher")}
+    before = fingerprint(plan), row_fingerprint(plan)
+    described = copy.deepcopy(plan)
+    described["recipe"] |= {"description": "x", "name": "y"}
+    described["recipe"]["corpus"] |= {"license": "mit", "language": ["de"]}
+    described["recipe"]["teacher"]["license"] = "mit"
+    assert (fingerprint(described), row_fingerprint(described)) == before
+    limited = copy.deepcopy(plan)
+    limited["recipe"]["corpus"]["max_tokens"] = 1_000
+    assert fingerprint(limited) != before[0]
+    assert row_fingerprint(limited) == before[1]
+    other = copy.deepcopy(plan)
+    other["recipe"]["output"]["top_k"] = 10
+    assert row_fingerprint(other) != before[1]
+
+
+def test_the_card_says_what_the_manifest_and_the_schema_say(built, manifest):
+    card = (built / "README.md").read_text()
+    info = head_of(card)["dataset_info"]
+    assert info["splits"][0]["num_examples"] == manifest["totals"]["rows"]
+    for column in columns(Layout(tail_samples=4)):
+        kind = f"{column.dtype} [{column.shape}]" if column.shape else column.dtype
+        assert f"| `{column.name}` | {kind} | {column.meaning} |" in card
+    assert f"| tokens | {manifest['totals']['tokens']:,} |" in card
+    assert manifest["fingerprint"] in card
+    assert manifest["teacher"]["sha256"] in card
+    features = load_dataset(str(built), split="train", streaming=True).features
+    assert features["topk_indices"].shape == (None, 20)
+
+
+def test_the_card_says_what_each_column_takes(built, manifest, curves):
+    """Together with the texts' ids and the footers that is the size of the files."""
+    stated = {
+        name: float(size)
+        for name, size in re.findall(
+            r"^\| `(\w+)` \|.*\| ([\d.]+) \|$", (built / "README.md").read_text(), re.M
+        )
+    }
+    assert list(stated) == [
+        column.name for column in columns(Layout.of(manifest["recipe"], manifest["teacher"]))
+    ]
+    tokens, found = manifest["totals"]["tokens"], dict.fromkeys(stated, 0)
+    for path in (built / "data").glob("*.parquet"):
+        metadata = pq.read_metadata(path)
+        for group in range(metadata.num_row_groups):
+            for index in range(metadata.num_columns):
+                column = metadata.row_group(group).column(index)
+                found[column.path_in_schema.split(".")[0]] += column.total_compressed_size
+    assert stated == {name: round(size / tokens, 2) for name, size in found.items()}
+
+    older = copy.deepcopy(manifest)
+    for shard in older["shards"]:
+        del shard["column_bytes"]
+    assert "meaning | bytes a token |" not in render_card(older, curves=curves)
+
+
+def test_build_and_card_write_the_same_bytes(built, manifest, cli, tmp_path):
+    copied = Path(shutil.copytree(built, tmp_path / "copy"))
+    for path in ("README.md", "assets/mass.svg", "assets/entropy.svg"):
+        (copied / path).unlink()
+    assert cli("card", copied) == (0, f"{copied}/README.md\n", "")
+    for name, content in card_files(built, manifest).items():
+        assert (copied / name).read_bytes() == (built / name).read_bytes() == content
+
+
+def test_the_pictures_show_the_data(built, manifest, curves):
+    rows = [row for p in sorted((built / "data").iterdir()) for row in pq.read_table(p).to_pylist()]
+    probabilities = np.exp(np.concatenate([r["topk_logprobs"] for r in rows]).astype(np.float64))
+    entropy = np.concatenate([r["entropy"] for r in rows]).astype(np.float64)
+    np.testing.assert_allclose(curves.mass, probabilities.cumsum(-1).mean(0), rtol=1e-12)
+    assert curves.mass[-1] == pytest.approx(manifest["totals"]["mean_topk_mass"], abs=5e-5)
+    assert curves.mean_entropy == pytest.approx(entropy.mean())
+    for i, share in enumerate(curves.entropy_shares):
+        inside = (entropy >= i * BIN_NATS) & (entropy < (i + 1) * BIN_NATS)
+        assert share == pytest.approx(inside.mean())
+    assert sum(curves.entropy_shares) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "curves",
+    [
+        Curves(mass=[0.4], entropy_shares=[1.0], mean_entropy=0.0),
+        Curves(mass=[0.999] + [1.0] * 49, entropy_shares=[0.99, 0.01], mean_entropy=0.1),
+        Curves(mass=list(np.linspace(0.01, 0.3, 1000)), entropy_shares=[0.0] * 22 + [0.3, 0.7], mean_entropy=11.5),
+    ],
+    ids=["k 1, certain", "k 50, nearly certain", "k 1000, no idea"],
+)  # fmt: skip
+def test_pictures_of_extreme_teachers_stay_within_their_frame(curves):
+    for svg in (mass_svg(curves), entropy_svg(curves)):
+        root = ElementTree.fromstring(svg)
+        for element in root.iter():
+            at = {k: float(v) for k, v in element.attrib.items() if k in ("x", "y", "x1", "x2", "y1", "y2", "cx", "cy")}  # fmt: skip
+            assert all(0 <= value <= 640 for value in at.values())
+            assert all(v <= 300 for k, v in at.items() if k.endswith("y") or k in ("y1", "y2"))
+            if "height" in element.attrib and "x" in at:
+                assert float(element.attrib["height"]) >= 0
+                assert at["y"] + float(element.attrib["height"]) <= 250.05
+                assert at["x"] + float(element.attrib["width"]) <= 640
+    assert marks(50) == [1, 2, 5, 10, 20, 50]
+
+
+def test_a_recorded_recomputation_is_shown_as_it_was(built, manifest, tiny_teacher_dir, tmp_path):
+    copied = Path(shutil.copytree(built, tmp_path / "copy"))
+    report = verify(copied, recompute=4, seed=11, teacher_path=tiny_teacher_dir)
+    record_recomputation(copied, report, "cpu")
+    write_card(copied, manifest)
+    card = (copied / "README.md").read_text()
+    assert "4 random rows" in card
+    assert "seed 11" in card
+    assert f"{report.recomputed['max_abs_error']:.2g} at most" in card
+    manifest["shards"][0]["sha256"] = "0"
+    assert read_verification(copied, manifest) is None  # of other data
+    assert "No result of the latter was recorded" in (built / "README.md").read_text()
+
+
+LICENCES = {
+    ("apache-2.0", "Apache-2.0"): {"license": "apache-2.0"},
+    ("cc-by-sa-3.0", "apache-2.0"): {
+        "license": "other",
+        "license_name": "cc-by-sa-3.0-and-apache-2.0",
+        "license_details": "texts: cc-by-sa-3.0; teacher: apache-2.0",
+    },
+    ("psf-2.0", "psf-2.0"): {
+        "license": "other",
+        "license_name": "psf-2.0",
+        "license_details": "texts: psf-2.0; teacher: psf-2.0",
+    },
+    ("mit", None): {},
+}
+
+
+@pytest.mark.parametrize(("names", "expected"), LICENCES.items(), ids=map(str, LICENCES))
+def test_licences_of_corpus_and_teacher(manifest, names, expected):
+    manifest["recipe"]["corpus"]["license"], manifest["recipe"]["teacher"]["license"] = names
+    card = render_card(manifest)
+    found = {key: value for key, value in head_of(card).items() if key.startswith("license")}
+    assert found == expected
+    assert stand_in.card_errors(card) == []
+    assert f"**{names[0]}**" in card
+    assert f"**{names[1] or 'not stated'}**" in card
+
+
+def test_norwegian_is_a_language(manifest):
+    manifest["recipe"]["corpus"]["language"] = ["no", "code"]
+    assert head_of(render_card(manifest))["language"] == ["no", "code"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "category"), [(1, "n<1K"), (999, "n<1K"), (1_000, "1K<n<10K"), (99_999, "10K<n<100K"), (10**12, "n>1T")]
+)  # fmt: skip
+def test_size_categories(manifest, rows, category):
+    manifest["totals"]["rows"] = rows
+    assert head_of(render_card(manifest))["size_categories"] == [category]
+
+
+def test_a_new_description_rewrites_the_card_and_nothing_else(tiny_teacher_dir, tmp_path):
+    write_jsonl(tmp_path / "corpus.jsonl", sample_documents(6))
+    path, out = tmp_path / "recipe.toml", tmp_path / "out"
+
+    def run(**changes: str) -> str:
+        path.write_text(recipe_text(tiny_teacher_dir, "corpus.jsonl", **changes))
+        return build(load_recipe(path), tmp_path, out).status
+
+    def data() -> dict:
+        return {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in (out / "data").iterdir()}
+
+    assert run() == "complete"
+    before = data()
+    changes = {"corpus": 'license = "mit"', "teacher": 'license = "mit"'}
+    assert run(**changes) == "already complete, with a new description"
+    assert run(**changes) == "already complete"
+    assert data() == before
+    assert head_of((out / "README.md").read_text())["license"] == "mit"
+    assert read_manifest(out)["recipe"]["corpus"]["license"] == "mit"
+    assert verify(out).problems == []
+
+
+@pytest.mark.parametrize(
+    "line", ['license = "two words"', 'license = "a\\nb: c"', 'language = ["English"]']
+)
+def test_licences_and_languages_are_identifiers(tiny_teacher_dir, tmp_path, line):
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe_text(tiny_teacher_dir, "x.jsonl", corpus=line))
+    with pytest.raises(ValueError, match=rf"corpus\.{line.split()[0]}"):
+        load_recipe(path)

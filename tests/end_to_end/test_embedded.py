@@ -1,0 +1,103 @@
+"""The embedded teacher and corpus: the right tokenizer, the right weights, and the README's example."""
+
+import json
+import math
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from builder.build.build import build
+from builder.dataset.manifest import read_manifest
+from builder.recipe import load_recipe
+from builder.sources import demo
+from builder.teacher.loading import load_teacher
+from builder.verify.verify import verify
+from tests.conftest import REPOSITORY
+
+pytestmark = pytest.mark.embedded
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    directory, _ = demo.embedded_teacher()
+    return load_teacher(str(directory), dtype="float32")
+
+
+def test_every_digit_is_a_token_of_its_own(teacher):
+    """What transformers loses when it rebuilds this tokenizer from the GGUF file."""
+    assert teacher.tokenizer.tokenize("In 2024, 3.14") == [
+        *["In", "Ġ", "2", "0", "2", "4", ",", "Ġ", "3", ".", "1", "4"]
+    ]
+
+
+def test_no_token_of_the_corpus_holds_a_digit_and_something_else(teacher):
+    path, _ = demo.embedded_corpus()
+    backend = teacher.tokenizer.backend_tokenizer
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text = json.loads(line)["text"]
+        encoding = backend.encode(text, add_special_tokens=False)
+        assert teacher.tokenizer.decode(encoding.ids) == text
+        assert not any(
+            len(token) > 1 and any(c.isdigit() for c in token) for token in encoding.tokens
+        )
+
+
+def test_the_weights_say_paris_and_are_those_of_the_gguf_file(teacher):
+    ids = teacher.tokenizer.encode("The capital of France is")
+    probs = torch.cat(list(teacher.logits([ids])))[-1].softmax(-1)
+    by_word = {
+        word: float(probs[teacher.tokenizer.encode(word)[0]]) for word in (" Paris", " London")
+    }
+    assert by_word[" Paris"] == pytest.approx(0.7725, abs=2e-3)
+    assert by_word[" London"] == pytest.approx(0.0125, abs=1e-3)
+
+
+def test_the_prepared_weights_equal_the_dequantised_blocks_of_the_gguf_file(teacher):
+    from gguf import GGUFReader, dequantize
+
+    from builder.sources.demo import gguf_file
+
+    reader = GGUFReader(gguf_file())
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    weights = dict(teacher.model.named_parameters())
+    for gguf_name, name in (
+        ("token_embd.weight", "model.embed_tokens.weight"),
+        ("blk.3.ffn_down.weight", "model.layers.3.mlp.down_proj.weight"),
+        ("blk.29.attn_v.weight", "model.layers.29.self_attn.v_proj.weight"),
+        ("output_norm.weight", "model.norm.weight"),
+    ):
+        tensor = tensors[gguf_name]
+        expected = dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(weights[name].numpy(), expected.reshape(weights[name].shape))
+
+
+def test_the_embedded_recipe_builds_verifies_and_equals_float64(teacher, tmp_path):
+    """The main job, cut to a few thousand tokens; `make build-dataset` runs all of it."""
+    path = REPOSITORY / "dataset_cards" / "smollm2-135m-python-docs" / "recipe.toml"
+    short = path.read_text().replace("max_tokens = 50_000", "max_tokens = 2_500")
+    (tmp_path / "recipe.toml").write_text(
+        short.replace("shard_tokens = 10_000", "shard_tokens = 1_500")
+    )
+    build(load_recipe(tmp_path / "recipe.toml"), tmp_path, tmp_path / "out")
+    assert verify(tmp_path / "out").problems == []
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["totals"]["tokens"] >= 2_500
+    assert manifest["totals"]["bytes_per_token"] < 175  # 163 at full size
+    assert manifest["teacher"]["sha256"].startswith("b179c9523d0e")
+
+    row = pq.read_table(tmp_path / "out" / manifest["shards"][0]["file"]).slice(0, 1).to_pylist()[0]
+    with torch.inference_mode():
+        logits = teacher.model(torch.tensor([row["input_ids"]])).logits[0].double()
+    logprobs = logits.log_softmax(-1)
+    expected = logprobs.topk(50)
+    assert (np.array(row["topk_indices"]) == expected.indices.numpy()).mean() > 0.999  # near ties
+    np.testing.assert_allclose(row["topk_logprobs"], expected.values, atol=6e-3, rtol=0)
+    target = logprobs[:-1].gather(1, torch.tensor(row["input_ids"])[1:, None])[:, 0]
+    np.testing.assert_allclose(row["target_logprob"][:-1], target, atol=1e-2, rtol=0)
+    tail = torch.log1p(-expected.values.exp().sum(-1))
+    np.testing.assert_allclose(row["tail_logprob"], tail, atol=6e-3, rtol=0)
+    assert math.isclose(row["logsumexp"][0], float(logits[0].logsumexp(-1)), rel_tol=1e-5)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    np.testing.assert_allclose(row["entropy"], entropy, atol=4e-3, rtol=0)

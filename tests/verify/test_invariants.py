@@ -1,0 +1,83 @@
+"""The invariants hold for whatever the teacher may say, and each is tight enough to be of use."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from builder.capture.distribution import capture
+from builder.capture.draws import uniforms
+from builder.verify.invariants import broken, sampled_entropy
+from logit_dataset.schema import Layout
+from tests.capture.test_distribution import random_logits, rows_of_logits
+
+
+def stored_of(logits_NV, targets, layout: Layout) -> dict[str, np.ndarray]:
+    """The columns as they would be read back."""
+    uniforms_NM = uniforms(
+        0, "doc", 0, num_positions=len(logits_NV), count=max(layout.tail_samples, 1)
+    )
+    found = capture(
+        [logits_NV],
+        torch.tensor(targets),
+        top_k=layout.top_k,
+        temperatures=layout.temperatures,
+        uniforms_NM=uniforms_NM if layout.tail_samples else None,
+    )
+    input_ids = np.zeros(len(logits_NV), np.int32)
+    return {"input_ids": input_ids} | {name: column.numpy() for name, column in found.items()}
+
+
+def wrong(stored: dict[str, np.ndarray], targets, layout: Layout) -> list[str]:
+    with np.errstate(all="ignore"):
+        return [line for mask, line in broken(stored, np.array(targets), layout) if mask.any()]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows_of_logits(),
+    st.sampled_from([0, 1, 5]),
+    st.lists(st.sampled_from([0.1, 0.3, 0.9, 1.1, 2.0, 5.0, 100.0]), max_size=3, unique=True),
+    st.booleans(),
+)
+def test_nothing_that_a_teacher_says_breaks_an_invariant(row, tail_samples, temperatures, whole):
+    logits_NV, target, top_k = row
+    layout = Layout(
+        top_k="all" if whole else top_k,
+        tail_samples=0 if whole else tail_samples,
+        temperatures=tuple(temperatures),
+        vocab_size=logits_NV.shape[1],
+    )
+    stored = stored_of(logits_NV, [target], layout)
+    assert wrong(stored, [target], layout) == []
+
+
+LAYOUT = Layout(top_k=20, tail_samples=4, temperatures=(0.5, 2.0), vocab_size=1003)
+
+
+@pytest.mark.parametrize("temperature", LAYOUT.temperatures)
+@pytest.mark.parametrize("by", [-0.5, 0.5])
+def test_a_log_partition_that_is_half_a_nat_off_is_found(temperature, by):
+    targets = list(range(50))
+    stored = stored_of(random_logits(50, 1003), targets, LAYOUT)
+    assert wrong(stored, targets, LAYOUT) == []
+    stored[f"logsumexp_t{temperature:g}"] += np.float32(by)
+    expected = [f"logsumexp_t{temperature:g} does not fit the stored distribution"]
+    assert wrong(stored, targets, LAYOUT) == expected
+
+
+def test_a_draw_that_is_more_probable_than_the_whole_tail_is_found():
+    logits_NV = -torch.arange(1003.0)[None]  # a tail of 0.58 times the K-th
+    stored = stored_of(logits_NV, [5], LAYOUT)
+    stored["tail_logprobs"][0] = stored["tail_logprob"][0] + np.float16(0.1)
+    assert wrong(stored, [5], LAYOUT) == ["a draw is more probable than the whole tail"]
+
+
+def test_the_entropy_by_draws_is_right_on_average():
+    logits_NV = random_logits(1, 1003).expand(4000, -1)
+    stored = stored_of(logits_NV, [0] * 4000, LAYOUT)
+    estimate = sampled_entropy(stored)
+    error = estimate.std() / np.sqrt(len(estimate))
+    assert error > 1e-4
+    assert abs(estimate.mean() - float(stored["entropy"][0])) < 4 * error + 1e-3
