@@ -1,4 +1,4 @@
-"""What a command costs before it does work: `--help`, a fresh build, and a build that goes on after 90 % of the shards."""
+"""What a command costs before it does work: `--help`, a fresh build, and a build that resumes after 90 % of the shards."""
 
 import json
 import subprocess

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--every", type=int, default=50, help="steps from report to report")
-    parser.add_argument("--checkpoint", type=Path, help="file to go on from, written at reports")
+    parser.add_argument("--checkpoint", type=Path, help="file to resume from, written at reports")
     args = parser.parse_args(arguments)
 
     torch.manual_seed(0)

@@ -27,7 +27,7 @@ def modules() -> dict[str, Path]:
     for package in ("logit_dataset", "builder"):
         for path in (REPOSITORY / package).rglob("*.py"):
             name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
-            if not name.endswith("__init__") and not name.startswith("builder.student"):
+            if not name.endswith("__") and not name.startswith("builder.student"):
                 found[name] = path
     return found
 

@@ -69,7 +69,7 @@ def build(
     found: Progress = lambda _: None,
     notice: Notice = lambda message: print(message, file=sys.stderr),
 ) -> BuildResult:
-    """Build a dataset, or go on with it.
+    """Build a dataset, or resume it.
 
     Args:
         recipe: what to build.
@@ -208,7 +208,7 @@ class _Chains:
         self._state.settle("teacher", teacher)
 
     def take(self, task: Task, outcome: ShardRecord | Exception) -> None:
-        """Make a computed shard count; where it failed, its partition is left and the others go on.
+        """Make a computed shard count; where it failed, its partition is left and the others continue.
 
         Raises:
             ValueError: it does not fit those that are there.
@@ -229,7 +229,7 @@ class _Chains:
             self.failure = outcome
         self._unfinished.remove(task.partition)
         if self._unfinished:
-            self._notice(f"{task.file} failed ({outcome}); the other partitions go on")
+            self._notice(f"{task.file} failed ({outcome}); the other partitions continue")
         elif outcome is not self.failure:
             self._notice(f"{task.file} failed ({outcome})")
 

@@ -1,7 +1,7 @@
 """A recipe → a tagged version on the Hub, whose shards go there while they are built.
 
 How:  What would make publishing fail is looked at first, for a build can take weeks. An `Outbox` sends the shards to a branch of
-      the repository; from it, a new machine with an empty directory goes on. When the manifest stands, `hub.publish` does the
+      the repository; from it, a new machine with an empty directory resumes. When the manifest stands, `hub.publish` does the
       rest: from that branch to main and to a tag.
 """
 
@@ -50,7 +50,7 @@ def deliver(
     notice: Notice,
     **options: Any,
 ) -> tuple[BuildResult, Published | None]:
-    """Build a dataset and publish it, or go on with that: how the build ended, and the version if it is complete.
+    """Build a dataset and publish it, or resume that: how the build ended, and the version if it is complete.
 
     Args:
         recipe: what to build.
@@ -84,7 +84,7 @@ def deliver(
     if (output / FILE_NAME).exists():
         result = build(recipe, base, output, notice=notice)
         if not is_branch_of(there.repo, head, read_manifest(output)):
-            branch = None  # of another build, which may still go on
+            branch = None  # of another build, which may still be resumed
     else:
         _check_tag(there, tag, {"recipe": recipe.published()})
         _check_count(recipe)

@@ -1,7 +1,7 @@
 """Finished shards → a branch of a repository on the Hub, while the build goes on.
 
 In:   the records of shards, as they are finished.
-Out:  on the branch, `data/*.parquet`, and in `.build/` all that another machine needs to go on: the plan, the teacher, the
+Out:  on the branch, `data/*.parquet`, and in `.build/` all that another machine needs to resume: the plan, the teacher, the
       commits behind branches, and the record of every shard. A record comes with its file, in one commit: a shard without a
       record does not exist on the branch either, and a record counts only while its file has the recorded hash.
 
@@ -49,7 +49,7 @@ COMMIT_SECONDS = 600
 """After which even a single shard is committed."""
 RECORDS = ".build/records/"
 RECORDS_PER_FILE = 100
-"""One file for each would be thousands of requests for a machine that goes on."""
+"""One file for each would be thousands of requests for a machine that resumes."""
 
 
 def is_branch_of(repo: Repository, head: str | None, manifest: dict[str, Any]) -> bool:
@@ -124,7 +124,7 @@ class Outbox:
         self._thread = Thread(target=self._run, name="outbox", daemon=True)
 
     def open(self, output: Path, state: BuildState, known: KnownSources) -> None:
-        """Read what the branch holds, make the directory go on with it, and begin to send.
+        """Read what the branch holds, make the directory resume it, and begin to send.
 
         Args:
             output: directory of the dataset.
@@ -238,7 +238,7 @@ class Outbox:
         # Of others, only what is known to hold no address.
         what = failure if isinstance(failure, ValueError) else explain(failure, self.repo.id)
         raise ValueError(
-            f"{what}. Finished shards are safe; the same command goes on from here"
+            f"{what}. Finished shards are safe; the same command resumes from here"
         ) from failure
 
     # What the branch holds
@@ -367,7 +367,7 @@ class Outbox:
             )
         except Moved as error:
             raise ValueError(
-                f"{error}; is another machine building the same? Let only one of them go on"
+                f"{error}; is another machine building the same? Let only one of them continue"
             ) from None
         there = self.repo.tree(head, list(files))
         for path, file in files.items():

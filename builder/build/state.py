@@ -88,7 +88,7 @@ class BuildState:
         elif changes := differences(self.read(name), values):
             raise ValueError(
                 f"{self._elsewhere or self._output} holds an unfinished build with another {name} ({'; '.join(changes)}); "
-                f"go on with that one, {'delete it, ' if self._elsewhere else ''}or choose another "
+                f"resume that one, {'delete it, ' if self._elsewhere else ''}or choose another "
                 f"{'repository' if self._elsewhere else 'directory'}"
             )
 
@@ -111,7 +111,7 @@ class BuildState:
         write_json(self._path("repository"), {"repo": repo})
 
     def check_repository(self, repo: str | None) -> None:
-        """See that a build goes on where its shards are.
+        """See that a build is resumed where its shards are.
 
         Raises:
             ValueError: they are in a repository that was not named.

@@ -78,7 +78,7 @@ def compute(
             yield from crew.compute(chains, first)
         except RayError as error:
             raise ValueError(
-                f"Ray fails ({' '.join(str(error).split())[:300]}); finished shards are safe: run the same command to go on"
+                f"Ray fails ({' '.join(str(error).split())[:300]}); finished shards are safe: run the same command to resume"
             ) from None
         finally:
             crew.dismiss()
@@ -120,7 +120,7 @@ class _Crew:
                     self._actors[worker] = self._new_actor()
                     self._prepare(worker, task or first)
                 else:
-                    idle.insert(0, worker)  # it has the place open at which its partition goes on
+                    idle.insert(0, worker)  # it has the place open at which its partition continues
                 if task is None:
                     self._take_loaded(chains, f"worker {worker}", outcome)
                 elif isinstance(outcome, ShardRecord) or not self._try_again(task, outcome):
@@ -248,7 +248,7 @@ def _ray(pool: Pool) -> Iterator[None]:
     ) as error:  # Ray raises all kinds, a bare Exception where it takes too long to start
         where = f"reach Ray at {pool.address!r}" if pool.address else "start Ray"
         raise ValueError(
-            f"cannot {where} ({' '.join(str(error).split())[:300]}); finished shards are safe: run the same command to go on"
+            f"cannot {where} ({' '.join(str(error).split())[:300]}); finished shards are safe: run the same command to resume"
         ) from None
     try:
         yield
@@ -291,7 +291,7 @@ def _resources(pool: Pool, ranks: int | None, notice: Notice) -> tuple[str, int,
         shortage = f"{pool.workers} workers with {gpus:g} GPUs each do not fit: Ray has {gpus_there:g} GPUs, for {room} of them"
         if pool.address is None:
             raise ValueError(f"{shortage}; use fewer --workers, or --gpus-per-worker")
-        notice(f"{shortage}: going on with those that fit, and waiting for more")
+        notice(f"{shortage}: continuing with those that fit, and waiting for more")
     cpus = [int(node.get("CPU", 0)) for node in nodes]
     return device, _cpu_share(cpus, places, min(pool.workers, room)), gpus
 

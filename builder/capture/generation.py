@@ -212,7 +212,7 @@ class Generator:
             )
         self._halved_batches += 1
         self._notice(
-            f"out of memory on {device} while writing {len(rows)} completions of up to {longest} tokens: going on with half as "
+            f"out of memory on {device} while writing {len(rows)} completions of up to {longest} tokens: continuing with half as "
             "many; a smaller generation.batch_tokens avoids this"
         )
         if device.type == "cuda":

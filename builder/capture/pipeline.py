@@ -147,7 +147,7 @@ class Pipeline:
             )
         self.halved_batches += 1
         self._notice(
-            f"out of memory on {self._teacher.device} with {len(sequences)} sequences of up to {longest} tokens: going on with "
+            f"out of memory on {self._teacher.device} with {len(sequences)} sequences of up to {longest} tokens: continuing with "
             "half as many; a smaller sequences.batch_tokens avoids this"
         )
         if self._teacher.device.type == "cuda":

@@ -29,7 +29,7 @@ from builder.cli.terminal import (
 def build(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as dataset_cards/*/recipe.toml.")],
     output: Annotated[
-        Path, typer.Option(help="Directory of the dataset. An unfinished build in it goes on.")
+        Path, typer.Option(help="Directory of the dataset. An unfinished build in it is resumed.")
     ],
     device: DeviceOption = Device.AUTO,
     max_shards: Annotated[
@@ -53,7 +53,7 @@ def build(
         str | None,
         typer.Option(
             metavar="ORG/NAME",
-            help="Send shards there while they are built, go on with what is there, and publish in the end.",
+            help="Send shards there while they are built, resume from what is there, and publish in the end.",
         ),
     ] = None,
     discard_local: Annotated[
@@ -68,7 +68,7 @@ def build(
     message: MessageOption = None,
     recompute: RecomputeOption = 5,
 ) -> None:
-    """Build a dataset from a recipe, or go on with an unfinished one."""
+    """Build a dataset from a recipe, or resume an unfinished one."""
     from builder.recipe import load_recipe
 
     if not publish_to and (discard_local or tag or private or message):
@@ -126,7 +126,7 @@ def build(
             result, published = run(loaded, base, output, **options), None
     if result.manifest is None:
         print(
-            f"stopped early after {result.shards_built} new shards; run the same command to go on"
+            f"stopped early after {result.shards_built} new shards; run the same command to resume"
         )
         return
     totals = result.manifest["totals"]

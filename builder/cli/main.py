@@ -57,7 +57,7 @@ def main() -> None:
         status = getattr(error, "exit_code", 1)
     if status == INTERRUPTED:
         print(
-            "interrupted: finished shards are safe; run the same command to go on", file=sys.stderr
+            "interrupted: finished shards are safe; run the same command to resume", file=sys.stderr
         )
     sys.exit(status)
 
@@ -74,7 +74,7 @@ def _explain(error: Exception) -> str:
         if error.errno in DISK_FULL:
             return (
                 f"cannot write ({os.strerror(error.errno)}); finished shards are safe: make room, and run the same "
-                "command to go on"
+                "command to resume"
             )
     if isinstance(error, ValueError | OSError):
         return str(error)

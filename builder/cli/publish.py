@@ -32,7 +32,7 @@ def publish(
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Publish a finished dataset as a tagged version, or go on with that."""
+    """Publish a finished dataset as a tagged version, or resume that."""
     from builder.hub import publish as hub
     from builder.hub import release
 

@@ -163,7 +163,7 @@ class Corpus:
 
     @property
     def offset(self) -> Offset:
-        """Where to go on after the last document that was yielded."""
+        """Where to resume after the last document that was yielded."""
         return {
             "file": self._file,
             "row_group": self._row_group,

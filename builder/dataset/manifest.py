@@ -233,7 +233,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         if not directory.exists():
             raise ValueError(f"{directory} does not exist; name the directory of a finished build")
         state = (
-            "an unfinished build; run the same build command to go on"
+            "an unfinished build; run the same build command to resume"
             if (directory / ".build").exists()
             else "not a logit dataset; name the directory of a finished build"
         )

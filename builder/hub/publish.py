@@ -5,7 +5,7 @@ How:  1. The build is verified, and random rows are run through the teacher agai
       3. The branch is read back: size and hash of every file, and rows through stock `load_dataset`.
       4. One commit copies it to main, on the server and only if main is still what it was; one tag names that commit.
 
-      Until step 4, users see the former version. Killed anywhere, the same command goes on; a tag is never moved.
+      Until step 4, users see the former version. Killed anywhere, the same command resumes; a tag is never moved.
 
       Data files that are not in the directory any more, but on the branch or in the former version just as the manifest says, need
       not be sent. They were verified before they were (`outbox`); rows to recompute and to read back come from the Hub.
@@ -60,7 +60,7 @@ def publish(
 
     Raises:
         ValueError: the dataset has problems, the Hub refuses or fails, or somebody else was faster. Nothing is visible to
-            users then, unless the message says so; the same command goes on.
+            users then, unless the message says so; the same command resumes.
     """
     repo, tag = plan.repo, plan.version.tag
     repo.check_login()
@@ -85,7 +85,7 @@ def publish(
         main = _put_on_main(plan, files, main, work)
     except ValueError as error:
         raise ValueError(
-            f"{error}. Nothing was published; the same command goes on from here"
+            f"{error}. Nothing was published; the same command resumes from here"
         ) from None
     try:
         if not _is_right(repo.tree(main), files):
@@ -93,7 +93,7 @@ def publish(
         repo.tag(tag, main, message=_title(plan))
     except ValueError as error:
         raise ValueError(
-            f"{error}. main of {repo.id} was changed, but is not tagged as {tag}; the same command goes on from here"
+            f"{error}. main of {repo.id} was changed, but is not tagged as {tag}; the same command resumes from here"
         ) from None
     _clean_up(plan, notice)
     return main
@@ -140,7 +140,7 @@ def check(
 
 def _how_to_mend(plan: Plan, problem: object) -> str:
     return (
-        f"{problem}; if it stays so, delete damaged files from branch {plan.branch}, and let the build go on in an empty "
+        f"{problem}; if it stays so, delete damaged files from branch {plan.branch}, and let the build resume in an empty "
         "directory, where it makes them anew"
     )
 

@@ -164,7 +164,7 @@ class _Team:
         if not self._is_over:
             print(
                 f"error: rank {rank} of the teacher ended with status {status}, perhaps for want of memory; finished shards "
-                "are safe: run the same command to go on",
+                "are safe: run the same command to resume",
                 file=sys.stderr,
                 flush=True,
             )

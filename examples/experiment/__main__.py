@@ -60,7 +60,7 @@ if __name__ == "__main__":
         sys.exit(f"error: {error}")
     except BrokenProcessPool:
         sys.exit(
-            "error: a run was killed, perhaps for want of memory; the same command goes on, and with --workers 1 it takes less"
+            "error: a run was killed, perhaps for want of memory; the same command resumes, and with --workers 1 it takes less"
         )
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")
+        sys.exit("stopped; the same command resumes")

@@ -69,7 +69,7 @@ def write_truth(
     teacher_path: Path | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Run the teacher over the dataset again and write the parts; goes on where it was stopped.
+    """Run the teacher over the dataset again and write the parts; resumes where it was stopped.
 
     Args:
         dataset: a finished dataset.

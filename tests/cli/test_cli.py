@@ -55,7 +55,7 @@ def test_the_general_help_names_every_command(cli):
 
 def test_help_loads_nothing_heavy():
     program = (
-        "import sys\nfrom builder.cli import main\n"
+        "import sys\nfrom builder.cli.main import main\n"
         f"for name in {list(COMMANDS)}:\n"
         "    sys.argv = ['logit-dataset', name, '--help']\n"
         "    try: main()\n"
@@ -136,7 +136,7 @@ def test_ctrl_c_is_status_130_and_says_how_to_go_on(cli, monkeypatch):
     monkeypatch.setattr(information, "describe", interrupted)
     status, out, err = cli("info", "anything")
     assert (status, out) == (130, "")
-    assert err == "interrupted: finished shards are safe; run the same command to go on\n"
+    assert err == "interrupted: finished shards are safe; run the same command to resume\n"
 
 
 @pytest.mark.parametrize("error", [ValueError("what\n  happened"), OSError("no\nway")])
@@ -157,7 +157,7 @@ def test_each_step_prints_the_next_one(cli, make_recipe, tmp_path):
     """As a user pastes them, in a directory whose name needs quotes."""
     output = tmp_path / "my dataset"
     stopped = cli("build", make_recipe(), "--output", output, "--max-shards", 1)
-    assert stopped == (0, "stopped early after 1 new shards; run the same command to go on\n", "")
+    assert stopped == (0, "stopped early after 1 new shards; run the same command to resume\n", "")
 
     # In a process of its own, which has everything to import, nothing is on stderr either: it is not a terminal.
     built = run_cli("build", make_recipe(), "--output", output)

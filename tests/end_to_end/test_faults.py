@@ -422,7 +422,7 @@ def test_a_changed_recipe_is_refused_with_the_fields(cli, make_recipe, tmp_path)
     fields = (
         r"\(recipe\.output\.top_k: 20 → 10; recipe\.sequences\.bos: \"tokenizer\" → \"never\"\)"
     )
-    message = rf"holds an unfinished build with another plan {fields}; go on with that one, or choose another directory"
+    message = rf"holds an unfinished build with another plan {fields}; resume that one, or choose another directory"
     assert_one_line(*cli("build", other, "--output", output), message)
     assert cli("build", make_recipe(), "--output", output)[0] == 0
     fields = fields.replace(r"recipe\.", "")
@@ -493,7 +493,7 @@ def client(tmp_path_factory):
 def build_in_child(client: Client, recipe: Path, output: Path, prepare: str = "") -> tuple:
     arguments = ["logit-dataset", "build", str(recipe), "--output", str(output)]
     result = client.python(
-        f"import os, sys\n{prepare}\nsys.argv = {arguments!r}\nfrom builder.cli import main\nmain()"
+        f"import os, sys\n{prepare}\nsys.argv = {arguments!r}\nfrom builder.cli.main import main\nmain()"
     )
     return result.returncode, result.stdout, result.stderr
 
@@ -576,7 +576,7 @@ def check_recorded(output: Path) -> dict:
 
 def check_full_disk(client, recipe: Path, disk, expected: dict[str, bytes]) -> int:
     """Build until it is full, make room, go on; says how many shards there were before."""
-    message = r"cannot write \(.*(space|large).*\); finished shards are safe: make room, and run the same command to go on"
+    message = r"cannot write \(.*(space|large).*\); finished shards are safe: make room, and run the same command to resume"
     assert_one_line(*build_in_child(client, recipe, disk.output, disk.prepare), message)
     before = check_recorded(disk.output)
     assert not list(disk.output.rglob(".*.partial"))
@@ -635,7 +635,7 @@ def test_a_signal_loses_nothing(client, many_shards, expected, tmp_path, moment,
     output = tmp_path / "out"
     status, out, err = build_in_child(client, many_shards, output, send_at(moment, number))
     if number == signal.SIGINT:
-        line = "interrupted: finished shards are safe; run the same command to go on\n"
+        line = "interrupted: finished shards are safe; run the same command to resume\n"
         assert (status, out, err) == (130, "", line)
         assert not list(output.rglob(".*.partial"))
     else:

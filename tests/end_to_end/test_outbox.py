@@ -195,7 +195,7 @@ def test_a_new_machine_goes_on_from_the_branch_alone(hub, deliver, whole, tmp_pa
     for number, shards in enumerate((1, 3, 4)):
         result = deliver(tmp_path / f"machine-{number}", "--max-shards", shards)
         assert result.returncode == 0, result.stderr
-        assert result.stdout == f"stopped early after {shards} new shards; run the same command to go on\n"  # fmt: skip
+        assert result.stdout == f"stopped early after {shards} new shards; run the same command to resume\n"  # fmt: skip
         assert_branch_is_consistent(hub, whole)
         built.append(len(records_on_branch(hub)))
         assert not data_files(tmp_path / f"machine-{number}")
@@ -381,8 +381,9 @@ import sys
 from builder.build import outbox
 from builder.plan import plan
 from builder.cli.main import main
+modules = {"plan": plan, "outbox": outbox}
 for module, name, value in LIMITS:
-    setattr(getattr(sys.modules["builder"], module), name, value)
+    setattr(modules[module], name, value)
 sys.argv = ["logit-dataset", *ARGUMENTS]
 main()
 """
@@ -476,7 +477,7 @@ def test_another_recipe_is_refused_with_the_fields(hub, deliver, tiny_teacher_di
     other = write_recipe(tmp_path / "other", tiny_teacher_dir, output="top_k = 10")
     message = (
         rf"branch {BRANCH} of org/set holds an unfinished build with another plan \(recipe\.output\.shard_tokens: 200 → "
-        r"300; recipe\.output\.top_k: 20 → 10\); go on with that one, delete it, or choose another repository"
+        r"300; recipe\.output\.top_k: 20 → 10\); resume that one, delete it, or choose another repository"
     )
     assert_one_line(deliver(tmp_path / "new", recipe=other), message)
     assert_one_line(deliver(tmp_path / "out", recipe=other), r"another plan \(recipe\.output")
@@ -539,7 +540,7 @@ def test_two_machines_at_one_branch(hub, deliver, whole, tmp_path):
     assert_one_line(
         result,
         rf"branch {BRANCH} of org/set was moved by someone else .*another machine building the same\? Let only one of them "
-        r"go on\. Finished shards are safe",
+        r"continue\. Finished shards are safe",
     )
     assert on_branch(hub)[".build/plan.json"] == b"{}"
     assert not records_on_branch(hub)
@@ -618,7 +619,7 @@ def test_it_outlives_an_hour_without_commits_and_then_says_so(hub, deliver_fast,
     hub.repos.clear()
     limit.times = 10**6
     result = deliver_fast(tmp_path / "other")
-    assert_one_line(result, "the Hub's rate limit is reached; wait some minutes.*Finished shards are safe; the same command goes on")  # fmt: skip
+    assert_one_line(result, "the Hub's rate limit is reached; wait some minutes.*Finished shards are safe; the same command resumes")  # fmt: skip
     waited = [int(s) for s in re.findall(r"trying again in (\d+) s", result.stderr)]
     assert sum(waited) > 3600
     assert data_files(tmp_path / "other")
@@ -679,7 +680,7 @@ def test_what_xet_raises_is_survived_and_never_printed(hub, client, recipe, whol
     lasting = client.python(f"ERROR, FAILING = {error}, range(2, 99)\n{LOSING_XET}{code}")
     reason = {"KeyError": r"uploading failed \(KeyError\)"}
     message = reason.get(error, rf"the Hub cannot be reached \(the connection failed \({error}\)\)")
-    assert_one_line(lasting, rf"{message}.*\. Finished shards are safe; the same command goes on")
+    assert_one_line(lasting, rf"{message}.*\. Finished shards are safe; the same command resumes")
     assert "SECRET" not in lasting.stderr + lasting.stdout
     if error not in reason:
         passing = client.python(f"ERROR, FAILING = {error}, (2, 3)\n{LOSING_XET}{code}")
@@ -817,7 +818,7 @@ def test_what_is_nowhere_else_is_not_thrown_away(
     names = f"RECIPE, OUTPUT, RECOMPUTE = {str(recipe)!r}, {str(tmp_path / 'out')!r}, {recompute}"
     assert_one_line(
         client.python(f"{names}\n{DELIVERED}"),
-        rf"{message}.*; if it stays so, delete damaged files from branch {BRANCH}, and let the build go on in an empty",
+        rf"{message}.*; if it stays so, delete damaged files from branch {BRANCH}, and let the build resume in an empty",
     )
     assert not hub.repos["dataset", "org/set"].tags
     expected = data_files(whole)

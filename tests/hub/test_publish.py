@@ -383,8 +383,8 @@ def test_an_answer_that_is_lost_is_not_a_thing_done_twice(hub, publish_fast, out
 
 
 LASTING = {
-    "commit on main": r"the Hub answers 503 Service Unavailable.*try again later\. Nothing was published; the same command goes on",
-    "tag": r"the Hub answers 503 .* main of org/set was changed, but is not tagged as v1\.0\.0; the same command goes on",
+    "commit on main": r"the Hub answers 503 Service Unavailable.*try again later\. Nothing was published; the same command resumes",
+    "tag": r"the Hub answers 503 .* main of org/set was changed, but is not tagged as v1\.0\.0; the same command resumes",
 }
 
 

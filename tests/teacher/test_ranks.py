@@ -18,8 +18,8 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from builder.dataset.identity import fingerprint
 from builder.recipe import TeacherRecipe, load_recipe
+from builder.sources.opening import open_teacher
 from builder.sources.resolve import KnownSources, resolve_teacher
-from builder.teacher import ranks
 from builder.teacher.loading import load_teacher
 from builder.teacher.model import Teacher, is_spread
 from builder.verify.verify import verify
@@ -34,7 +34,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="lo
 def split_teacher(directory: Path, size: int = 2) -> Teacher:
     recipe = TeacherRecipe(path=str(directory), dtype="float32", tensor_parallel=size)
     source = resolve_teacher(recipe, Path(), KnownSources())
-    return ranks.load(recipe, source, device="cpu")
+    return open_teacher(recipe, source, device="cpu")
 
 
 def rank_processes(parent: int) -> list[int]:
@@ -161,7 +161,7 @@ def test_a_failed_shard_lets_a_split_teacher_go_before_it_is_loaded_anew(
         teachers.append(weakref.ref(teacher))
         return teacher
 
-    monkeypatch.setattr("builder.build.worker.load", load_one)
+    monkeypatch.setattr("builder.build.worker.open_teacher", load_one)
     documents = sample_documents(48)
     for part in range(2):
         write_jsonl(tmp_path / f"part-{part}.jsonl", documents[part::2])
@@ -194,11 +194,11 @@ def test_a_rank_ends_with_rank_0_that_died_in_the_middle_of_a_word(tmp_path):
 
 PATIENT = """
 from pathlib import Path
-from builder.teacher import ranks
 from builder.recipe import TeacherRecipe
+from builder.sources.opening import open_teacher
 from builder.sources.resolve import KnownSources, resolve_teacher
 recipe = TeacherRecipe(path={directory!r}, dtype="float32", tensor_parallel=2)
-teacher = ranks.load(recipe, resolve_teacher(recipe, Path(), KnownSources()), device="cpu")
+teacher = open_teacher(recipe, resolve_teacher(recipe, Path(), KnownSources()), device="cpu")
 print("ready", flush=True)
 while True:
     teacher.hidden([[1, 2, 3]])
