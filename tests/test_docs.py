@@ -80,6 +80,7 @@ def test_pins_satisfy_the_declared_dependencies():
         if "==" in line:
             name, version = line.split("==")
             pins[name.lower()] = version
-    for text in project["dependencies"] + project["optional-dependencies"]["gguf"]:
+    extras = project["optional-dependencies"]
+    for text in project["dependencies"] + extras["build"] + extras["gguf"]:
         requirement = Requirement(text)
         assert requirement.specifier.contains(pins[requirement.name.lower()]), text
