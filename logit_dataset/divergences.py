@@ -48,7 +48,7 @@ Loss = Literal[
 ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class AtTeacher:
     """The teacher at N positions. Probabilities of −65504 are exactly 0."""
 
@@ -63,7 +63,7 @@ class AtTeacher:
     """Whether the last of the head is `other`, of which the tail may hold more."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class AtStudent:
     """The student's log-probabilities at the same positions."""
 

@@ -144,7 +144,7 @@ class LogitDataset:
                 Ends.of(self.manifest),
                 prompt_targets=self.prompt_targets,
             )
-        except (pa.ArrowException, ValueError, OSError) as error:
+        except (pa.ArrowException, ValueError, OSError, _http_error()) as error:
             raise ValueError(
                 f"{group.file}, row group {group.index}: {_first_line(error)}; verify the dataset"
             ) from error
@@ -276,6 +276,10 @@ def _read_manifest(source: Callable[[str], Any], where: str) -> dict[str, Any]:
         raise ValueError(f"{where} has no {MANIFEST}: it is not a finished logit dataset") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where}: {MANIFEST} is damaged ({error}); fetch it again") from None
+    except (OSError, _http_error()) as error:
+        raise ValueError(
+            f"{where}: {MANIFEST} cannot be read ({_first_line(error)}); try again"
+        ) from None
     if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
         raise ValueError(
             f"{where} has schema version {version}, this program reads {SCHEMA_VERSION}; install the matching version"
@@ -296,7 +300,7 @@ def _footer(source: Callable[[str], Any], name: str, manifest: dict[str, Any]) -
         footer = pq.ParquetFile(source(name)).metadata
     except FileNotFoundError:
         raise ValueError(f"{name} is missing; fetch the dataset again") from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, _http_error()) as error:
         raise ValueError(
             f"{name} cannot be read ({_first_line(error)}); fetch the dataset again"
         ) from None
@@ -321,12 +325,9 @@ def _num_tokens(row_group: pq.RowGroupMetaData) -> int:
 
 def _hub_source(repo: str, revision: str | None, *, streaming: bool) -> Callable[[str], Any]:
     """File names → local paths or open remote files, all of the one commit behind the revision."""
-    import httpx2
     from huggingface_hub import HfApi, HfFileSystem, snapshot_download
     from huggingface_hub.errors import (
-        HfHubHTTPError,
         HFValidationError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -350,12 +351,22 @@ def _hub_source(repo: str, revision: str | None, *, streaming: bool) -> Callable
         ) from None
     except RevisionNotFoundError:
         raise ValueError(f"dataset {repo!r} has no revision {revision!r} on the Hub") from None
-    except (HfHubHTTPError, OfflineModeIsEnabled, httpx2.HTTPError, OSError) as error:
+    except (OSError, _http_error()) as error:
         raise ValueError(
             f"there is no directory {repo!r}, and the Hub cannot be reached ({_first_line(error)})"
         ) from None
     hub = HfFileSystem()
     return lambda name: hub.open(f"datasets/{repo}@{commit}/{name}", "rb")
+
+
+def _http_error() -> type[Exception]:
+    """What a broken connection to the Hub raises, and every status that is an error; HF_HUB_OFFLINE is an OSError.
+
+    huggingface_hub's own error inherits from that of the library by which it speaks HTTP: requests, httpx or httpx2, by its version.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__bases__[0]
 
 
 def _first_line(error: Exception) -> str:

@@ -107,7 +107,7 @@ def _positions(values_BTX: Tensor, batch: Mapping[str, Tensor], what: str) -> Te
     return values_BTX.flatten(0, 1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class _Terms:
     """What a loss is made of: the positions that count, and the teacher there."""
 
