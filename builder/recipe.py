@@ -40,7 +40,7 @@ def _top_k(value: Any) -> Any:
 
 TopK = Annotated[int | Literal["all"], PlainValidator(_top_k)]
 
-UNSAID = {"teacher": ("device_map", "tensor_parallel")}
+UNSAID = {"teacher": ("device_map", "tensor_parallel", "config")}
 """Fields that a plan holds only if the recipe sets them: they are younger than the fingerprints of some datasets."""
 
 
@@ -121,6 +121,8 @@ class TeacherRecipe(_Source):
     """A teacher that comes as a Python package: SmolLM2-135M-Instruct, Q4_1."""
     tokenizer: str | None = None
     """Directory of the right tokenizer for a GGUF file whose own one cannot be rebuilt faithfully."""
+    config: str | None = None
+    """The original config.json, or its directory, for a GGUF file that does not say all of its model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the weights and of the forward pass. Statistics are float32 in any case."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -137,7 +139,7 @@ class TeacherRecipe(_Source):
     def _check(self) -> Self:
         _exactly_one(self, "repo", "path", "gguf", "embedded")
         _only_with(self, "repo", "revision", "trust_remote_code")
-        _only_with(self, "gguf", "tokenizer")
+        _only_with(self, "gguf", "tokenizer", "config")
         if self.device_map and self.tensor_parallel:
             raise ValueError("device_map and tensor_parallel exclude each other; leave one out")
         if self.gguf and (self.device_map or self.tensor_parallel):
@@ -320,8 +322,8 @@ class Recipe(_Section):
                 if values[section][field] is None:
                     del values[section][field]
         values["corpus"]["files"] = [_portable(path) for path in self.corpus.files]
-        for field in ("path", "gguf", "tokenizer"):
-            if values["teacher"][field]:
+        for field in ("path", "gguf", "tokenizer", "config"):
+            if values["teacher"].get(field):
                 values["teacher"][field] = _portable(values["teacher"][field])
         if self.sequences.chat_template:
             values["sequences"]["chat_template"] = _portable(self.sequences.chat_template)

@@ -66,6 +66,7 @@ def test_defaults(tmp_path):
             "gguf": None,
             "embedded": None,
             "tokenizer": None,
+            "config": None,
             "dtype": "bfloat16",
             "attention": "sdpa",
             "device_map": None,
@@ -136,6 +137,7 @@ WRONG = {
     f'name = "x"\n{FILES}[teacher]\n': r"teacher: give exactly one of repo, path, gguf, embedded \(found none\)",
     f"{SMALLEST}gguf = 'm.gguf'": r"teacher: give exactly one of .* \(found path and gguf\)",
     f"{SMALLEST}tokenizer = 't'": r"teacher: tokenizer means something only with gguf; leave it out",
+    f"{SMALLEST}config = 't'": r"teacher: config means something only with gguf; leave it out",
     f"{SMALLEST}revision = 'v1'": r"teacher: revision means something only with repo; leave it out",
     f"{SMALLEST}trust_remote_code = true": r"teacher: trust_remote_code means something only with repo",
     f"{SMALLEST}dtype = 'int8'": r"teacher\.dtype: Input should be 'float32', .* \(found 'int8'\)",
@@ -347,7 +349,7 @@ def test_a_fingerprint_does_not_depend_on_how_paths_are_spelled(tmp_path, monkey
 def test_no_absolute_path_is_published(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     for prefix in (f"{tmp_path}/secret/", "~/secret/"):
-        for teacher in ({"path": "x"}, {"gguf": "x", "tokenizer": "y"}):
+        for teacher in ({"path": "x"}, {"gguf": "x", "tokenizer": "y", "config": "z"}):
             recipe = Recipe(
                 name="x",
                 corpus=CorpusRecipe(files=(f"{prefix}a-*.txt", "b/c.txt", "../secret/d.txt")),

@@ -59,7 +59,8 @@ def make_order(recipe: Recipe, sources: Sources, output: Path, known: KnownSourc
     if not recipe.corpus.embedded:
         paths += sources.corpus.files
     if not (recipe.teacher.embedded or recipe.teacher.repo):
-        for place in filter(None, (sources.teacher.location, sources.teacher.tokenizer)):
+        teacher = sources.teacher
+        for place in filter(None, (teacher.location, teacher.tokenizer, teacher.config)):
             path = Path(place)
             paths += [p for p in path.iterdir() if p.is_file()] if path.is_dir() else [path]
     return Order(

@@ -337,6 +337,7 @@ def _provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
             f"{plain(teacher['architecture'])}, {teacher['parameters']:,} parameters, run in {plain(teacher['dtype'])} "
             f"with {plain(teacher['attention'])} attention",
         ),
+        *_quantisation(teacher),
         (
             "vocabulary",
             f"{teacher['vocab_size']:,} logits; the tokenizer (SHA-256 `{teacher['tokenizer_sha256'][:16]}`) has "
@@ -350,6 +351,26 @@ def _provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
             f"{manifest['totals']['tokens_per_second']:,.0f} tokens/s",
         ),
     ]
+
+
+def _quantisation(teacher: dict[str, Any]) -> list[tuple[str, str]]:
+    """How the teacher's weights are packed, where they are."""
+    found = teacher.get("quantisation")
+    if not isinstance(found, dict):
+        return []
+    said = [
+        f"{name} {value}" for name, value in found.get("config", {}).items() if name != "groups"
+    ]
+    said += [
+        f"{part} {values}"
+        for group in found.get("config", {}).get("groups", [])
+        for part, values in group.items()
+    ]
+    stored = ", ".join(map(str, found.get("stored_as", [])))
+    how = "unpacked before they are used" if found.get("dequantised") else "used as they are packed"
+    details = f" ({', '.join(said)})" if said else ""
+    text = f"{found.get('method')}{details}: weights are stored as {stored or 'numbers'}, {how}"
+    return [("quantisation", plain(text))]
 
 
 def _chat_template(manifest: dict[str, Any]) -> list[tuple[str, str]]:
@@ -389,7 +410,7 @@ def _verification_text(record: dict[str, Any] | None, where: str) -> str:
 
 
 def _reproduce_note(recipe: dict[str, Any]) -> str:
-    local = [recipe["teacher"].get(key) for key in ("path", "gguf", "tokenizer")]
+    local = [recipe["teacher"].get(key) for key in ("path", "gguf", "tokenizer", "config")]
     local.append(recipe["sequences"].get("chat_template"))
     if recipe["corpus"]["files"] or any(local):
         return " beside the files that it names (their hashes are in the manifest)"

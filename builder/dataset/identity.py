@@ -20,7 +20,7 @@ LIMITS = ("max_documents", "max_tokens")
 
 PINNED = {
     "corpus": ("files", "revision"),
-    "teacher": ("path", "gguf", "tokenizer", "revision"),
+    "teacher": ("path", "gguf", "tokenizer", "config", "revision"),
     "sequences": ("chat_template",),
 }
 """Fields for which a plan holds hashes or a commit, so that how they are spelled decides nothing."""

@@ -68,7 +68,7 @@ def describe(directory: Path) -> str:
     layout, written = _layout(manifest), authorship.line(manifest)
     lines = {
         "dataset": f"{summary['name']}  (schema {summary['schema_version']}, fingerprint {summary['fingerprint'][:12]})",
-        "teacher": f"{teacher_name} @ {teacher_pin}, {teacher['parameters']:,} parameters, {teacher['dtype']}, "
+        "teacher": f"{teacher_name} @ {teacher_pin}, {teacher['parameters']:,} parameters, {_precision(teacher)}, "
         f"vocabulary {teacher['vocab_size']:,}",
         "corpus": f"{corpus_name} @ {corpus_pin}",
         "size": f"{totals['tokens']:,} tokens in {totals['rows']:,} rows of {totals['documents']:,} documents{skipped}",
@@ -83,6 +83,14 @@ def describe(directory: Path) -> str:
         f"{', '.join(e['device'] for e in summary['environments'])}",
     }
     return "\n".join(f"{key:<11}{value}" for key, value in lines.items())
+
+
+def _precision(teacher: dict[str, Any]) -> str:
+    """The type in which a teacher computes, and how its weights are packed, if they are."""
+    packed = teacher.get("quantisation")
+    if not isinstance(packed, dict):
+        return str(teacher["dtype"])
+    return f"{teacher['dtype']}, quantised ({packed.get('method')})"
 
 
 def _stored(layout: Layout) -> str:

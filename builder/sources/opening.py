@@ -78,6 +78,7 @@ def open_teacher(recipe: TeacherRecipe, source: TeacherSource, *, device: str) -
         location=source.location,
         commit=source.commit,
         tokenizer=source.tokenizer,
+        config=source.config,
         dtype=recipe.dtype,
         attention=recipe.attention,
         trust_remote_code=recipe.trust_remote_code,

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from builder.recipe import CorpusRecipe, Recipe, SequencesRecipe, TeacherRecipe
 from builder.sources import demo
+from builder.teacher.checkpoint import refuse_adapter
 
 CorpusFormat = Literal["hub", "text", "json", "parquet"]
 
@@ -47,6 +48,8 @@ class TeacherSource:
     """Commit of a Hub repository."""
     tokenizer: str | None = None
     """Directory of the tokenizer, where it is not at `location`."""
+    config: str | None = None
+    """A config.json that decides for a GGUF file."""
     provenance: dict[str, Any]
 
 
@@ -154,7 +157,7 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
     """Pin the teacher of a recipe whose relative paths start at `base`.
 
     Raises:
-        ValueError: no such directory or file, or the Hub does not know the model.
+        ValueError: no such directory or file, it holds an adapter, or the Hub does not know the model.
     """
     if recipe.repo:
         _check_not_here(recipe.repo, "teacher.path")
@@ -169,6 +172,7 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
         return TeacherSource(location=str(directory), provenance={"kind": "package", **provenance})
     if recipe.path:
         directory = _existing(base, recipe.path, "teacher.path", "directory")
+        refuse_adapter(str(directory))
         provenance = {
             "kind": "directory",
             "name": directory.name,
@@ -178,11 +182,21 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
     assert recipe.gguf
     file = _existing(base, recipe.gguf, "teacher.gguf", "file")
     provenance = {"kind": "gguf", "name": file.name, "sha256": known.sha256(file)}
-    if not recipe.tokenizer:
-        return TeacherSource(location=str(file), provenance=provenance)
-    tokenizer = _existing(base, recipe.tokenizer, "teacher.tokenizer", "directory")
-    provenance["tokenizer_files_sha256"] = _tree_sha256(tokenizer, known)
-    return TeacherSource(location=str(file), tokenizer=str(tokenizer), provenance=provenance)
+    tokenizer = config = None
+    if recipe.tokenizer:
+        tokenizer = _existing(base, recipe.tokenizer, "teacher.tokenizer", "directory")
+        provenance["tokenizer_files_sha256"] = _tree_sha256(tokenizer, known)
+    if recipe.config:
+        is_directory = (base / expand_home(recipe.config)).is_dir()
+        path = f"{recipe.config}/config.json" if is_directory else recipe.config
+        config = _existing(base, path, "teacher.config", "file")
+        provenance["config_sha256"] = known.sha256(config)
+    return TeacherSource(
+        location=str(file),
+        tokenizer=str(tokenizer) if tokenizer else None,
+        config=str(config) if config else None,
+        provenance=provenance,
+    )
 
 
 def read_chat_template(recipe: SequencesRecipe, base: Path) -> str | None:

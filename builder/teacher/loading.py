@@ -5,10 +5,6 @@ How:  transformers loads. Weights are read from safetensors and GGUF only, for a
       refused: both would work, and be wrong.
 """
 
-import copy
-import io
-import sys
-from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +12,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from builder.teacher import arrival, checkpoint, gguf
+from builder.teacher.checkpoint import named
 from builder.teacher.model import Teacher, Together, is_spread
+from builder.teacher.quantisation import describe, method_of
 
 FAITHFUL_GGUF_PRETOKENIZERS = ("gpt-2", "smollm")
 """Values of `tokenizer.ggml.pre` for which the tokenizer rebuilt from a GGUF file is known to be right."""
@@ -34,6 +33,7 @@ def load_teacher(
     spread: bool = False,
     split: Any = None,
     together: Together | None = None,
+    config: str | None = None,
 ) -> Teacher:
     """Load a teacher from the Hub (at a commit), from a directory, or from a GGUF file.
 
@@ -45,18 +45,22 @@ def load_teacher(
         spread: place whole layers on all GPUs (`device_map="auto"`), of which `device` is then the first used.
         split: a `transformers.distributed.DistributedConfig`, for a process that is in a group of `torch.distributed`.
         together: see `Teacher`.
+        config: original config.json, or its directory, for a GGUF file that does not say enough of the model.
 
     Raises:
         ValueError: with one line on what is wrong with this teacher and what to do.
     """
     torch_dtype: torch.dtype = getattr(torch, dtype)
     if location.endswith(".gguf"):
-        tokenizer_directory = Path(tokenizer) if tokenizer else None
-        model, loaded_tokenizer = load_gguf(Path(location), tokenizer=tokenizer_directory)
+        model, loaded_tokenizer, quantisation = _load_gguf(
+            Path(location),
+            tokenizer=Path(tokenizer) if tokenizer else None,
+            config=Path(config) if config else None,
+        )
         model = model.to(torch_dtype)
         model.set_attn_implementation(attention)
     else:
-        model, loaded_tokenizer = _load_pretrained(
+        model, loaded_tokenizer, quantisation = _load_pretrained(
             location,
             revision=commit,
             trust_remote_code=trust_remote_code,
@@ -71,9 +75,18 @@ def load_teacher(
             _check_split(model, split.tp_size)
         if is_spread(model):
             first_device = _first_device(model)
-        return Teacher(model, loaded_tokenizer, device=first_device, together=together)
+        else:
+            model = model.to(first_device)
+        arrival.check_values(model)
+        return Teacher(
+            model,
+            loaded_tokenizer,
+            device=first_device,
+            together=together,
+            quantisation=quantisation,
+        )
     except ValueError as error:
-        raise ValueError(f"teacher {_display(location)}: {error}") from None
+        raise ValueError(f"{named(location)}: {error}") from None
 
 
 def load_tokenizer(
@@ -86,34 +99,26 @@ def load_tokenizer(
         # Said outright: left open, transformers asks on the terminal whether to run the repo's code.
         return AutoTokenizer.from_pretrained(location, revision=commit, trust_remote_code=False)
     except (ValueError, OSError) as error:
-        raise ValueError(f"teacher {_display(location)}: {_explain_load(error)}") from None
+        raise ValueError(f"{named(location)}: {_explain_load(error, location, commit)}") from None
 
 
 def load_gguf(path: Path, *, tokenizer: Path | None) -> tuple[Any, Any]:
     """Dequantise a GGUF file: a float32 model like any other, and a tokenizer that is known to be right.
 
     Raises:
-        ValueError: packages are missing, or the file's tokenizer needs a rule that is not known here.
+        ValueError: packages are missing, the file's tokenizer needs a rule that is not known here, or transformers has no place
+            for something that the file holds.
     """
-    right_tokenizer = _gguf_tokenizer(path, tokenizer)
-    with (
-        nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
-    ):  # its progress bar
-        loaded = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), gguf_file=path.name, dtype=torch.float32
-        )
-    config = copy.deepcopy(loaded.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = type(loaded)(config)
-    model.load_state_dict(loaded.state_dict(), assign=True)
-    model.tie_weights()
-    # Buffers outside the state dict (rotary frequencies) were made on "meta" and hold no values there.
-    for name, buffer in loaded.named_buffers():
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, buffer)
+    model, right_tokenizer, _ = _load_gguf(path, tokenizer=tokenizer, config=None)
     return model, right_tokenizer
+
+
+def _load_gguf(
+    path: Path, *, tokenizer: Path | None, config: Path | None
+) -> tuple[Any, Any, dict[str, Any] | None]:
+    right_tokenizer = _gguf_tokenizer(path, tokenizer)
+    model, quantisation = gguf.load_model(path, config=config)
+    return model, right_tokenizer, quantisation
 
 
 def _gguf_tokenizer(path: Path, tokenizer: Path | None) -> Any:
@@ -122,19 +127,7 @@ def _gguf_tokenizer(path: Path, tokenizer: Path | None) -> Any:
     transformers rebuilds one from the file without its pre-tokenization rule. For SmolLM that drops the rule that
     every digit is a token of its own; it is put back here. Rules that cannot be vouched for are refused.
     """
-    try:
-        import accelerate  # noqa: F401 – transformers needs it to dequantise
-        from gguf import GGUFReader
-    except ImportError:
-        raise ValueError(
-            "a GGUF teacher needs two more packages; run: pip install gguf accelerate"
-        ) from None
-    try:
-        rule = GGUFReader(path).get_field("tokenizer.ggml.pre")
-    except (ValueError, LookupError) as error:
-        raise ValueError(
-            f"teacher {path.name}: it is no whole GGUF file ({error}); download it again"
-        ) from None
+    rule = gguf.open_gguf(path).get_field("tokenizer.ggml.pre")
     if tokenizer:
         return AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=False)
     rule_name = str(rule.contents()) if rule else "none"
@@ -160,29 +153,36 @@ def _restore_pretokenizer(backend: Any, rule_name: str) -> None:
 
 def _load_pretrained(
     location: str, *, revision: str | None, trust_remote_code: bool, **options: Any
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any, dict[str, Any] | None]:
+    checkpoint.refuse_adapter(location, commit=revision)
+    checkpoint.refuse_ambiguous(location)
     shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = checkpoint.read_config(location, commit=revision)
     try:
         # Tensors are only ever read from safetensors: a pickle file can run code.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location, use_safetensors=True, output_loading_info=True, **shared, **options
         )
         tokenizer = AutoTokenizer.from_pretrained(location, **shared)
-    except (ValueError, OSError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"teacher {_display(location)}: {_explain_load(error)}") from None
+    except (ValueError, OSError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{named(location)}: {_explain_load(error, location, revision)}") from None
     model, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"teacher {_display(location)}: the checkpoint has no {missing[0]}"
-            f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}, which would be filled with random numbers; "
-            "use a complete causal language model"
-        )
-    return model, tokenizer
+    config = config or checkpoint.read_config(location, commit=revision)  # of the Hub
+    stored, method = checkpoint.read_heads(location, commit=revision), method_of(config)
+    try:
+        arrival.check(model, report, config=config, stored=stored, method=method)
+    except ValueError as error:
+        raise ValueError(f"{named(location)}: {error}") from None
+    return model, tokenizer, describe(model, config=config, stored=stored, method=method)
 
 
-def _explain_load(error: Exception) -> str:
+def _explain_load(error: Exception, location: str, commit: str | None) -> str:
     message = " ".join(str(error).split())
+    if Path(location).is_absolute():
+        message = message.replace(location, Path(location).name)
+    said = arrival.quantisation_of(checkpoint.read_config(location, commit=commit))
+    if missing := checkpoint.explain_missing(location):
+        return missing
     if "trust_remote_code" in message:
         return "it needs code from its repo; set teacher.trust_remote_code and a full commit, if you trust it"
     if "Unrecognized configuration class" in message:
@@ -198,16 +198,24 @@ def _explain_load(error: Exception) -> str:
         return f'{message.split(". ")[0][:200].rstrip(".")}; use teacher.attention = "sdpa"'
     if "couldn't connect" in message or "HF_HUB_OFFLINE" in message:
         return "it is not in the cache, and the Hub cannot be reached to fetch it; check the network, or use teacher.path"
-    if "ignore_mismatched_sizes" in message:
+    if "ignore_mismatched_sizes" in message or "automatic conversion" in message:
+        if said:
+            return f"its weights are packed by {said.get('quant_method')}, which transformers does not unpack here; use another model"
         return "its weights have other shapes than its config.json says; download it again"
+    if said and isinstance(error, ImportError):
+        return (
+            f"its weights are quantised by {said.get('quant_method')}, which needs a package that is not installed ({message[:200]}); "
+            "install it, or use the unquantised model"
+        )
+    if isinstance(error, KeyError):
+        return (
+            f"its config.json cannot be read ({message[:200]}); correct it, or update transformers"
+        )
+    if "tiktoken" in message:
+        return "it has no tokenizer.json, and other vocabularies are not read; save it with a fast tokenizer's save_pretrained"
     if isinstance(error, SafetensorError):
         return f"its weights are damaged ({message[:100]}); download it again"
     return message.split(". ")[0][:300]
-
-
-def _display(location: str) -> str:
-    path = Path(location)
-    return path.name if path.is_absolute() else location
 
 
 def _first_device(model: Any) -> torch.device:

@@ -28,6 +28,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from builder.teacher.quantisation import count_parameters
+
 CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES = 64 * 2**20, 256 * 2**20
 """Logits that exist at once, however large V is: enough rows for a matrix product at full speed, few enough to fit anywhere."""
 
@@ -51,6 +53,7 @@ class Teacher:
         *,
         device: torch.device,
         together: Together | None = None,
+        quantisation: dict[str, Any] | None = None,
     ) -> None:
         """Wrap a loaded model, and find out which way to its logits is right.
 
@@ -60,6 +63,7 @@ class Teacher:
             device: where it takes token ids.
             together: for a model that is split over processes, all of which make their Teacher at the same time; None for
                 one that is not.
+            quantisation: how its weights are packed, as plain JSON values; None if they are plain numbers.
 
         Raises:
             ValueError: the model is not causal, its logits hold NaN, or the tokenizer does not fit it.
@@ -70,6 +74,7 @@ class Teacher:
         self.tokenizer = tokenizer
         self.device = device
         self.dtype: torch.dtype = model.dtype
+        self.quantisation = quantisation
         _check_tokenizer(model, tokenizer)
         self._head = _head_of(self.model)
         self._is_split = together is not None
@@ -95,7 +100,8 @@ class Teacher:
         tokenizer_json = self.tokenizer.backend_tokenizer.to_str()
         return {
             "architecture": type(self.model).__name__,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": self._num_parameters(),
+            **({"quantisation": self.quantisation} if self.quantisation else {}),
             "dtype": str(self.dtype).removeprefix("torch."),
             "attention": self.model.config._attn_implementation,
             "vocab_size": self.vocab_size,
@@ -104,6 +110,11 @@ class Teacher:
             "tokenizer_sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest(),
             "eos_token_id": self.tokenizer.eos_token_id,
         }
+
+    def _num_parameters(self) -> int:
+        if self.quantisation:
+            return count_parameters(self.model)
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     @torch.inference_mode()
     def logits(self, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:

@@ -48,6 +48,10 @@ def recompute_rows(
     recipe = TeacherRecipe.model_validate(manifest["recipe"]["teacher"])
     teacher = open_teacher(recipe, source, device=device)
     found = teacher.provenance()
+    if "quantisation" not in manifest["teacher"]:
+        # Older code did not record it, and counted packed numbers.
+        for key in ("quantisation", "parameters") if "quantisation" in found else ():
+            del found[key]
     recorded = {key: manifest["teacher"].get(key) for key in found}
     if changes := differences(recorded, found, "teacher"):
         raise ValueError(f"the teacher at hand is not the dataset's: {'; '.join(changes)}")
