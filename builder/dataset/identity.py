@@ -26,6 +26,10 @@ PINNED = {
 """Fields for which a plan holds hashes or a commit, so that how they are spelled decides nothing."""
 
 
+BESIDE_THE_HASH = ("tokenizer_source", "tokenizer_file_sha256")
+"""What is said of a teacher's tokenizer beside `tokenizer_sha256`, which alone decides. Older code said neither."""
+
+
 def fingerprint(plan: dict[str, Any]) -> str:
     """SHA-256 of everything that decides the data: the recipe, and the exact corpus and teacher behind it."""
     return _sha256({**deciding(plan), "schema_version": SCHEMA_VERSION})
@@ -72,6 +76,15 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
             lines += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
         return lines
     return [] if old == new else [f"{path}: {_short(old)} → {_short(new)}"]
+
+
+def teacher_differences(recorded: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """As `differences`, of what two loaded teachers turned out to be."""
+    old, new = (
+        {key: value for key, value in values.items() if key not in BESIDE_THE_HASH}
+        for values in (recorded, found)
+    )
+    return differences(old, new)
 
 
 def _sha256(values: dict[str, Any]) -> str:

@@ -16,6 +16,8 @@ from builder.teacher import arrival, checkpoint, gguf
 from builder.teacher.checkpoint import named
 from builder.teacher.model import Teacher, Together, is_spread
 from builder.teacher.quantisation import describe, method_of
+from builder.teacher.tokenizer import Origin, load, note_origin
+from builder.teacher.tokenizer_files import TokenizerError
 
 FAITHFUL_GGUF_PRETOKENIZERS = ("gpt-2", "smollm")
 """Values of `tokenizer.ggml.pre` for which the tokenizer rebuilt from a GGUF file is known to be right."""
@@ -95,11 +97,14 @@ def load_tokenizer(
     """The tokenizer of a teacher alone, without its weights; arguments and errors as for `load_teacher`."""
     if location.endswith(".gguf"):
         return _gguf_tokenizer(Path(location), Path(tokenizer) if tokenizer else None)
+    return _tokenizer_at(location, revision=commit)
+
+
+def _tokenizer_at(location: str, *, revision: str | None = None, trust: bool = False) -> Any:
     try:
-        # Said outright: left open, transformers asks on the terminal whether to run the repo's code.
-        return AutoTokenizer.from_pretrained(location, revision=commit, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{named(location)}: {_explain_load(error, location, commit)}") from None
+        return load(location, commit=revision, trust_remote_code=trust)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        raise ValueError(f"{named(location)}: {_explain_load(error, location, revision)}") from None
 
 
 def load_gguf(path: Path, *, tokenizer: Path | None) -> tuple[Any, Any]:
@@ -129,7 +134,7 @@ def _gguf_tokenizer(path: Path, tokenizer: Path | None) -> Any:
     """
     rule = gguf.open_gguf(path).get_field("tokenizer.ggml.pre")
     if tokenizer:
-        return AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=False)
+        return _tokenizer_at(str(tokenizer))
     rule_name = str(rule.contents()) if rule else "none"
     if rule_name not in FAITHFUL_GGUF_PRETOKENIZERS:
         raise ValueError(
@@ -139,7 +144,7 @@ def _gguf_tokenizer(path: Path, tokenizer: Path | None) -> Any:
         )
     rebuilt = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     _restore_pretokenizer(rebuilt.backend_tokenizer, rule_name)
-    return rebuilt
+    return note_origin(rebuilt, Origin(source="gguf"))
 
 
 def _restore_pretokenizer(backend: Any, rule_name: str) -> None:
@@ -163,7 +168,6 @@ def _load_pretrained(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location, use_safetensors=True, output_loading_info=True, **shared, **options
         )
-        tokenizer = AutoTokenizer.from_pretrained(location, **shared)
     except (ValueError, OSError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         raise ValueError(f"{named(location)}: {_explain_load(error, location, revision)}") from None
     model, report = loaded
@@ -173,6 +177,7 @@ def _load_pretrained(
         arrival.check(model, report, config=config, stored=stored, method=method)
     except ValueError as error:
         raise ValueError(f"{named(location)}: {error}") from None
+    tokenizer = _tokenizer_at(location, revision=revision, trust=trust_remote_code)
     return model, tokenizer, describe(model, config=config, stored=stored, method=method)
 
 
@@ -183,6 +188,8 @@ def _explain_load(error: Exception, location: str, commit: str | None) -> str:
     said = arrival.quantisation_of(checkpoint.read_config(location, commit=commit))
     if missing := checkpoint.explain_missing(location):
         return missing
+    if isinstance(error, TokenizerError):
+        return message
     if "trust_remote_code" in message:
         return "it needs code from its repo; set teacher.trust_remote_code and a full commit, if you trust it"
     if "Unrecognized configuration class" in message:
