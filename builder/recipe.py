@@ -8,7 +8,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -48,6 +48,9 @@ class _Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
     )
+
+
+_AnySection = TypeVar("_AnySection", bound=_Section)
 
 
 class _Source(_Section):
@@ -351,6 +354,23 @@ def load_recipe(path: Path) -> Recipe:
     except ValidationError as error:
         problems = "; ".join(_explain(problem) for problem in error.errors(include_url=False))
         raise ValueError(f"{path}: {problems}") from None
+
+
+def read_section(model: type[_AnySection], values: Any, where: str) -> _AnySection:
+    """A section of a recipe in a manifest.
+
+    Raises:
+        ValueError: it asks for something that this version does not know; names the key.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        path = ".".join([where, *map(str, problem["loc"])])
+        message = problem["msg"].removeprefix("Value error, ")
+        raise ValueError(
+            f"manifest.json: {path}: {message}, so that its teacher cannot be run; install the version that built the dataset"
+        ) from None
 
 
 def _exactly_one(section: BaseModel, *fields: str) -> None:

@@ -1,9 +1,16 @@
-"""For student trainers: load a logit dataset, put it into the student's vocabulary, and learn from it."""
+"""For student trainers: load a logit dataset, put it into the student's vocabulary, and learn from it.
 
-from logit_dataset.load import load_logits
-from logit_dataset.losses import distillation_loss, distillation_loss_from_hidden
-from logit_dataset.retokenize import TokenizerProjection
-from logit_dataset.vocabulary import FrequentTokens
+A name is fetched when it is first asked for: who only needs to know what a row is (`schema`) does not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from logit_dataset.load import load_logits
+    from logit_dataset.losses import distillation_loss, distillation_loss_from_hidden
+    from logit_dataset.retokenize import TokenizerProjection
+    from logit_dataset.vocabulary import FrequentTokens
 
 __all__ = [
     "FrequentTokens",
@@ -12,3 +19,21 @@ __all__ = [
     "distillation_loss_from_hidden",
     "load_logits",
 ]
+
+_HOMES = {
+    "FrequentTokens": "vocabulary",
+    "TokenizerProjection": "retokenize",
+    "distillation_loss": "losses",
+    "distillation_loss_from_hidden": "losses",
+    "load_logits": "load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -110,6 +110,7 @@ def build(
         plan = sources.plan(recipe)
         state.settle("plan", {**deciding(plan), "schema_version": SCHEMA_VERSION})
         state.remember(known)
+        state.refuse_strangers()
         state.sweep()
         planned(plan, sources, not state.has_shards())
         chains = _Chains(state, recipe, outbox, max_shards=max_shards, found=found, notice=notice)
@@ -133,6 +134,7 @@ def build(
             return BuildResult(status="stopped early", shards_built=chains.built, manifest=None)
         state.sweep()
         records = chains.records()
+        state.sweep_strays(records)
         manifest = make_manifest(plan, state.read("teacher"), records)
         if outbox and not all((output / record.file).exists() for record in records):
             keep_curves(output, manifest, outbox.curves(records))

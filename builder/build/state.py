@@ -6,8 +6,9 @@ small JSON, replaced as a whole or not at all.
 
 import errno
 import json
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,8 @@ from builder.sources.resolve import KnownSources
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors that every further shard would end with, too."""
+OWN_FILE = re.compile(r"train-\d{3,}-\d{5,}\.parquet", re.ASCII)
+"""Names of `dataset.manifest.data_file`."""
 
 
 class BuildState:
@@ -191,6 +194,32 @@ class BuildState:
         """Delete what killed processes left half-written. One that still writes there fails when it is done."""
         for partial in (self._output / "data").glob(".*.partial"):
             partial.unlink(missing_ok=True)
+
+    def refuse_strangers(self) -> None:
+        """See that `data/` holds nothing but shards of this program, for readers take all of it for the dataset.
+
+        Raises:
+            ValueError: it holds another Parquet file.
+        """
+        for path in sorted((self._output / "data").glob("*.parquet")):
+            if not OWN_FILE.fullmatch(path.name):
+                raise ValueError(
+                    f"{self._output}/data holds {path.name}, which is no shard of a build, but would be taken for a part of the "
+                    "dataset; move it elsewhere"
+                )
+
+    def sweep_strays(self, records: Iterable[ShardRecord]) -> None:
+        """Delete the shards that are no part of the finished dataset: an earlier plan's, from before anything was recorded, or those of a
+        process that outlived its driver. A shard without a record does not exist.
+
+        Raises:
+            ValueError: as `refuse_strangers`.
+        """
+        self.refuse_strangers()
+        kept = {record.file for record in records}
+        for path in (self._output / "data").glob("*.parquet"):
+            if f"data/{path.name}" not in kept:
+                path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Forget everything: the manifest has taken over."""

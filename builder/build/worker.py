@@ -27,7 +27,7 @@ from builder.corpus.chats import ChatTemplate
 from builder.corpus.documents import Offset
 from builder.corpus.sequences import Encoder
 from builder.dataset.identity import row_fingerprint
-from builder.dataset.manifest import Completions, ShardRecord, Sums, environment
+from builder.dataset.manifest import Completions, ShardRecord, Sums, data_file, environment
 from builder.dataset.shards import (
     MAX_ROW_VALUES,
     Block,
@@ -58,7 +58,7 @@ class Task:
     @property
     def file(self) -> str:
         """Path of its file below the dataset's directory."""
-        return f"data/train-{self.partition:03d}-{self.index:05d}.parquet"
+        return data_file(self.partition, self.index)
 
 
 Computed = tuple[Task, ShardRecord | Exception]

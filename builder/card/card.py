@@ -9,37 +9,28 @@ TOML is quoted by a library.
 
 import functools
 import json
-import re
 from collections import Counter
 from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from builder.card.charts import Curves, entropy_svg, marks, mass_svg, measure
 from builder.card.licences import licence_head, licence_text
 from builder.card.markdown import plain
+from builder.card.recipe_text import recipe_toml
+from builder.card.records import CURVES, REPO, read_curves, read_verification
 from builder.dataset import authorship
 from builder.dataset.manifest import data_digest, mean_topk_mass, records_of, write_json
+from builder.dataset.printable import one_line
 from builder.dataset.shards import atomic_file
-from builder.recipe import (
-    CorpusRecipe,
-    GenerationRecipe,
-    OutputRecipe,
-    SequencesRecipe,
-    TeacherRecipe,
-)
 from builder.sources import demo
 from logit_dataset.schema import Layout, card_features, columns, is_generated
 
-README, VERIFICATION, RELEASE = "README.md", "verification.json", "release.json"
+README = "README.md"
 PICTURES = ("assets/mass.svg", "assets/entropy.svg")
-CURVES = ".curves.json"
-"""What the pictures show of data that are no longer in the directory; stays there."""
-
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+END_OF_HEAD = "---\n\n---\n"
+"""Of a card whose head is empty."""
 
 
 def card_files(
@@ -53,18 +44,18 @@ def card_files(
         manifest: of the dataset, which need not be written yet.
         release: what `publish` says of this version and those before; None for a dataset that is not published.
     """
-    kept = _about(directory / CURVES, manifest)
-    if kept:
-        curves = Curves(**{key: value for key, value in kept.items() if key != "data"})
-    else:
-        curves = _curves(directory, tuple((r.file, r.sha256) for r in records_of(manifest)))
+    curves = read_curves(directory, manifest) or _curves(
+        directory, tuple((r.file, r.sha256) for r in records_of(manifest))
+    )
     verification = read_verification(directory, manifest)
     card = render_card(manifest, curves=curves, verification=verification, release=release)
-    pictures = (mass_svg(curves), entropy_svg(curves))
-    return {
-        README: card.encode(),
-        **{name: svg.encode() for name, svg in zip(PICTURES, pictures, strict=True)},
-    }
+    return {README: card.encode(), **pictures(curves)}
+
+
+def pictures(curves: Curves) -> dict[str, bytes]:
+    """The pictures of a card: name → content."""
+    drawn = (mass_svg(curves), entropy_svg(curves))
+    return {name: svg.encode() for name, svg in zip(PICTURES, drawn, strict=True)}
 
 
 @functools.lru_cache(maxsize=1)
@@ -88,16 +79,6 @@ def write_card(
             sink.write(content)
 
 
-def read_release(directory: Path) -> dict[str, Any] | None:
-    """What an earlier `publish` wrote into this directory, if anything."""
-    return _read_json(directory / RELEASE)
-
-
-def read_verification(directory: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
-    """The recorded result of `verify --recompute`, if it is about these data files."""
-    return _about(directory / VERIFICATION, manifest)
-
-
 def render_card(
     manifest: dict[str, Any],
     *,
@@ -108,48 +89,82 @@ def render_card(
     """The text of README.md."""
     from huggingface_hub import DatasetCard, DatasetCardData
 
+    card = DatasetCard.from_template(
+        DatasetCardData(**card_head(manifest)),
+        template_str=_template(),
+        **_variables(manifest, curves, verification, release),
+    )
+    return str(card)
+
+
+def render_body(
+    manifest: dict[str, Any],
+    *,
+    curves: Curves | None = None,
+    verification: dict[str, Any] | None = None,
+    release: dict[str, Any] | None = None,
+) -> str:
+    """The text of README.md below its YAML head."""
+    import jinja2
+
+    variables = _variables(manifest, curves, verification, release)
+    text: str = jinja2.Template(_template()).render(card_data="", **variables)
+    return text.removeprefix(END_OF_HEAD)
+
+
+def _template() -> str:
+    return (resources.files("builder.card") / "template.md").read_text(encoding="utf-8")
+
+
+def _variables(
+    manifest: dict[str, Any],
+    curves: Curves | None,
+    verification: dict[str, Any] | None,
+    release: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """What the template shows."""
     recipe, teacher = manifest["recipe"], manifest["teacher"]
     totals, sequences = manifest["totals"], recipe["sequences"]
     layout = Layout.of(recipe, teacher)
     where = f"{release['repo']} --revision v{release['version']}" if release else "DIRECTORY"
-    card = DatasetCard.from_template(
-        DatasetCardData(**_head(manifest)),
-        template_str=(resources.files("builder.card") / "template.md").read_text(encoding="utf-8"),
-        title=plain(recipe["name"]),
-        description=plain(recipe.get("description") or ""),
-        tokens=f"{totals['tokens']:,}",
-        corpus=_corpus_name(manifest["corpus"]),
-        teacher=_teacher_name(teacher),
-        kept=_what_is_kept(manifest, layout),
-        is_whole=layout.top_k == "all",
-        document=_documents(totals).removesuffix("s"),
-        rows="C" if layout.completions_only else "T",
-        at_wide="[kept]" if layout.completion_mask and not layout.completions_only else "",
-        layout=layout,
-        load_arguments=_load_arguments(release),
-        columns=columns(layout),
-        column_bytes=_column_bytes(manifest),
-        end_of_document=_end_of_document(manifest),
-        writing=authorship.sentences(manifest),
-        statistics=_statistics(manifest),
-        marks=[(k, f"{curves.mass[k - 1]:.1%}") for k in marks(len(curves.mass))] if curves else [],
-        mass_alt="Probability inside the k most probable tokens, against k",
-        entropy_alt="Distribution of the entropy of the teacher’s predictions",
-        provenance=_provenance(manifest),
-        verification=_verification_text(verification, where),
-        tail_mass=f"{1 - _topk_mass(manifest):.1%}",
-        max_length=f"{sequences['max_length']:,}",
-        chunked=", and longer documents were cut off there"
+    where = one_line(where).replace("`", "")
+    return {
+        "title": plain(recipe["name"]),
+        "description": plain(recipe.get("description") or ""),
+        "tokens": f"{totals['tokens']:,}",
+        "corpus": _corpus_name(manifest["corpus"]),
+        "teacher": _teacher_name(teacher),
+        "kept": _what_is_kept(manifest, layout),
+        "is_whole": layout.top_k == "all",
+        "document": _documents(totals).removesuffix("s"),
+        "rows": "C" if layout.completions_only else "T",
+        "at_wide": "[kept]" if layout.completion_mask and not layout.completions_only else "",
+        "layout": layout,
+        "load_arguments": _load_arguments(release),
+        "columns": columns(layout),
+        "column_bytes": _column_bytes(manifest),
+        "end_of_document": _end_of_document(manifest),
+        "writing": authorship.sentences(manifest),
+        "statistics": _statistics(manifest),
+        "marks": [(k, f"{curves.mass[k - 1]:.1%}") for k in marks(len(curves.mass))]
+        if curves
+        else [],
+        "mass_alt": "Probability inside the k most probable tokens, against k",
+        "entropy_alt": "Distribution of the entropy of the teacher’s predictions",
+        "provenance": _provenance(manifest),
+        "verification": _verification_text(verification, where),
+        "tail_mass": f"{1 - _topk_mass(manifest):.1%}",
+        "max_length": f"{sequences['max_length']:,}",
+        "chunked": ", and longer documents were cut off there"
         if sequences["long_documents"] == "truncate"
         else "",
-        dtype=plain(teacher["dtype"]),
-        recipe=recipe_toml(recipe, manifest),
-        reproduce_note=_reproduce_note(recipe),
-        fingerprint=manifest["fingerprint"],
-        licence=licence_text(manifest),
-        changelog=_changelog(release),
-    )
-    return str(card)
+        "dtype": plain(teacher["dtype"]),
+        "recipe": recipe_toml(recipe, manifest),
+        "reproduce_note": _reproduce_note(recipe),
+        "fingerprint": plain(manifest["fingerprint"]),
+        "licence": licence_text(manifest),
+        "changelog": _changelog(release),
+    }
 
 
 def _column_bytes(manifest: dict[str, Any]) -> dict[str, str]:
@@ -163,33 +178,8 @@ def _column_bytes(manifest: dict[str, Any]) -> dict[str, str]:
     return {name: f"{size / manifest['totals']['tokens']:,.2f}" for name, size in totals.items()}
 
 
-def recipe_toml(recipe: dict[str, Any], manifest: dict[str, Any]) -> str:
-    """A recipe that builds the same data again: what differs from the defaults, with commits for branches."""
-    sections: dict[str, type[BaseModel]] = {
-        "corpus": CorpusRecipe,
-        "teacher": TeacherRecipe,
-        "sequences": SequencesRecipe,
-        "generation": GenerationRecipe,
-        "output": OutputRecipe,
-    }
-    lines = [f"{key} = {_toml(recipe[key])}" for key in ("name", "description") if recipe.get(key)]
-    for section, model in sections.items():
-        values = dict(recipe.get(section) or {})
-        if commit := manifest.get(section, {}).get("commit"):
-            values["revision"] = commit
-        defaults = {name: field.default for name, field in model.model_fields.items()}
-        kept = [
-            f"{key} = {_toml(value)}"
-            for key, value in values.items()
-            if value not in (defaults[key], None, [])
-        ]
-        if kept:
-            lines += ["", f"[{section}]", *kept]
-    return "\n".join(lines) + "\n"
-
-
-def _head(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The YAML head."""
+def card_head(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The YAML head; what is None is not in it."""
     recipe, totals = manifest["recipe"], manifest["totals"]
     corpus = manifest["corpus"]
     language = recipe["corpus"].get("language") or (
@@ -197,12 +187,12 @@ def _head(manifest: dict[str, Any]) -> dict[str, Any]:
     )
     repo = corpus.get("repo")
     return {
-        "pretty_name": recipe["name"],
+        "pretty_name": one_line(recipe["name"]),
         **licence_head(manifest),
         "language": list(language) or None,
         "size_categories": [_size_category(totals["rows"])],
         "task_categories": ["text-generation"],
-        "source_datasets": [repo] if repo and _REPO.fullmatch(repo) else None,
+        "source_datasets": [repo] if repo and REPO.fullmatch(repo) else None,
         "tags": ["distillation", "knowledge-distillation", "logits", "logit-dataset"],
         "configs": [
             {
@@ -233,13 +223,14 @@ def _size_category(rows: int) -> str:
 def _load_arguments(release: dict[str, Any] | None) -> str:
     if release is None:
         return '"path/to/this/directory"'
-    return f'"{release["repo"]}", revision="v{release["version"]}"'
+    repo, tag = (json.dumps(value) for value in (release["repo"], f"v{release['version']}"))
+    return f"{repo}, revision={tag}"
 
 
 def _end_of_document(manifest: dict[str, Any]) -> str:
     if manifest["teacher"]["eos_token_id"] is None:
         return "nothing (the tokenizer has no end-of-sequence token), and `target_logprob` is NaN there"
-    return f"the end-of-sequence token (id {manifest['teacher']['eos_token_id']})"
+    return f"the end-of-sequence token (id {plain(manifest['teacher']['eos_token_id'])})"
 
 
 def _corpus_name(corpus: dict[str, Any]) -> str:
@@ -256,7 +247,7 @@ def _teacher_name(teacher: dict[str, Any]) -> str:
 
 
 def _link(text: str, path: str) -> str:
-    if not _REPO.fullmatch(path.removeprefix("datasets/")):
+    if not REPO.fullmatch(path.removeprefix("datasets/")):
         return plain(text)
     return f"[{plain(text)}](https://huggingface.co/{path})"
 
@@ -290,7 +281,10 @@ def _statistics(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         ("tokens", f"{totals['tokens']:,}"),
         *_completions(totals),
         ("rows", f"{totals['rows']:,}, from {totals['documents']:,} {_documents(totals)}"),
-        ("size", f"{totals['bytes'] / 1e6:,.1f} MB, {totals['bytes_per_token']} bytes a token"),
+        (
+            "size",
+            f"{totals['bytes'] / 1e6:,.1f} MB, {float(totals['bytes_per_token'])} bytes a token",
+        ),
         ("entropy", f"{totals['mean_entropy']:.3f} nats on average"),
         *share,
         (
@@ -341,7 +335,7 @@ def _provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "vocabulary",
             f"{teacher['vocab_size']:,} logits; the tokenizer ({_tokenizer_source(teacher)}SHA-256 "
-            f"`{teacher['tokenizer_sha256'][:16]}`) has {teacher['tokenizer_vocab_size']:,} tokens",
+            f"`{plain(teacher['tokenizer_sha256'][:16])}`) has {teacher['tokenizer_vocab_size']:,} tokens",
         ),
         *_chat_template(manifest),
         ("corpus", ", ".join([_corpus_name(corpus), _pin(corpus), *options])),
@@ -392,7 +386,7 @@ def _pin(source: dict[str, Any]) -> str:
     """The commit or hash of a teacher or corpus."""
     if source.get("commit"):
         return f"commit `{plain(source['commit'])}`"
-    package = f"package {plain(source['package'])} {plain(source['version'])}, " if source.get("package") else ""  # fmt: skip
+    package = f"package {plain(source['package'])} {plain(source.get('version') or '')}, " if source.get("package") else ""  # fmt: skip
     digest = source.get("sha256") or source["files"][0]["sha256"]
     more = f" and {len(source['files']) - 1:,} more" if len(source.get("files", ())) > 1 else ""
     return f"{package}SHA-256 `{plain(digest)}`{more}"
@@ -406,7 +400,7 @@ def _verification_text(record: dict[str, Any] | None, where: str) -> str:
         )
     return (
         f"Hashes, schema and the invariants of every row were checked. On {plain(record['date'])}, {record['rows']:,} random "
-        f"rows ({record['tokens']:,} tokens, seed {record['seed']}) were run through the teacher again, on "
+        f"rows ({record['tokens']:,} tokens, seed {plain(record['seed'])}) were run through the teacher again, on "
         f"{plain(record['environment']['device'])}, and compared with a plain float64 log-softmax: log-probabilities differ by "
         f"{record['mean_abs_error']:.2g} nats on average and {record['max_abs_error']:.2g} at most, the teacher’s first choice "
         f"is the stored one at {record['top1_agreement']:.2%} of the positions, and the mean negative log-probability of the "
@@ -431,22 +425,3 @@ def _changelog(release: dict[str, Any] | None) -> list[dict[str, Any]]:
         }
         for entry in (release["changelog"] if release else [])
     ]
-
-
-def _toml(value: Any) -> str:
-    """A string, number, truth value or list as TOML, whose strings are JSON's but for the character DEL."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _about(path: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
-    """A JSON file that says something of data files, if they are those of the manifest."""
-    values = _read_json(path)
-    return values if values and values.get("data") == data_digest(manifest) else None
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return values if isinstance(values, dict) else None

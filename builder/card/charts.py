@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from builder.dataset.shards import nested_values
+from builder.dataset.unpacking import check_unpacked_size
 
 MAX_K = 1000
 """Where the curve ends for whole distributions."""
@@ -84,25 +86,34 @@ def curves_of(parts: Iterable[Measured]) -> Curves:
 
 
 def measure_file(path: Path) -> Measured:
-    """The sums over one Parquet file."""
+    """The sums over one Parquet file.
+
+    Raises:
+        ValueError: a row group unpacks to more than any dataset's does.
+    """
     file, total = pq.ParquetFile(path), NOTHING
-    whole = "logprobs" in file.schema_arrow.names
-    name = "logprobs" if whole else "topk_logprobs"
+    name = "logprobs" if "logprobs" in file.schema_arrow.names else "topk_logprobs"
     for group in range(file.num_row_groups):
-        table = file.read_row_group(group, columns=[name, "entropy"])
-        logprobs_NK = nested_values(table[name])
-        if whole:
-            logprobs_NK = np.sort(logprobs_NK, axis=-1)[:, : -MAX_K - 1 : -1]
-        entropy = nested_values(table["entropy"]).astype(np.float64)
-        total += Measured(
-            # A row group can be without a completion, and has no K then.
-            mass=np.exp(logprobs_NK.astype(np.float64)).sum(0).tolist() if len(logprobs_NK) else [],
-            positions=len(logprobs_NK),
-            entropies=np.bincount((entropy.clip(0) / BIN_NATS).astype(np.int64)).tolist(),
-            entropy=float(entropy.sum()),
-            tokens=len(entropy),
-        )
+        check_unpacked_size(path, file.metadata, group)
+        total += measure_table(file.read_row_group(group, columns=[name, "entropy"]))
     return total
+
+
+def measure_table(table: pa.Table) -> Measured:
+    """The sums over one row group."""
+    if "logprobs" in table.column_names:
+        logprobs_NK = np.sort(nested_values(table["logprobs"]), axis=-1)[:, : -MAX_K - 1 : -1]
+    else:
+        logprobs_NK = nested_values(table["topk_logprobs"])
+    entropy = nested_values(table["entropy"]).astype(np.float64)
+    return Measured(
+        # A row group can be without a completion, and has no K then.
+        mass=np.exp(logprobs_NK.astype(np.float64)).sum(0).tolist() if len(logprobs_NK) else [],
+        positions=len(logprobs_NK),
+        entropies=np.bincount((entropy.clip(0) / BIN_NATS).astype(np.int64)).tolist(),
+        entropy=float(entropy.sum()),
+        tokens=len(entropy),
+    )
 
 
 def mass_svg(curves: Curves) -> str:

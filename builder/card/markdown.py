@@ -7,7 +7,7 @@ _BIDI = "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u206
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
-def plain(text: str) -> str:
+def plain(text: object) -> str:
     """Text from outside as Markdown that shows just this text, on one line, in a table cell too."""
     line = " ".join(str(text).split())
     # Without control characters, lone surrogates, and marks that turn the direction of the text around them.

@@ -21,6 +21,7 @@ from builder.cli.terminal import (
     program,
     progress_bar,
     quiet_libraries,
+    say,
     say_published,
     start_from,
 )
@@ -84,7 +85,7 @@ def build(
     if dry_run:
         from builder.plan.estimate import estimate
 
-        print(_format_estimate(estimate(loaded, base, device=torch_device)))
+        say(_format_estimate(estimate(loaded, base, device=torch_device)))
         return
     from builder.build.build import build as run
     from builder.build.delivery import deliver
@@ -125,12 +126,10 @@ def build(
         else:
             result, published = run(loaded, base, output, **options), None
     if result.manifest is None:
-        print(
-            f"stopped early after {result.shards_built} new shards; run the same command to resume"
-        )
+        say(f"stopped early after {result.shards_built} new shards; run the same command to resume")
         return
     totals = result.manifest["totals"]
-    print(
+    say(
         f"{output}: {result.status}, {totals['tokens']:,} tokens in {totals['rows']:,} rows, "
         f"{totals['bytes_per_token']} bytes a token"
     )
@@ -140,11 +139,13 @@ def build(
     following = [program(), "verify", str(output), "--recompute", "5"]
     if teacher := local_teacher(loaded.teacher, base):
         following += ["--teacher", str(teacher)]
-    print(f"next: {shlex.join(following)}")
+    say(f"next: {shlex.join(following)}")
 
 
 def _format_estimate(estimate: Any) -> str:
     import json
+
+    from builder.dataset.printable import json_lines
 
     def known(value: float | None, text: str) -> str:
         return "unknown" if value is None else text
@@ -154,7 +155,7 @@ def _format_estimate(estimate: Any) -> str:
     hours = None if seconds is None else seconds / 3600
     return "\n".join(
         [
-            json.dumps(estimate.plan, indent=1, ensure_ascii=False),
+            json_lines(json.dumps(estimate.plan, indent=1, ensure_ascii=False)),
             f"tokens  {known(tokens, f'{about} {tokens or 0:,}')}",
             f"disk    {known(size, f'{about} {(size or 0) / 1e6:,.1f} MB')}",
             f"time    {known(hours, f'about {(hours or 0) * 60:,.1f} minutes on {estimate.device}')}",

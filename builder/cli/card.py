@@ -5,13 +5,16 @@ from typing import Annotated
 
 import typer
 
+from builder.cli.terminal import say
+
 
 def card(
     directory: Annotated[Path, typer.Argument(help="Directory of a finished dataset.")],
 ) -> None:
     """Write the card of a finished dataset and its pictures again."""
-    from builder.card.card import read_release, write_card
+    from builder.card.card import write_card
+    from builder.card.records import read_release
     from builder.dataset.manifest import read_manifest
 
     write_card(directory, read_manifest(directory), release=read_release(directory))
-    print(f"{directory}/README.md")
+    say(f"{directory}/README.md")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from builder.cli.options import DatasetArgument, RevisionOption, TeacherOption
-from builder.cli.terminal import local_directory, quiet_libraries
+from builder.cli.terminal import local_directory, quiet_libraries, say, say_json
 
 
 class Format(StrEnum):
@@ -43,15 +43,13 @@ def info(
         quiet_libraries()
         directory = local_directory(dataset, revision, file_of_row(directory, row)[0])
         if position is None:
-            print(information.describe_row(directory, row, teacher_path=teacher))
+            say(information.describe_row(directory, row, teacher_path=teacher))
         else:
             found = information.alternatives(directory, row, position, teacher_path=teacher)
-            print(information.describe_position(found))
+            say(information.describe_position(found))
     elif position is not None:
         raise ValueError("--position needs --row")
     elif format is Format.JSON:
-        import json
-
-        print(json.dumps(information.summarize(directory), indent=1, ensure_ascii=False))
+        say_json(information.summarize(directory))
     else:
-        print(information.describe(directory))
+        say(information.describe(directory))

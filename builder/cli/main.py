@@ -53,7 +53,9 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("LOGIT_DATASET_TRACEBACK"):
             raise
-        print(f"error: {' '.join(_explain(error).split())}", file=sys.stderr)
+        from builder.dataset.printable import one_line
+
+        print(f"error: {one_line(' '.join(_explain(error).split()))}", file=sys.stderr)
         status = getattr(error, "exit_code", 1)
     if status == INTERRUPTED:
         print(

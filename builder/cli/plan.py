@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from builder.cli.terminal import say, say_json
+
 
 class Gpu(StrEnum):
     """Those whose data sheets are known here."""
@@ -53,7 +55,6 @@ def plan(
 
     Sources of the formulas and peaks are named in builder/plan.py.
     """
-    import json
     from dataclasses import asdict
 
     from builder.plan.plan import describe, work
@@ -70,4 +71,7 @@ def plan(
         workers=workers,
         mbit=mbit,
     )
-    print(json.dumps(asdict(found), indent=1) if as_json else describe(found))
+    if as_json:
+        say_json(asdict(found))
+    else:
+        say(describe(found))

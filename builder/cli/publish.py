@@ -15,7 +15,14 @@ from builder.cli.options import (
     TagOption,
     TeacherOption,
 )
-from builder.cli.terminal import choose_device, notice, progress_bar, quiet_libraries, say_published
+from builder.cli.terminal import (
+    choose_device,
+    notice,
+    progress_bar,
+    quiet_libraries,
+    say,
+    say_published,
+)
 
 
 def publish(
@@ -42,10 +49,10 @@ def publish(
     )
     if dry_run:
         hub.check(plan, recompute=0)
-        print(release.describe(plan, with_card=True))
+        say(release.describe(plan, with_card=True))
         return
     if not yes and not plan.is_published and sys.stdin.isatty():
-        print(release.describe(plan), file=sys.stderr)
+        say(release.describe(plan), to_stderr=True)
         if not typer.confirm(f"Publish {name} {plan.version.tag}?", err=True):
             raise typer.Exit(1)
     torch_device = choose_device(device) if recompute else "cpu"

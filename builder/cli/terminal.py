@@ -26,17 +26,35 @@ def local_directory(dataset: str, revision: str | None, *files: str) -> Path:
     return fetch(dataset, revision or "main", *files)
 
 
+def say(text: object, *, to_stderr: bool = False) -> None:
+    """Print lines, in which nothing steers the terminal, wherever it comes from."""
+    from builder.dataset.printable import lines
+
+    print(lines(text), file=sys.stderr if to_stderr else sys.stdout)
+
+
+def say_json(values: Any) -> None:
+    """Print JSON whose strings hold no such characters, but escapes of them."""
+    import json
+
+    from builder.dataset.printable import json_lines
+
+    print(json_lines(json.dumps(values, indent=1, ensure_ascii=False)))
+
+
 def say_published(name: str, tag: str, commit: str, is_new: bool) -> None:
     """Name a version on the Hub, and how to load it."""
-    print(f"{name} {tag} {'is published' if is_new else 'was published already'}, commit {commit}")
-    print(f'next: load_dataset("{name}", revision="{tag}", split="train")')
+    say(f"{name} {tag} {'is published' if is_new else 'was published already'}, commit {commit}")
+    say(f'next: load_dataset("{name}", revision="{tag}", split="train")')
 
 
 def notice(message: str) -> None:
     """A line on stderr, above any bar."""
     from tqdm import tqdm
 
-    tqdm.write(message, file=sys.stderr)
+    from builder.dataset.printable import lines
+
+    tqdm.write(lines(message), file=sys.stderr)
 
 
 @contextmanager

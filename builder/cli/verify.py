@@ -1,11 +1,20 @@
 """The command `verify`: what is wrong with a dataset."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from builder.cli.options import DatasetArgument, Device, DeviceOption, RevisionOption, TeacherOption
-from builder.cli.terminal import choose_device, local_directory, progress_bar, quiet_libraries
+from builder.cli.terminal import (
+    choose_device,
+    local_directory,
+    progress_bar,
+    quiet_libraries,
+    say,
+)
+
+FILES = ("data/*.parquet", "assets/*.svg", ".huggingface.yaml", "dataset_infos.json")
+"""Of a dataset on the Hub, besides those that describe it: the last two would change what `load_dataset` reads."""
 
 
 def verify(
@@ -24,12 +33,31 @@ def verify(
     device: DeviceOption = Device.AUTO,
     teacher: TeacherOption = None,
 ) -> None:
-    """Check hashes, schema and the invariants of every row; with --recompute also against the teacher."""
+    """Check that a dataset is what its manifest says: hashes, totals, every row's invariants, the card; with --recompute also the teacher.
+
+    It prints a line a problem and exits with 1, or says that there are none. What is no problem but should be known goes to stderr,
+    as a note.
+
+    Whoever can change a file can make its hash fit. What is found even then, without the teacher: a manifest that contradicts itself;
+    values that break an invariant of the schema; rows, chunks or documents that are missing, repeated or in another order than
+    offsets and counts say; ids that are not the hash of their text; a card that loads something else, or names other types,
+    sizes or licences.
+
+    Only with --recompute, and in the rows that are drawn: values that obey every invariant and are not the teacher's; tokens that
+    are not those of the text; draws, or completions, that are not those of the seed; another dtype than the values were computed in.
+
+    Not at all: rows that are not drawn, if they are forged with all of this in mind; the last documents of a partition left out, or whole
+    ones replaced, with all counts made to fit; differences within the rounding of a column or below the noise of 16 bits; which
+    tokens of a chat completion_mask marks, for its messages are not in the dataset; texts without --recompute, where ids are not
+    their hashes; whether texts are those of the corpus; what is only said: device, versions, seconds, license, verification.json,
+    release.json; and text below the head of the card, which an owner may write (a note).
+    """
     from builder.dataset.manifest import read_manifest
+    from builder.dataset.printable import one_line
     from builder.verify.verify import record_recomputation
     from builder.verify.verify import verify as run
 
-    directory = local_directory(dataset, revision, "data/*.parquet")
+    directory = local_directory(dataset, revision, *FILES)
     torch_device = "cpu"
     if recompute:
         quiet_libraries()
@@ -44,21 +72,32 @@ def verify(
             progress=bar.update,
         )
     for problem in report.problems:
-        print(problem)
+        say(one_line(problem))
+    for note in report.notices:
+        say(f"note: {one_line(note)}", to_stderr=True)
     if recomputed := report.recomputed:
-        print(
-            f"recomputed {recomputed['rows']} rows, {recomputed['tokens']:,} tokens (seed {recomputed['seed']}): "
-            f"|Δ log-prob| max {recomputed['max_abs_error']:.2g}, mean {recomputed['mean_abs_error']:.2g}; "
-            f"top-1 agreement {recomputed['top1_agreement']:.2%}; "
-            f"NLL stored {recomputed['nll_stored']:.4f}, recomputed {recomputed['nll_recomputed']:.4f}"
-        )
+        say(_recomputed(recomputed))
     if report.problems:
-        print(f"{dataset}: {len(report.problems)} problems")
+        say(f"{dataset}: {len(report.problems)} problems")
         raise typer.Exit(1)
     if record and recomputed:
         record_recomputation(directory, report, torch_device)
-    print(
+    say(
         f"{dataset}: {report.files} files, {report.rows:,} rows, {report.tokens:,} tokens, no problems"
     )
     at_revision = f', revision="{revision}"' if revision else ""
-    print(f'next: load_dataset("{dataset}"{at_revision}, split="train").with_format("torch")')
+    say(f'next: load_dataset("{dataset}"{at_revision}, split="train").with_format("torch")')
+
+
+def _recomputed(found: dict[str, Any]) -> str:
+    """What the teacher said when it was run again, in a line."""
+    floor = ""
+    if noise := found.get("floor"):
+        floor = f" (floor: max {noise['max_abs_error']:.2g}, mean {noise['mean_abs_error']:.2g})"
+    drawn = f"; {found['draws_agree']:.2%} of draws agree" if "draws_agree" in found else ""
+    return (
+        f"recomputed {found['rows']} rows, {found['tokens']:,} tokens (seed {found['seed']}): "
+        f"|Δ log-prob| max {found['max_abs_error']:.2g}, mean {found['mean_abs_error']:.2g}{floor}; "
+        f"top-1 agreement {found['top1_agreement']:.2%}{drawn}; "
+        f"NLL stored {found['nll_stored']:.4f}, recomputed {found['nll_recomputed']:.4f}"
+    )

@@ -11,7 +11,7 @@ def sentences(manifest: dict[str, Any]) -> list[str]:
     counts = manifest["totals"]["completions"]
     eos_ids = manifest["teacher"]["generation_eos_ids"]
     each = f", {how['samples']:,} for each" if how["samples"] > 1 else ""
-    with_id = f" (id {' or '.join(map(str, eos_ids))})" if eos_ids else ""
+    with_id = f" (id {' or '.join(f'{token:d}' for token in eos_ids)})" if eos_ids else ""
     found = [
         f"The teacher wrote {_count(counts['completions'], 'completion')} of {_count(counts['prompts'], 'prompt')}{each}: it "
         f"{_manner(how, counts['corrected'])}.",
@@ -59,7 +59,7 @@ def _manner(how: dict[str, Any], corrected: int) -> str:
     among = "all"
     if how["top_p"] < 1:
         among = f"as few of the most probable ones as have a probability of {how['top_p']:g} together (top_p)"
-    return f"drew tokens at temperature {how['temperature']:g} from {among}, with seed {how['seed']}"  # fmt: skip
+    return f"drew tokens at temperature {how['temperature']:g} from {among}, with seed {how['seed']:d}"  # fmt: skip
 
 
 def _count(number: int, what: str) -> str:

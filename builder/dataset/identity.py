@@ -30,17 +30,56 @@ BESIDE_THE_HASH = ("tokenizer_source", "tokenizer_file_sha256")
 """What is said of a teacher's tokenizer beside `tokenizer_sha256`, which alone decides. Older code said neither."""
 
 
-def fingerprint(plan: dict[str, Any]) -> str:
+LOADED = (
+    *("architecture", "parameters", "dtype", "attention", "vocab_size", "hidden_size"),
+    *("tokenizer_vocab_size", "tokenizer_sha256", "eos_token_id", "prefix_ids", "suffix_ids"),
+    *("generation_eos_ids", "quantisation", "tokenizer_source", "tokenizer_file_sha256"),
+)
+"""Of a manifest's teacher, what loading it has shown; the rest is of the plan."""
+
+
+def fingerprint(plan: dict[str, Any], schema_version: str = SCHEMA_VERSION) -> str:
     """SHA-256 of everything that decides the data: the recipe, and the exact corpus and teacher behind it."""
-    return _sha256({**deciding(plan), "schema_version": SCHEMA_VERSION})
+    return _sha256({**deciding(plan), "schema_version": schema_version})
 
 
-def row_fingerprint(plan: dict[str, Any]) -> str:
+def row_fingerprint(plan: dict[str, Any], schema_version: str = SCHEMA_VERSION) -> str:
     """SHA-256 of what decides each row: as `fingerprint`, but the same for any number of rows.
 
     It stands in every Parquet file, so that a dataset that goes on where a smaller one stopped shares its files with it.
     """
-    return _sha256({**deciding_rows(plan), "schema_version": SCHEMA_VERSION})
+    return _sha256({**deciding_rows(plan), "schema_version": schema_version})
+
+
+def plans_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The plan that a manifest was made from, in each way in which that may be read off it; its fingerprints say which it was.
+
+    The manifest adds what loading has shown to the plan's teacher: behind it, so that all before `architecture` is the plan's, whatever
+    a later version may add; or by name, where somebody has sorted the keys.
+    """
+    teacher, recipe = manifest["teacher"], manifest["recipe"]
+    first_loaded = list(teacher).index("architecture")
+    by_place = dict(list(teacher.items())[:first_loaded])
+    # A template that the recipe names is pinned by the plan, the tokenizer's own by the teacher.
+    loaded = LOADED if recipe["sequences"].get("chat_template") else (*LOADED, "chat_template_sha256")  # fmt: skip
+    by_name = {key: value for key, value in teacher.items() if key not in loaded}
+    recipes = [recipe]
+    if manifest["schema_version"].startswith(("1.0.", "1.1.")):
+        recipes.append(_as_before_1_2(recipe))
+    return [
+        {"recipe": one, "corpus": manifest["corpus"], "teacher": source}
+        for one in recipes
+        for source in (by_place, by_name)
+    ]
+
+
+def _as_before_1_2(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without the keys that were unknown to schema 1.1, which a new description of such a dataset has."""
+    off = {"corpus": ("messages_column", None), "output": ("completions_only", False)}
+    older = dict(recipe)
+    for section, (key, value) in off.items():
+        older[section] = {k: v for k, v in recipe[section].items() if (k, v) != (key, value)}
+    return older
 
 
 def deciding_rows(plan: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from builder.corpus.sequences import NO_TOKEN
 from builder.dataset import authorship
 from builder.dataset.lookup import dataset_tokenizer, file_of_row, read_row, what_follows
 from builder.dataset.manifest import read_manifest
+from builder.dataset.printable import one_line
 from logit_dataset.schema import Layout, columns, is_generated, loss_mask
 
 Floats = npt.NDArray[np.float64]
@@ -82,7 +83,7 @@ def describe(directory: Path) -> str:
         "built in": f"{totals['seconds']:,.0f} s at {totals['tokens_per_second']:,.0f} tokens/s on "
         f"{', '.join(e['device'] for e in summary['environments'])}",
     }
-    return "\n".join(f"{key:<11}{value}" for key, value in lines.items())
+    return "\n".join(f"{key:<11}{one_line(value)}" for key, value in lines.items())
 
 
 def _precision(teacher: dict[str, Any]) -> str:

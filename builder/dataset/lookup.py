@@ -10,6 +10,7 @@ from builder.corpus.sequences import NO_TOKEN
 from builder.dataset.identity import differences
 from builder.dataset.manifest import read_manifest, records_of
 from builder.dataset.shards import nested_values
+from builder.dataset.unpacking import check_unpacked_size
 from builder.recipe import TeacherRecipe
 from builder.sources.resolve import KnownSources, TeacherSource, resolve_teacher
 from builder.teacher.loading import load_tokenizer
@@ -72,10 +73,13 @@ def read_row(file: Any, number: int, columns: list[str] | None = None) -> dict[s
 
     Raises:
         IndexError: the file has no such row.
+        ValueError: its row group unpacks to more than any dataset's does.
     """
     parquet = pq.ParquetFile(file)
     for group in range(parquet.num_row_groups):
         if number < parquet.metadata.row_group(group).num_rows:
+            if isinstance(file, Path):
+                check_unpacked_size(file, parquet.metadata, group)
             return _row_values(parquet.read_row_group(group, columns=columns).slice(number, 1))
         number -= parquet.metadata.row_group(group).num_rows
     raise IndexError(number)
@@ -102,10 +106,34 @@ def what_follows(
     try:
         following = read_row(file, number + 1, columns=["id", "chunk_index", "input_ids"])
     except IndexError:  # a file ends with a document
-        following = {"id": None}
-    if (following["id"], following.get("chunk_index")) == (row["id"], row["chunk_index"] + 1):
+        following = None
+    return follow(manifest, row, following)
+
+
+def follow(
+    manifest: dict[str, Any],
+    row: dict[str, Any],
+    following: dict[str, Any] | None,
+    *,
+    is_cut_off: bool = False,
+) -> tuple[int, bool]:
+    """The same, of a row and the one that stands behind it, if there is one.
+
+    Args:
+        manifest: of the dataset.
+        row: from `read_row`.
+        following: the next row, of the same document or not.
+        is_cut_off: whether the rest of the document is known to be left out.
+    """
+    if following and goes_on(row, following):
         return int(following["input_ids"][len(manifest["teacher"]["prefix_ids"])]), False
-    if len(row["input_ids"]) >= shortest_cut(manifest):
+    if is_cut_off or len(row["input_ids"]) >= shortest_cut(manifest):
         return NO_TOKEN, False
     eos = manifest["teacher"]["eos_token_id"]
     return NO_TOKEN if eos is None else int(eos), True
+
+
+def goes_on(row: dict[str, Any], following: dict[str, Any]) -> bool:
+    """Whether a row is the next chunk of another one's document."""
+    place: tuple[str, int] = (row["id"], row["chunk_index"] + 1)
+    return place == (following["id"], following["chunk_index"])

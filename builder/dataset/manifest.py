@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from builder.dataset.identity import fingerprint, row_fingerprint
+from builder.dataset.manifest_model import Manifest, Shard, check
+from builder.dataset.printable import one_line
 from logit_dataset.schema import SCHEMA_VERSION
 
 FILE_NAME = "manifest.json"
@@ -28,13 +30,8 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "nump
 FORMER_KEYS = {"position_before": "offset_before", "position_after": "offset_after"}
 """Of records in older manifests and unfinished builds."""
 
-READ_BACK = {
-    "recipe": ("name", "corpus", "teacher", "sequences", "output"),
-    "teacher": ("vocab_size", "eos_token_id", "prefix_ids", "parameters", "dtype"),
-    "totals": ("tokens", "rows", "documents", "documents_skipped", "bytes"),
-    "corpus": (),
-}
-"""What readers of a manifest rely on, besides its shards."""
+MAX_MANIFEST_BYTES = 2**28
+"""More than the records of 100,000 shards take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,21 +110,28 @@ class ShardRecord:
     """Compressed, of each column; None in a dataset of a schema before 1.2."""
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
-        """Rebuild a record from its JSON values.
+    def from_json(cls, values: dict[str, Any], *, where: str = "") -> Self:
+        """Rebuild a record from its JSON values; those that a later version has added are left out.
+
+        Args:
+            values: of a manifest, or of an unfinished build.
+            where: their place, for the message.
 
         Raises:
-            ValueError: fields are missing or unknown, or the file name leads out of the dataset.
+            ValueError: values are missing or of another type, or the file name leads out of the dataset.
         """
         values = {FORMER_KEYS.get(name, name): value for name, value in values.items()}
         try:
-            record = cls(**{**values, "sums": Sums(**values["sums"])})
-            if record.completions is not None:
-                record = replace(record, completions=Completions(**values["completions"]))
-        except (TypeError, KeyError) as error:
+            check(values, Shard, within=where)
+        except ValueError as error:
             raise ValueError(f"not a shard record: {error}") from None
-        if not DATA_FILE.fullmatch(str(record.file)):
-            raise ValueError(f"shard record names {record.file!r}, expected data/*.parquet")
+        record = cls(**{**_known(cls, values), "sums": Sums(**_known(Sums, values["sums"]))})
+        if record.completions is not None:
+            counts = Completions(**_known(Completions, values["completions"]))
+            record = replace(record, completions=counts)
+        if not isinstance(record.file, str) or not DATA_FILE.fullmatch(record.file):
+            name = one_line(repr(record.file), limit=80)
+            raise ValueError(f"shard record names {name}, expected data/*.parquet")
         return record
 
     def to_json(self) -> dict[str, Any]:
@@ -138,6 +142,16 @@ class ShardRecord:
             for name, value in values.items()
             if name not in ("completions", "offset_before", "column_bytes") or value is not None
         }
+
+
+def _known(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Those of some values that a dataclass has fields for."""
+    return {f.name: values[f.name] for f in fields(kind) if f.name in values}
+
+
+def data_file(partition: int, index: int) -> str:
+    """Path of a shard's file below the dataset's directory: in the order of their names, files are in that of their shards."""
+    return f"data/train-{partition:03d}-{index:05d}.parquet"
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -182,7 +196,7 @@ def make_manifest(
         "recipe": plan["recipe"],
         "corpus": plan["corpus"],
         "teacher": {**plan["teacher"], **teacher},
-        "totals": _totals(records),
+        "totals": totals_of(records),
         "environments": environments,
         "shards": shards,
     }
@@ -194,17 +208,19 @@ def records_of(manifest: dict[str, Any]) -> list[ShardRecord]:
     Raises:
         ValueError: they are damaged, or name files outside the dataset.
     """
-    environments = manifest["environments"]
-    try:
-        shards = [
-            {**shard, "environment": environments[shard["environment"]]}
-            for shard in manifest["shards"]
-        ]
-    except (LookupError, TypeError) as error:
-        raise ValueError(
-            f"{FILE_NAME} has damaged shard records ({error}); fetch or build the dataset again"
-        ) from None
-    return [ShardRecord.from_json(shard) for shard in shards]
+    environments = dict(enumerate(manifest["environments"]))
+    records = []
+    for number, shard in enumerate(manifest["shards"]):
+        where = f"shards[{number}]"
+        place = shard.get("environment")
+        if not isinstance(place, int) or place not in environments:
+            found = one_line(repr(place), limit=60)
+            raise ValueError(
+                f"not a shard record: {where}.environment is {found}, expected a place in environments"
+            )
+        values = {**shard, "environment": environments[place]}
+        records.append(ShardRecord.from_json(values, where=where))
+    return records
 
 
 def mean_topk_mass(records: Iterable[ShardRecord]) -> float:
@@ -240,22 +256,30 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{directory} has no {FILE_NAME}: it is {state}")
     advice = "fetch or build the dataset again"
     try:
+        if (size := path.stat().st_size) > MAX_MANIFEST_BYTES:
+            raise ValueError(f"it has {size:,} bytes, expected at most {MAX_MANIFEST_BYTES:,}")
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        major = str(manifest["schema_version"]).split(".")[0]
+        version = manifest["schema_version"]
+        json.dumps(manifest, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{path} is damaged (it holds half of a surrogate pair, which is no character); {advice}"
+        ) from None
+    except RecursionError:
+        raise ValueError(
+            f"{path} is damaged (its values are nested too deeply); {advice}"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({_reason(error)}); {advice}") from None
-    if major != SCHEMA_VERSION.split(".")[0]:
+    if str(version).split(".")[0] != SCHEMA_VERSION.split(".")[0]:
         raise ValueError(
-            f"{path} has schema version {manifest['schema_version']}, this program reads {SCHEMA_VERSION}; install the matching version"
+            f"{path} has schema version {one_line(version, limit=60)}, this program reads {SCHEMA_VERSION}; install the matching version"
         )
     try:
-        if not records_of(manifest):
-            raise ValueError("no shards")
-        for section, keys in READ_BACK.items():
-            for key in keys:
-                manifest[section][key]
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({_reason(error)}); {advice}") from None
+        check(manifest, Manifest)
+        records_of(manifest)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {advice}") from None
     return manifest
 
 
@@ -286,7 +310,8 @@ def json_bytes(values: Any) -> bytes:
     return f"{json.dumps(values, indent=1, ensure_ascii=False)}\n".encode()
 
 
-def _totals(records: list[ShardRecord]) -> dict[str, Any]:
+def totals_of(records: list[ShardRecord]) -> dict[str, Any]:
+    """The totals of a dataset, which follow from the records of all of its shards."""
     sums = Sums()
     for record in records:
         sums += record.sums

@@ -26,7 +26,7 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 
-from builder.card.card import read_verification
+from builder.card.records import read_verification
 from builder.dataset.manifest import records_of
 from builder.dataset.shards import atomic_file
 from builder.hub.calls import Notice

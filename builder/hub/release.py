@@ -7,16 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from builder.card.card import (
-    PICTURES,
-    README,
-    RELEASE,
-    VERIFICATION,
-    card_files,
-    read_release,
-    read_verification,
-)
+from builder.card.card import PICTURES, README, card_files
 from builder.card.licences import licences
+from builder.card.records import RELEASE, VERIFICATION, read_json, read_release, read_verification
 from builder.dataset.manifest import FILE_NAME, data_digest, json_bytes, read_manifest, records_of
 from builder.hub.calls import WAIT_SECONDS, Notice
 from builder.hub.limits import MAX_FILE_BYTES, MAX_FILES, REPO_ID
@@ -304,7 +297,7 @@ def _since(
         return "major", [f"{totals['tokens']:,} tokens in {totals['rows']:,} rows"], []
     manifest_path = repo.download(FILE_NAME, former.tag)
     release_path = repo.download(RELEASE, former.tag)
-    changelog = _changelog(read_release(release_path.parent)) if release_path else []
+    changelog = _changelog(read_json(release_path)) if release_path else []
     if manifest_path is None:
         return "major", [f"{former.tag} has no {FILE_NAME}"], changelog
     try:

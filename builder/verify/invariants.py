@@ -137,7 +137,8 @@ def _is_choice(stored: dict[str, Array], positions: Ints, following_C: Array) ->
         found: Mask = values_CK[:, 0] == following_C
         return found
     # Several may be the first once they are rounded.
-    at_following_C = np.take_along_axis(values_CK, following_C[:, None].astype(np.int64), -1)[:, 0]
+    following_C1 = following_C[:, None].astype(np.int64).clip(0, values_CK.shape[1] - 1)
+    at_following_C = np.take_along_axis(values_CK, following_C1, -1)[:, 0]
     highest: Mask = at_following_C == values_CK.max(-1)
     return highest
 

@@ -1,31 +1,54 @@
 """Random rows of a dataset → how far they are from what the teacher says when it is run on them again.
 
-The comparison shares only the teacher's forward pass with the capture. It takes one sequence at a time.
+The comparison shares only the teacher's forward pass with the capture.
+
+How:  each row alone, in the dtype of the dataset. In float32 that is all. In 16 bits the noise of the teacher is measured on the same
+      rows: against itself in batches, and against the same weights in float32, which is loaded in its place.
+
+Cost: a forward pass in float32; in 16 bits two, and up to two more in float32 with twice the memory. Without room for that, limits are
+      wider, and a notice says so.
 """
 
-import random
+import gc
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from builder.capture.generation import spell_completion
-from builder.corpus.documents import Document
-from builder.corpus.sequences import Encoder, backend_copy
+from builder.corpus.sequences import NO_TOKEN
 from builder.dataset.identity import teacher_differences
-from builder.dataset.lookup import read_row, teacher_source, what_follows
+from builder.dataset.lookup import teacher_source
 from builder.dataset.manifest import ShardRecord
-from builder.recipe import SequencesRecipe, TeacherRecipe
+from builder.recipe import TeacherRecipe, read_section
 from builder.sources.opening import open_teacher
+from builder.sources.resolve import TeacherSource
 from builder.teacher.model import Teacher
-from builder.verify.comparison import MAX_BIAS, StoredRow, compare
-from logit_dataset.schema import Layout, columns, is_generated, loss_mask
+from builder.verify.choosing import choose_rows
+from builder.verify.comparison import REBUILT, Errors, Reading, StoredRow, divergence, read
+from builder.verify.noise import Floor, Noise, too_far_in_float32
+from builder.verify.sampling import Completion, Distances, TailDraws, too_few
+from builder.verify.spelling import Speller
+from logit_dataset.schema import Layout, is_generated
+
+ROOM = 1.25
+"""Times the weights in float32, which have to fit into memory."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Found:
+    """What came of running the teacher on all rows."""
+
+    alone: list[Reading] = field(default_factory=list)
+    distances: list[list[Distances]] = field(default_factory=list)
+    """Of the draws of each row."""
+    notices: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    floor: Floor | None = None
 
 
 def recompute_rows(
@@ -45,41 +68,40 @@ def recompute_rows(
         ValueError: the teacher at hand is not the one that the manifest names.
     """
     source = teacher_source(manifest, teacher_path)
-    recipe = TeacherRecipe.model_validate(manifest["recipe"]["teacher"])
+    recipe = read_section(TeacherRecipe, manifest["recipe"]["teacher"], "recipe.teacher")
     teacher = open_teacher(recipe, source, device=device)
     _check_teacher(manifest["teacher"], teacher)
-    spells = _spelling_of(manifest, teacher.tokenizer)
     layout = Layout.of(manifest["recipe"], manifest["teacher"])
-    problems: list[str] = []
-    errors: list[Tensor] = []
-    totals: dict[str, float] = defaultdict(float)
-    elsewhere = elsewhere or {}
-    for row in _choose_rows(directory, manifest, records, count, seed, layout, elsewhere):
-        if row.text is not None and row.is_whole_document and not spells(row.text, row.input_ids):
-            problems.append(
-                f"{row.where}: input_ids are not what the teacher's tokenizer makes of the text"
-            )
-        if row.text is not None and is_generated(manifest["recipe"]):
-            problems += _check_prompt(row, row.text, spells, teacher)
-        row_errors, row_problems = compare(row, teacher, layout, recipe.dtype, totals)
-        errors.append(row_errors)
-        problems += row_problems
-    all_errors = torch.cat(errors)
-    if recipe.dtype != "float32" and abs(bias := float(all_errors.mean())) > MAX_BIAS:
-        problems.append(
-            f"log-probabilities are {bias:+.3f} nats off on average over all recomputed rows"
-        )
-    statistics = {
-        "rows": len(errors),
-        "seed": seed,
-        "tokens": int(totals["tokens"]),
-        "max_abs_error": float(all_errors.abs().max()),
-        "mean_abs_error": float(all_errors.abs().mean()),
-        "top1_agreement": totals["top1"] / max(totals["kept"], 1),
-        "nll_stored": totals["nll_stored"] / max(totals["targets"], 1),
-        "nll_recomputed": totals["nll_recomputed"] / max(totals["targets"], 1),
-    }
-    return statistics, problems
+    rows = list(
+        choose_rows(directory, manifest, records, count=count, seed=seed, elsewhere=elsewhere or {})
+    )
+    found = _Found()
+    speller = Speller(manifest, teacher.tokenizer)
+    for row in rows:
+        if row.spelled:
+            lines = speller.problems(row.spelled, row.before, row.after)
+            found.problems += [f"{row.stored.where}: {line}" for line in lines]
+    stored = [row.stored for row in rows]
+    for one in stored:
+        _read_alone(one, teacher, layout, manifest["recipe"], found)
+    if recipe.dtype == "float32":
+        for one, reading in zip(stored, found.alone, strict=True):
+            lines = list(too_far_in_float32(reading.errors))
+            found.problems += [f"{one.where}: {line}" for line in lines]
+    else:
+        batch_tokens = manifest["recipe"]["sequences"]["batch_tokens"]
+        noise = Noise(stored, found.alone, layout, teacher, batch_tokens=batch_tokens)
+        num_parameters = sum(parameter.numel() for parameter in teacher.model.parameters())
+        del teacher  # so that there is room for it in float32
+        noise.measure(partial(_open_in_float32, recipe, source, device, num_parameters))
+        found.problems += noise.problems()
+        found.notices += noise.notices
+        found.floor = noise.floor
+    found.problems += _judge_draws(stored, found.distances, recipe.dtype)
+    return _statistics(stored, found, seed, recipe.dtype, layout), found.problems
+
+
+# Runs of the teacher
 
 
 def _check_teacher(recorded: dict[str, Any], teacher: Teacher) -> None:
@@ -108,97 +130,153 @@ def _check_teacher(recorded: dict[str, Any], teacher: Teacher) -> None:
         raise ValueError(f"the teacher at hand is not the dataset's: {'; '.join(changes)}")
 
 
-def _spelling_of(manifest: dict[str, Any], tokenizer: Any) -> Callable[[str, list[int]], bool]:
-    """Whether some token ids are those of a whole document's text, or of a prompt's.
+def _read_alone(
+    row: StoredRow, teacher: Teacher, layout: Layout, recipe: dict[str, Any], found: _Found
+) -> None:
+    """Run the teacher on a row alone, and compare what is stored with it."""
+    draws: list[Any] = []
+    tail = completion = None
+    if layout.tail_samples:
+        tail = TailDraws(
+            seed=recipe["output"].get("seed", 0),
+            document_id=row.document_id,
+            chunk_index=row.chunk_index,
+            mask_T=row.mask_T,
+            layout=layout,
+        )
+        draws.append(tail)
+    if is_generated(recipe) and recipe["generation"]["temperature"]:
+        completion = Completion(
+            generation=recipe["generation"],
+            row_id=row.document_id,
+            input_ids=row.input_ids,
+            mask_T=row.columns["completion_mask"].bool(),
+        )
+        draws.append(completion)
+    rebuilt: list[Errors] = []
 
-    Of a chat, special tokens in the text are these, unless a message holds what looks like one: then the text alone does not tell,
-    and any ids are taken.
+    def watch(logits_TV: Tensor, here: slice, stored: dict[str, Tensor], mask_T: Tensor) -> None:
+        if tail:
+            tail.see(logits_TV[mask_T], stored)
+        if completion:
+            completion.see(logits_TV, here.start)
+        if layout.hidden_states and mask_T.any():
+            hidden_CD = stored["hidden_states"].to(teacher.device, teacher.dtype)
+            head_CV = torch.cat([piece.cpu().double() for piece in teacher.head(hidden_CD)])
+            logprobs_CV = logits_TV[mask_T].log_softmax(-1)
+            rebuilt.append(divergence(logprobs_CV, head_CV.log_softmax(-1)))
+
+    reading = read(row, _pieces(teacher, row, layout), layout, compare=True, watch=watch)
+    if rebuilt:
+        parts = [torch.cat([getattr(e, n) for e in rebuilt]) for n in ("largest", "mean", "signed")]
+        reading.errors[REBUILT] = Errors(largest=parts[0], mean=parts[1], signed=parts[2])
+    found.alone.append(reading)
+    found.distances.append([draw.distances() for draw in draws])
+
+
+def _pieces(teacher: Teacher, row: StoredRow, layout: Layout) -> Iterator[Tensor]:
+    """The logits of a row alone. The head is asked again for stored hidden states, so that all pieces are there before."""
+    pieces = teacher.logits([row.input_ids])
+    return iter(list(pieces)) if layout.hidden_states else pieces
+
+
+def _open_in_float32(
+    recipe: TeacherRecipe, source: TeacherSource, device: str, parameters: int
+) -> Teacher:
+    """The same teacher in float32.
+
+    Raises:
+        ValueError: it has no room, or cannot be loaded so; says why.
     """
-    sequences = SequencesRecipe.model_validate(manifest["recipe"]["sequences"])
-    if manifest["recipe"]["corpus"].get("messages_column"):
-        backend, added = backend_copy(tokenizer, match_special=True), tokenizer.added_tokens_decoder
-
-        def spells_chat(text: str, ids: list[int]) -> bool:
-            found = backend.encode(text, add_special_tokens=False).ids
-            counts = [sum(token in added for token in some) for some in (found, ids)]
-            return found == ids or counts[0] != counts[1]
-
-        return spells_chat
-    encoder = Encoder(
-        tokenizer,
-        max_length=sequences.max_length,
-        long_documents=sequences.long_documents,
-        bos=sequences.bos,
-        eos=sequences.eos,
-    )
-    if is_generated(manifest["recipe"]):
-        return lambda text, ids: _prompt_ids(encoder, text) == ids
-    return lambda text, ids: encoder.encode(Document(id="", text=text))[0].token_ids == ids
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if recipe.tensor_parallel:
+        raise ValueError("it is split over processes")
+    need, free = ROOM * 4 * parameters, _free_bytes(device, spread=recipe.device_map is not None)
+    if free is not None and need > free:
+        raise ValueError(f"it would take {need / 1e9:,.1f} GB, and {free / 1e9:,.1f} are free")
+    attention = "sdpa" if recipe.attention == "flash_attention_2" else recipe.attention
+    exact = recipe.model_copy(update={"dtype": "float32", "attention": attention})
+    try:
+        teacher = open_teacher(exact, source, device=device)
+    except (torch.OutOfMemoryError, RuntimeError, TypeError) as error:
+        raise ValueError(str(error).splitlines()[0] or type(error).__name__) from None
+    if teacher.dtype != torch.float32:
+        raise ValueError(f"it stays in {str(teacher.dtype).removeprefix('torch.')}")
+    return teacher
 
 
-def _prompt_ids(encoder: Encoder, text: str) -> list[int]:
-    prompt = encoder.encode_prompt(Document(id="", text=text))
-    return prompt.token_ids if prompt else []
+def _free_bytes(device: str, *, spread: bool) -> int | None:
+    """Memory that there is for a model; None where that is not known."""
+    if device.startswith("cuda"):
+        devices = range(torch.cuda.device_count()) if spread else [torch.device(device)]
+        return sum(torch.cuda.mem_get_info(one)[0] for one in devices)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
 
 
-def _check_prompt(
-    row: StoredRow, text: str, spells: Callable[[str, list[int]], bool], teacher: Teacher
-) -> list[str]:
-    """Whether a prompt and its completion by the teacher are what the text says."""
-    num_prompt = int((~row.columns["completion_mask"].bool()).sum())
-    written = spell_completion(teacher.tokenizer, row.input_ids, num_prompt)
-    if not text.endswith(written):
-        return [f"{row.where}: the text does not end with what the completion's tokens spell"]
-    if not spells(text[: len(text) - len(written)], row.input_ids[:num_prompt]):
-        return [f"{row.where}: input_ids are not what the teacher's tokenizer makes of the prompt"]
-    return []
+# What is too far
 
 
-def _choose_rows(
-    directory: Path,
-    manifest: dict[str, Any],
-    records: list[ShardRecord],
-    count: int,
-    seed: int,
-    layout: Layout,
-    elsewhere: Mapping[str, Callable[[], Any]],
-) -> list[StoredRow]:
-    total = sum(record.rows for record in records)
-    chosen = sorted(random.Random(seed).sample(range(total), min(count, total)))
-    rows, first = [], 0
-    for record in records:
-        numbers = [number - first for number in chosen if first <= number < first + record.rows]
-        first += record.rows
-        for number in numbers:
-            opened = elsewhere.get(record.file, partial(Path, directory / record.file))
-            values = read_row(opened(), number)
-            next_token, is_end = what_follows(manifest, opened(), number, values)
-            rows.append(
-                StoredRow(
-                    where=f"{record.file} row {number}",
-                    is_whole_document=is_end and values["chunk_index"] == 0,
-                    text=values.get("text"),
-                    input_ids=values["input_ids"],
-                    next_token=next_token,
-                    columns=_tensors(values, layout),
-                    mask_T=torch.from_numpy(_mask(values, layout)),
+def _judge_draws(
+    rows: list[StoredRow], distances: list[list[Distances]], dtype: str
+) -> Iterator[str]:
+    """Whether draws are those that seed, document and position make of the teacher's distributions."""
+    totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for row, of_row in zip(rows, distances, strict=True):
+        for found in of_row:
+            agreeing, count = found.agree(dtype), len(found.values)
+            totals[found.what][0] += agreeing
+            totals[found.what][1] += count
+            if too_few(agreeing, count, dtype):
+                yield (
+                    f"{row.where}: {count - agreeing} of {count} draws of {found.what} are not those of the seed, the document and the "
+                    "teacher's distribution"
                 )
+    for what, (agreeing, count) in totals.items():
+        if too_few(agreeing, count, dtype):
+            yield (
+                f"{count - agreeing:,} of {count:,} draws of {what} in all recomputed rows are not those of the seed, the documents and the "
+                "teacher's distributions"
             )
-    return rows
 
 
-def _tensors(values: dict[str, Any], layout: Layout) -> dict[str, Tensor]:
-    tensors = {}
-    for column in columns(layout):
-        if column.shape and column.name != "input_ids":
-            array: np.ndarray[Any, Any] = values[column.name].copy()
-            if "," in column.shape:
-                array = array.reshape(-1, layout.width(column))  # where none is kept, too
-            tensors[column.name] = torch.from_numpy(array)
-    return tensors
-
-
-def _mask(values: dict[str, Any], layout: Layout) -> npt.NDArray[np.bool_]:
-    if layout.completions_only:
-        return loss_mask(values["completion_mask"])
-    return np.ones(len(values["input_ids"]), np.bool_)
+def _statistics(
+    rows: list[StoredRow], found: _Found, seed: int, dtype: str, layout: Layout
+) -> dict[str, Any]:
+    """What is told and recorded of all rows."""
+    totals: dict[str, float] = defaultdict(float)
+    for row, reading in zip(rows, found.alone, strict=True):
+        known = torch.tensor(row.targets) != NO_TOKEN
+        totals["tokens"] += len(row.input_ids)
+        totals["targets"] += int(known.sum())
+        totals["nll_stored"] -= float(row.columns["target_logprob"].double()[known].sum())
+        totals["nll_recomputed"] -= float(reading.columns["target_logprob"][known].sum())
+        totals["kept"] += len(reading.best_CK)
+        first = reading.best_CK[:, 0] - reading.at_reference_CK[:, 0] if len(reading.best_CK) else torch.empty(0)  # fmt: skip
+        totals["top1"] += int((first < 1e-9).sum())
+    count = sum(reading.raw_count for reading in found.alone)
+    draws = [one for of_row in found.distances for one in of_row]
+    num_draws = sum(len(one.values) for one in draws)
+    values: dict[str, Any] = {
+        "rows": len(rows),
+        "seed": seed,
+        "tokens": int(totals["tokens"]),
+        "max_abs_error": max((reading.raw_abs_max for reading in found.alone), default=0.0),
+        "mean_abs_error": sum(reading.raw_abs_sum for reading in found.alone) / max(count, 1),
+        "top1_agreement": totals["top1"] / max(totals["kept"], 1),
+        "nll_stored": totals["nll_stored"] / max(totals["targets"], 1),
+        "nll_recomputed": totals["nll_recomputed"] / max(totals["targets"], 1),
+        "notices": found.notices,
+    }
+    if num_draws:
+        values["draws_agree"] = sum(one.agree(dtype) for one in draws) / num_draws
+    if found.floor:
+        of_head = found.floor["logprobs" if layout.top_k == "all" else "topk_logprobs"]
+        values["floor"] = {"max_abs_error": of_head.largest, "mean_abs_error": of_head.average}
+    return values

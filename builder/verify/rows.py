@@ -3,7 +3,7 @@
 In:   a file, and what its manifest says of it.
 Out:  one line for each problem, added to a Report.
 
-Cost: about 1 M tokens/s. A row group is in memory at a time.
+Cost: about 1 M tokens/s. A row group is in memory at a time, and none that unpacks to more than its size can hold.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,8 +16,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from builder.card.charts import NOTHING, Measured, measure_table
 from builder.dataset.manifest import ShardRecord, Sums
-from builder.dataset.shards import nested_values
+from builder.dataset.shards import column_bytes
+from builder.dataset.tables import FlatRows
+from builder.dataset.unpacking import check_unpacked_size
+from builder.verify.documents import Documents
 from builder.verify.invariants import (
     Array,
     broken,
@@ -25,7 +29,7 @@ from builder.verify.invariants import (
     sampled_entropy,
     surprise_beyond_entropy,
 )
-from logit_dataset.schema import Layout, arrow_schema, columns, loss_mask, shortest_cut
+from logit_dataset.schema import Layout, arrow_schema, shortest_cut
 
 VALUES_AT_ONCE = 2**22
 """Values of a column whose invariants are checked together: 32 MB in float64."""
@@ -42,9 +46,13 @@ class Report:
     """What verification found."""
 
     problems: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    """What is no problem, but should be known."""
     files: int = 0
     rows: int = 0
     tokens: int = 0
+    measured: Measured = NOTHING
+    """What the card's pictures show of the rows."""
     recomputed: dict[str, Any] | None = None
 
 
@@ -54,48 +62,98 @@ def check_shard(
     manifest: Mapping[str, Any],
     report: Report,
     progress: Callable[[int], None] = lambda _: None,
-) -> None:
-    """Check the rows of one data file, and add what is found to a report.
+    documents: Documents | None = None,
+) -> bool:
+    """Check the rows of one data file, and add what is found to a report: whether all of them could be read.
 
     Args:
         directory: of the dataset.
         record: of the file, whose hash is not looked at.
-        manifest: `recipe`, `teacher` and `row_fingerprint` of one.
+        manifest: `recipe`, `teacher` and `row_fingerprint` of one, and `schema_version`, if that is to be compared.
         report: added to.
         progress: told of checked tokens.
+        documents: has come to the end of the files before; None where these are not known.
     """
     layout = Layout.of(manifest["recipe"], manifest["teacher"])
+    path = directory / record.file
+    documents = documents or Documents(manifest, is_whole=False)
+    documents.begin(record)
+    checker = _RowChecker(record.file, manifest, layout, documents)
     try:
-        file = pq.ParquetFile(directory / record.file)
-        if not file.schema_arrow.equals(arrow_schema(layout)):
-            report.problems.append(f"{record.file}: its columns are not those of the schema")
-            return
-        found = (file.schema_arrow.metadata or {}).get(b"logit_dataset.row_fingerprint", b"")
-        if found.decode() != manifest.get("row_fingerprint"):
-            report.problems.append(
-                f"{record.file}: is of another recipe, source or schema (its row_fingerprint is not the manifest's)"
-            )
-            return
-        checker = _RowChecker(record.file, manifest, layout)
+        file = pq.ParquetFile(path)
+        if problem := _wrong_file(file, record, manifest, layout):
+            report.problems.append(f"{record.file}: {problem}")
+            documents.skip()
+            return False
         for index in range(file.num_row_groups):
+            check_unpacked_size(path, file.metadata, index)
             table = file.read_row_group(index)
+            table.validate(full=True)
+            before = checker.tokens
             checker.check(table)
             report.rows += table.num_rows
-            progress(len(nested_values(table["input_ids"])))
-        checker.finish(record)
-    except (pa.ArrowException, OSError) as error:
+            progress(checker.tokens - before)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        report.problems += checker.problems
         report.problems.append(f"{record.file}: cannot be read ({str(error).splitlines()[0]})")
-        return
+        documents.skip()
+        return False
+    checker.finish(record)
+    if checker.has_all_rows:
+        documents.end(record)
+    else:
+        documents.skip()
     report.tokens += checker.tokens
     report.problems += checker.problems
+    report.measured += checker.measured
+    return checker.has_all_rows
+
+
+def _wrong_file(
+    file: pq.ParquetFile, record: ShardRecord, manifest: Mapping[str, Any], layout: Layout
+) -> str | None:
+    """Why the rows of a file need not be looked at: it is another one than its record says."""
+    if not file.schema_arrow.equals(arrow_schema(layout)):
+        return "its columns are not those of the schema"
+    metadata = file.schema_arrow.metadata or {}
+    found = metadata.get(b"logit_dataset.row_fingerprint", b"").decode(errors="replace")
+    if found != manifest.get("row_fingerprint"):
+        return "is of another recipe, source or schema (its row_fingerprint is not the manifest's)"
+    version = metadata.get(b"logit_dataset.schema", b"").decode(errors="replace")
+    if version and version != manifest.get("schema_version", version):
+        return f"is of schema {version}, the manifest of {manifest['schema_version']}"
+    footer = file.metadata
+    ids = [i for i, name in enumerate(_leaves(footer)) if name.startswith("input_ids.")]
+    groups = [footer.row_group(group) for group in range(footer.num_row_groups)]
+    tokens = sum(group.column(ids[0]).num_values for group in groups)
+    for name, count, expected in (
+        ("rows", footer.num_rows, record.rows),
+        ("tokens", tokens, record.tokens),
+    ):
+        if count != expected:
+            return f"has {count:,} {name}, the manifest says {expected:,}"
+    if record.column_bytes is not None and (sizes := column_bytes(footer)) != record.column_bytes:
+        wrong = next(n for n in {**sizes, **record.column_bytes} if sizes.get(n) != record.column_bytes.get(n))  # fmt: skip
+        return f"column {wrong} takes {sizes.get(wrong)} bytes, the manifest says {record.column_bytes.get(wrong)}"
+    return None
+
+
+def _leaves(footer: pq.FileMetaData) -> list[str]:
+    return [footer.schema.column(i).path for i in range(footer.num_columns)]
 
 
 class _RowChecker:
     """Checks the rows of one file, row group by row group."""
 
-    def __init__(self, file: str, manifest: Mapping[str, Any], layout: Layout) -> None:
+    def __init__(
+        self, file: str, manifest: Mapping[str, Any], layout: Layout, documents: Documents
+    ) -> None:
         self.problems: list[str] = []
         self.tokens = 0
+        self.has_all_rows = True
+        """Whether the shapes of all tables were right, so that their values could be looked at."""
+        self.measured = NOTHING
+        self._documents = documents
         self._file = file
         self._first_row = 0
         self._sums = Sums()
@@ -105,32 +163,27 @@ class _RowChecker:
         self._kept = self._written = 0
         self._eos: int | None = manifest["teacher"]["eos_token_id"]
         self._prefix: list[int] = manifest["teacher"]["prefix_ids"]
+        self._suffix: list[int] = manifest["teacher"]["suffix_ids"]
+        self._is_of_chats = bool(manifest["recipe"]["corpus"].get("messages_column"))
         self._generation: dict[str, Any] | None = manifest["recipe"].get("generation")
         self._generation_eos_ids: list[int] = manifest["teacher"].get("generation_eos_ids", [])
         self._shortest_cut = shortest_cut(manifest)
-        self._previous: tuple[str, int] | None = None
+        self._ended = 0
         self._seen: set[tuple[int, str]] = set()
 
     def check(self, table: pa.Table) -> None:
-        rows = _Rows.of(table, self._layout)
+        rows = FlatRows.of(table, self._layout)
         if isinstance(rows, str):
             self._add(0, rows)
+            self.has_all_rows = False
+            self._first_row += table.num_rows
             return
         ids, chunks = table["id"].to_pylist(), table["chunk_index"].to_pylist()
-        self._check_order(ids, chunks)
+        self._documents.check(table, rows.ends - rows.starts, self._first_row, self._add)
         if self._generation:
-            for wrong, message in broken_completions(
-                rows.columns,
-                rows.starts,
-                rows.ends,
-                generation=self._generation,
-                eos_ids=self._generation_eos_ids,
-            ):
-                self._add_where(rows, np.flatnonzero(wrong), message)
-            surprise = surprise_beyond_entropy(rows.columns)
-            self._surprise += float(np.nansum(surprise))
-            self._surprise_squares += float(np.nansum(surprise**2))
-            self._written += len(surprise)
+            self._check_completions(rows)
+        if self._prefix or self._suffix:
+            self._check_special(rows, ids, chunks)
         targets = self._targets(rows, ids, chunks)
         size = max(1, VALUES_AT_ONCE // self._layout.widest)
         with np.errstate(invalid="ignore", over="ignore"):  # of forged values
@@ -141,9 +194,47 @@ class _RowChecker:
                     for wrong, message in broken(stored, targets[part], self._layout):
                         self._add_where(rows, part[np.flatnonzero(wrong)], message)
                     self._sum(stored)
+        if not self.problems:
+            self.measured += measure_table(table)
         self._seen.clear()
         self.tokens += len(targets)
         self._first_row += table.num_rows
+
+    def _check_completions(self, rows: FlatRows) -> None:
+        assert self._generation
+        for wrong, message in broken_completions(
+            rows.columns,
+            rows.starts,
+            rows.ends,
+            generation=self._generation,
+            eos_ids=self._generation_eos_ids,
+        ):
+            self._add_where(rows, np.flatnonzero(wrong), message)
+        surprise = surprise_beyond_entropy(rows.columns)
+        self._surprise += float(np.nansum(surprise))
+        self._surprise_squares += float(np.nansum(surprise**2))
+        self._written += len(surprise)
+        self._ended += int(np.isin(rows.input_ids[rows.ends - 1], self._generation_eos_ids).sum())
+
+    def _check_special(self, rows: FlatRows, ids: list[str], chunks: list[int]) -> None:
+        """The special tokens that the manifest names stand before each text, and behind each document."""
+        for row, (start, end) in enumerate(zip(rows.starts, rows.ends, strict=True)):
+            of_row = rows.input_ids[start:end]
+            first = len(self._prefix)
+            # A template writes what a chat begins and ends with.
+            if not (self._is_of_chats and chunks[row] == 0) and of_row[:first].tolist() != self._prefix:  # fmt: skip
+                self._add(
+                    row, f"does not begin with the tokens {self._prefix} (teacher.prefix_ids)"
+                )
+            goes_on = row + 1 == len(ids) or (ids[row + 1], chunks[row + 1]) == (ids[row], chunks[row] + 1)  # fmt: skip
+            if not self._suffix or goes_on or self._generation or self._is_of_chats:
+                continue
+            is_cut = end - start >= self._shortest_cut
+            if not is_cut and of_row[-len(self._suffix) :].tolist() != self._suffix:
+                self._add(
+                    row,
+                    f"its document does not end with the tokens {self._suffix} (teacher.suffix_ids)",
+                )
 
     def _sum(self, stored: dict[str, Array]) -> None:
         logprobs = stored.get("logprobs", stored.get("topk_logprobs"))
@@ -155,6 +246,7 @@ class _RowChecker:
             target_nll=float(-np.nansum(target)),
             targets=int((~np.isnan(target)).sum()),
             completion_tokens=None if mask is None else int(mask.sum()),
+            kept=0 if logprobs is None else len(logprobs),
         )
         if logprobs is None:
             return
@@ -165,14 +257,8 @@ class _RowChecker:
             self._surplus_squares += float((surplus**2).sum())
 
     def finish(self, record: ShardRecord) -> None:
-        for name, found, expected in (
-            ("rows", self._first_row, record.rows),
-            ("tokens", self.tokens, record.tokens),
-        ):
-            if found != expected:
-                self.problems.append(
-                    f"{self._file}: has {found:,} {name}, the manifest says {expected:,}"
-                )
+        if not self.has_all_rows:
+            return
         limit = DRAWS_SIGMAS * self._surplus_squares**0.5 + DRAWS_TOLERANCE * self._kept
         if not abs(self._surplus) <= limit:
             self.problems.append(
@@ -180,15 +266,23 @@ class _RowChecker:
                 f"off on average, where chance explains {limit / self._kept:.3f}"
             )
         self._check_surprise()
-        names = ["entropy", "topk_mass", "target_nll"]
+        names = ["entropy", "topk_mass", "target_nll", "targets"]
         if self._layout.completion_mask:
             names.append("completion_tokens")
+        if self._layout.completions_only:
+            names.append("kept")
         for name in names:
             found_sum, expected_sum = (getattr(s, name) or 0 for s in (self._sums, record.sums))
-            if not np.isclose(found_sum, expected_sum, rtol=1e-6, atol=1e-3):
+            rtol, atol = (1e-6, 1e-3) if isinstance(found_sum, float) else (0, 0)
+            if not np.isclose(found_sum, expected_sum, rtol=rtol, atol=atol):
                 self.problems.append(
                     f"{self._file}: sum of {name} is {found_sum:.3f}, the manifest says {expected_sum:.3f}"
                 )
+        if record.completions and self._ended != record.completions.ended:
+            self.problems.append(
+                f"{self._file}: {self._ended:,} completions end with a token that ends a text, the manifest says "
+                f"{record.completions.ended:,}"
+            )
 
     def _check_surprise(self) -> None:
         """Completions that were drawn from the stored distribution itself are as surprising as its entropy says."""
@@ -206,23 +300,14 @@ class _RowChecker:
     def _add(self, row: int, message: str) -> None:
         self.problems.append(f"{self._file} row {self._first_row + row}: {message}")
 
-    def _add_where(self, rows: "_Rows", positions: Any, message: str) -> None:
+    def _add_where(self, rows: FlatRows, positions: Any, message: str) -> None:
         """One line for each row that has wrong positions."""
         for row, position in {int(rows.row_of[i]): int(i) for i in positions[::-1]}.items():
             if (row, message) not in self._seen:
                 self._seen.add((row, message))
                 self._add(row, f"{message} (position {position - int(rows.starts[row])})")
 
-    def _check_order(self, ids: list[str], chunks: list[int]) -> None:
-        for row, current in enumerate(zip(ids, chunks, strict=True)):
-            if current[1] != 0 and self._previous != (current[0], current[1] - 1):
-                self._add(
-                    row,
-                    f"chunk {current[1]} of {current[0]!r} does not follow chunk {current[1] - 1}",
-                )
-            self._previous = current
-
-    def _targets(self, rows: "_Rows", ids: list[str], chunks: list[int]) -> npt.NDArray[np.int64]:
+    def _targets(self, rows: FlatRows, ids: list[str], chunks: list[int]) -> npt.NDArray[np.int64]:
         """The token that follows each position, −1 where the file does not tell."""
         targets = np.append(rows.input_ids[1:], -1).astype(np.int64)
         for row, last in enumerate(rows.ends - 1):
@@ -230,76 +315,10 @@ class _RowChecker:
             if next_row == len(ids):
                 targets[last] = -1  # its next chunk, if there is one, is in the next row group
             elif ids[next_row] == ids[row] and chunks[next_row] == chunks[row] + 1:
-                targets[last] = rows.input_ids[rows.starts[next_row] + len(self._prefix)]
+                place = rows.starts[next_row] + len(self._prefix)
+                targets[last] = rows.input_ids[place] if place < rows.ends[next_row] else -1
             elif self._eos is None or rows.ends[row] - rows.starts[row] >= self._shortest_cut:
                 targets[last] = -1
             else:
                 targets[last] = self._eos
         return targets
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rows:
-    """Some rows as flat arrays over all their positions."""
-
-    starts: npt.NDArray[np.int64]
-    ends: npt.NDArray[np.int64]
-    row_of: npt.NDArray[np.int64]
-    input_ids: npt.NDArray[np.int64]
-    columns: dict[str, Array]
-    """Every column of one or several values a token, in its stored type; those of several hold positions in the loss mask only."""
-    kept: npt.NDArray[np.int64]
-    """Positions that have several values, in order: all of them, but with `completions_only`."""
-    left_out: npt.NDArray[np.int64]
-    """The others."""
-
-    def at(self, where: npt.NDArray[np.int64], part: slice) -> dict[str, Array]:
-        """The columns that there are at a part of the positions `where`: `kept` or `left_out`."""
-        stored = {n: v[where[part]] for n, v in self.columns.items() if v.ndim == 1}
-        if where is self.kept:
-            stored |= {n: v[part] for n, v in self.columns.items() if v.ndim == 2}
-        return stored
-
-    @classmethod
-    def of(cls, table: pa.Table, layout: Layout) -> "_Rows | str":
-        """The arrays, or what is wrong with the table's shapes."""
-        if any(column.null_count for column in table.columns):
-            return "a value is null"
-        lengths = table["input_ids"].combine_chunks().value_lengths().to_numpy()
-        if not lengths.all():
-            return "a row has no tokens"
-        ends = lengths.cumsum()
-        row_of = np.repeat(np.arange(len(lengths)), lengths)
-        is_kept = np.ones(len(row_of), np.bool_)
-        if layout.completions_only:
-            mask = table["completion_mask"].combine_chunks()
-            if not np.array_equal(mask.value_lengths().to_numpy(), lengths):
-                return "completion_mask and input_ids have different lengths"
-            is_kept = loss_mask(nested_values(mask))
-            is_kept[ends - 1] = False
-        kept_lengths = np.bincount(row_of[is_kept], minlength=len(lengths))
-        per_token = [column for column in columns(layout) if column.shape]
-        for column in per_token:
-            lists = table[column.name].combine_chunks()
-            is_cut = column.shape.startswith("C,")
-            if not np.array_equal(
-                lists.value_lengths().to_numpy(), kept_lengths if is_cut else lengths
-            ):
-                what = "the completions of completion_mask" if is_cut else "input_ids"
-                return f"{column.name} and {what} have different lengths"
-            inner, width = lists.flatten(), layout.width(column)
-            if inner.null_count or (
-                pa.types.is_list(inner.type)
-                and not (inner.value_lengths().to_numpy() == width).all()
-            ):
-                return f"{column.name} does not have {width} values a token"
-        values = {column.name: nested_values(table[column.name]) for column in per_token}
-        return cls(
-            starts=ends - lengths,
-            ends=ends,
-            row_of=row_of,
-            input_ids=values["input_ids"].astype(np.int64),
-            columns=values,
-            kept=np.flatnonzero(is_kept),
-            left_out=np.flatnonzero(~is_kept),
-        )

@@ -16,9 +16,11 @@ from datasets import load_dataset
 from markdown_it import MarkdownIt
 
 from builder.build.build import build
-from builder.card.card import card_files, read_verification, recipe_toml, render_card, write_card
+from builder.card.card import card_files, render_card, write_card
 from builder.card.charts import BIN_NATS, Curves, entropy_svg, marks, mass_svg, measure
 from builder.card.markdown import plain
+from builder.card.recipe_text import recipe_toml
+from builder.card.records import read_verification
 from builder.dataset.identity import fingerprint, row_fingerprint
 from builder.dataset.manifest import read_manifest
 from builder.recipe import Recipe, load_recipe

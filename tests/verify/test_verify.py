@@ -7,80 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from builder.build.build import build
 from builder.dataset.manifest import read_manifest, records_of, write_json
-from builder.dataset.shards import file_sha256, nested_values
 from builder.recipe import load_recipe
 from builder.verify.recompute import recompute_rows
 from builder.verify.verify import verify
+from tests.verify.forging import Row, forge, refit
 
 FIRST = "data/train-000-00000.parquet"
-Row = dict[str, Any]
 
 
 @pytest.fixture
 def copy(built: Path, tmp_path: Path) -> Path:
     shutil.copytree(built, tmp_path / "copy")
     return tmp_path / "copy"
-
-
-def rows_of(directory: Path, file: str) -> list[Row]:
-    """Rows as dicts of numpy arrays."""
-    table = pq.read_table(directory / file)
-    rows = []
-    for i in range(table.num_rows):
-        row = {}
-        for name in table.column_names:
-            column = table[name].slice(i, 1)
-            is_list = pa.types.is_list(column.type)
-            row[name] = nested_values(column).copy() if is_list else column[0].as_py()
-        rows.append(row)
-    return rows
-
-
-def head(row: Row) -> np.ndarray:
-    return row["topk_logprobs"] if "topk_logprobs" in row else row["logprobs"]
-
-
-def forge(directory: Path, change: Callable[[list[Row]], None], *, all_files: bool = True) -> None:
-    """Change rows, and sign the result: hashes, sizes and sums in the manifest are made to fit."""
-    manifest = read_manifest(directory)
-    for shard in manifest["shards"] if all_files else manifest["shards"][:1]:
-        path = directory / shard["file"]
-        schema = pq.read_schema(path)
-        rows = rows_of(directory, shard["file"])
-        change(rows)
-        arrays = []
-        for field in schema:
-            values = [row[field.name] for row in rows]
-            if pa.types.is_list(field.type) and pa.types.is_list(field.type.value_type):
-                values = [list(value) for value in values]
-            arrays.append(pa.array(values, type=field.type))
-        pq.write_table(pa.Table.from_arrays(arrays, schema=schema), path)
-        completions = {}
-        if "completion_mask" in schema.names:
-            completions["completion_tokens"] = sum(
-                int(row["completion_mask"].sum()) for row in rows
-            )
-        valid = np.concatenate([row["target_logprob"] for row in rows]).astype(float)
-        shard.update(
-            sha256=file_sha256(path),
-            bytes=path.stat().st_size,
-            rows=len(rows),
-            tokens=sum(len(row["input_ids"]) for row in rows),
-            sums={
-                "entropy": sum(float(row["entropy"].astype(float).sum()) for row in rows),
-                "topk_mass": sum(float(np.exp(head(row).astype(float)).sum()) for row in rows),
-                "target_nll": -float(np.nansum(valid)),
-                "targets": int((~np.isnan(valid)).sum()),
-                **completions,
-            },
-        )
-    write_json(directory / "manifest.json", manifest)
 
 
 def problems(directory: Path, teacher: Path | None = None, recompute: int = 0) -> list[str]:
@@ -102,11 +45,10 @@ def test_a_good_dataset_has_no_problems_even_recomputed(built, tiny_teacher_dir)
 
 
 def test_a_file_of_another_recipe_or_schema_is_named(copy):
-    manifest, path = read_manifest(copy), copy / FIRST
+    path = copy / FIRST
     metadata = {"logit_dataset.row_fingerprint": "0" * 64}
     pq.write_table(pq.read_table(path).replace_schema_metadata(metadata), path)
-    manifest["shards"][0].update(sha256=file_sha256(path), bytes=path.stat().st_size)
-    write_json(copy / "manifest.json", manifest)
+    refit(copy)
     assert problems(copy) == [
         f"{FIRST}: is of another recipe, source or schema (its row_fingerprint is not the manifest's)"
     ]

@@ -1,0 +1,63 @@
+"""The recipe of a manifest → the TOML that a reader saves to build the same data again."""
+
+import json
+import re
+from typing import Any
+
+from pydantic import BaseModel
+
+from builder.dataset.printable import steers
+from builder.recipe import (
+    CorpusRecipe,
+    GenerationRecipe,
+    OutputRecipe,
+    SequencesRecipe,
+    TeacherRecipe,
+)
+
+
+def recipe_toml(recipe: dict[str, Any], manifest: dict[str, Any]) -> str:
+    """A recipe that builds the same data again: what differs from the defaults, with commits for branches."""
+    sections: dict[str, type[BaseModel]] = {
+        "corpus": CorpusRecipe,
+        "teacher": TeacherRecipe,
+        "sequences": SequencesRecipe,
+        "generation": GenerationRecipe,
+        "output": OutputRecipe,
+    }
+    lines = [f"{key} = {_toml(recipe[key])}" for key in ("name", "description") if recipe.get(key)]
+    for section, model in sections.items():
+        values = dict(recipe.get(section) or {})
+        if commit := manifest.get(section, {}).get("commit"):
+            values["revision"] = commit
+        defaults = {name: field.default for name, field in model.model_fields.items()}
+        kept = [
+            f"{_key(key)} = {_toml(value)}"
+            for key, value in values.items()
+            if value not in (defaults.get(key), None, [])
+        ]
+        if kept:
+            lines += ["", f"[{section}]", *kept]
+    return "\n".join(lines) + "\n"
+
+
+def _key(name: str) -> str:
+    """A key, which a later version may have added."""
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name, re.ASCII) else _toml(name)
+
+
+def _toml(value: Any) -> str:
+    """A string, number, truth value, list or table as TOML, whose strings are JSON's with other escapes."""
+    if isinstance(value, dict):
+        inner = ", ".join(f"{_key(key)} = {_toml(item)}" for key, item in value.items())
+        return f"{{ {inner} }}" if inner else "{}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return "".join(map(_escape, json.dumps(value, ensure_ascii=False)))
+
+
+def _escape(character: str) -> str:
+    if not steers(character):
+        return character
+    code = ord(character)
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
