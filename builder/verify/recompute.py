@@ -49,6 +49,8 @@ def recompute_rows(
     teacher = open_teacher(recipe, source, device=device)
     found = teacher.provenance()
     recorded = {key: manifest["teacher"].get(key) for key in found}
+    if recorded["hidden_size"] is None:
+        found["hidden_size"] = None  # older versions could not run every head alone
     if changes := differences(recorded, found, "teacher"):
         raise ValueError(f"the teacher at hand is not the dataset's: {'; '.join(changes)}")
 
