@@ -38,6 +38,20 @@ def _top_k(value: Any) -> Any:
     raise ValueError('expected a whole number of at least 1, or "all"')
 
 
+KERNEL = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}(:\w+)?", re.ASCII)
+"""A kernel of the Hub, pinned: `ORG/NAME@commit`, and the name of a function where transformers needs one."""
+
+
+def _attention(value: Any) -> Any:
+    if value is None or value in ATTENTIONS or (type(value) is str and KERNEL.fullmatch(value)):
+        return value
+    raise ValueError(
+        f"expected one of {', '.join(ATTENTIONS)}, or a kernel of the Hub with its full commit, as ORG/NAME@COMMIT"
+    )
+
+
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+Attention = Annotated[str | None, PlainValidator(_attention)]
 TopK = Annotated[int | Literal["all"], PlainValidator(_top_k)]
 
 UNSAID = {"teacher": ("device_map", "tensor_parallel", "config")}
@@ -128,20 +142,27 @@ class TeacherRecipe(_Source):
     """The original config.json, or its directory, for a GGUF file that does not say all of its model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the weights and of the forward pass. Statistics are float32 in any case."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Attention = None
+    """What computes it: `sdpa`, `eager`, `flash_attention_2` (or 3, or 4), or a pinned kernel of the Hub. Unset, the best of the first two
+    that the teacher's class supports; the plan and the manifest say which."""
     device_map: Literal["auto"] | None = None
     """For a teacher that is too large for one GPU: its layers are placed on all that there are, and work one after the other."""
     tensor_parallel: Annotated[int, Field(ge=2)] | None = None
     """The same, faster: each layer is split over so many GPUs, which work at the same time."""
     trust_remote_code: bool = False
-    """Run model code from the repo. Needs `revision` to be a full commit."""
+    """Run code from the Hub: the model's own, from `repo`, for which `revision` has to be a full commit, or that of an attention kernel."""
     license: License | None = None
     """Licence of the teacher, which may cover its outputs; publishing needs it. The embedded one brings its own."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         _exactly_one(self, "repo", "path", "gguf", "embedded")
-        _only_with(self, "repo", "revision", "trust_remote_code")
+        is_kernel = self.attention not in (None, *ATTENTIONS)
+        if is_kernel and not self.trust_remote_code:
+            raise ValueError(
+                f"attention = {self.attention!r} runs code from the Hub; set trust_remote_code = true, if you trust it"
+            )
+        _only_with(self, "repo", "revision", *(() if is_kernel else ("trust_remote_code",)))
         _only_with(self, "gguf", "tokenizer", "config")
         if self.device_map and self.tensor_parallel:
             raise ValueError("device_map and tensor_parallel exclude each other; leave one out")
@@ -149,7 +170,7 @@ class TeacherRecipe(_Source):
             raise ValueError(
                 "a GGUF teacher runs on one device; leave out device_map and tensor_parallel"
             )
-        if self.trust_remote_code and not self.is_pinned:
+        if self.trust_remote_code and self.repo and not self.is_pinned:
             raise ValueError(
                 "trust_remote_code runs code from the repo, so revision must be a full 40-digit commit, "
                 f"not {self.revision!r}"
@@ -170,8 +191,9 @@ class SequencesRecipe(_Section):
     """End-of-sequence token after each document's last sequence: as the tokenizer does it, always, or never."""
     chat_template: str | None = None
     """A file with the chat template to use in place of the tokenizer's, relative to the recipe."""
-    batch_tokens: Annotated[int, Field(ge=8)] = 16_384
-    """Positions in a batch, padding included. Part of the recipe, for the shape of a batch changes last bits."""
+    batch_tokens: Positive = 16_384
+    """Positions in a batch, padding included; with 1, each sequence runs alone. Part of the recipe, for the shape of a batch changes
+    last bits."""
 
 
 class GenerationRecipe(_Section):
@@ -187,7 +209,7 @@ class GenerationRecipe(_Section):
     """Completions of each prompt."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the draws, together with the document's id: change it to draw others."""
-    batch_tokens: Annotated[int, Field(ge=8)] = 16_384
+    batch_tokens: Positive = 16_384
     """Positions of the sequences that are written at the same time, padding included: more are faster on a GPU."""
 
     @model_validator(mode="after")
@@ -313,9 +335,15 @@ class Recipe(_Section):
             )
         return self
 
-    def published(self) -> dict[str, Any]:
-        """The recipe as plain JSON values for manifest and card, paths that lead elsewhere cut to their last part."""
+    def published(self, *, attention: str = "sdpa") -> dict[str, Any]:
+        """The recipe as plain JSON values for manifest and card, paths that lead elsewhere cut to their last part.
+
+        Args:
+            attention: what was resolved for a recipe that leaves it open. It stands in the plan as if the recipe said it, for it
+                decides last bits.
+        """
         values = self.model_dump(mode="json")
+        values["teacher"]["attention"] = self.teacher.attention or attention
         if self.generation is None:
             del values["generation"]  # so that recipes that know nothing of it are the same as ever
         if self.output.top_k == "all":

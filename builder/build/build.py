@@ -351,8 +351,8 @@ def _recorded(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _published_as(manifest: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """A recipe's plain values, with the branch that was resolved then where it names its commit."""
-    published = recipe.published()
+    """A recipe's plain values, with what was resolved then: the attention, and the branch where it names its commit."""
+    published = recipe.published(attention=manifest["recipe"]["teacher"].get("attention", "sdpa"))
     for section in ("corpus", "teacher"):
         if published[section]["revision"] == manifest[section].get("commit"):
             published[section]["revision"] = manifest["recipe"][section]["revision"]

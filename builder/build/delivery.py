@@ -86,7 +86,8 @@ def deliver(
         if not is_branch_of(there.repo, head, read_manifest(output)):
             branch = None  # of another build, which may still be resumed
     else:
-        _check_tag(there, tag, {"recipe": recipe.published()})
+        said = former and former["recipe"]["teacher"].get("attention")  # what this leads to, too
+        _check_tag(there, tag, {"recipe": recipe.published(attention=said or "sdpa")})
         _check_count(recipe)
         if pool:
             check_pool(pool, recipe)

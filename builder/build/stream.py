@@ -1,6 +1,7 @@
 """A recipe and its corpus → the sequences of one partition of its corpus, cut into shards at the ends of documents."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from builder.capture.generation import Generator
@@ -21,7 +22,7 @@ class _Prompt:
     offset: Offset
     """Of the corpus after it."""
     too_long: int
-    """Documents just before it that are too long to be prompts."""
+    """Documents just before it that leave no room for a completion."""
 
 
 class SequenceStream:
@@ -35,11 +36,19 @@ class SequenceStream:
         partition: int,
         start: Offset | None,
         *,
+        reach: Callable[[int], int] = lambda _: sys.maxsize,
         notice: Notice = lambda _: None,
     ) -> None:
         """Open the corpus where an earlier shard of the partition ended, or at its beginning.
 
-        `notice` is told of the first prompt that is too long.
+        Args:
+            recipe: the recipe.
+            source: of its corpus.
+            encoder: makes sequences of documents.
+            partition: of the corpus.
+            start: offset in it; None for its beginning.
+            reach: how long what begins with a prompt of some length may become (`Teacher.reach`).
+            notice: told of the first prompt that leaves no room for a completion.
         """
         corpus, partitions = recipe.corpus, recipe.output.partitions
         self.partition = partition
@@ -65,9 +74,8 @@ class SequenceStream:
         self._pending: list[Sequence] | None = None
         self._encoder = encoder
         self.is_of_prompts = recipe.generation is not None
-        self._max_prompt_tokens = recipe.sequences.max_length
-        if recipe.generation:
-            self._max_prompt_tokens -= recipe.generation.max_new_tokens
+        self._max_length, self._reach = recipe.sequences.max_length, reach
+        self._max_new_tokens = recipe.generation.max_new_tokens if recipe.generation else 0
         self._pending_prompt: _Prompt | None = None
         self._too_long_ahead = 0
         self._notice, self._has_told = notice, False
@@ -152,7 +160,7 @@ class SequenceStream:
             if document is None:
                 break
             sequence = self._encoder.encode_prompt(document)
-            if sequence and len(sequence.token_ids) <= self._max_prompt_tokens:
+            if sequence and self._end(sequence) <= self._limit(sequence):
                 self._pending_prompt = _Prompt(
                     sequence=sequence, offset=self._offset(), too_long=self._too_long_ahead
                 )
@@ -164,14 +172,29 @@ class SequenceStream:
                 self._tell_too_long(sequence)
         return None
 
-    def _tell_too_long(self, sequence: Sequence) -> None:
-        if not self._has_told:
-            self._notice(
-                f"document {sequence.document_id!r} has {len(sequence.token_ids):,} tokens, and with sequences.max_length and "
-                f"generation.max_new_tokens as they are, a prompt has {self._max_prompt_tokens:,} at most: such documents are "
-                "skipped and counted"
-            )
+    def _end(self, prompt: Sequence) -> int:
+        """Where the longest completion of a prompt ends."""
+        return len(prompt.token_ids) + self._max_new_tokens
+
+    def _limit(self, prompt: Sequence) -> int:
+        """Where it has to end."""
+        return min(self._max_length, self._reach(len(prompt.token_ids)))
+
+    def _tell_too_long(self, prompt: Sequence) -> None:
+        if self._has_told:
+            return
         self._has_told = True
+        length, limit = len(prompt.token_ids), self._limit(prompt)
+        found = f"document {prompt.document_id!r} has {length:,} tokens"
+        if limit == self._max_length:
+            most = self._max_length - self._max_new_tokens
+            why = f"{found}, and with sequences.max_length and generation.max_new_tokens as they are, a prompt has {most:,} at most"
+        else:
+            why = (
+                f"{found}, and with generation.max_new_tokens = {self._max_new_tokens:,} its completion would go beyond {limit:,}, where "
+                "this teacher begins to read all of it in another way (LongRoPE, dynamic NTK or sparse attention)"
+            )
+        self._notice(f"{why}: such documents are skipped and counted")
 
     def _offset(self) -> Offset:
         offset = self._corpus.offset

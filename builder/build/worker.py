@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from builder.build.stream import SequenceStream
 from builder.capture.decoding import Decoder
 from builder.capture.generation import Generator
+from builder.capture.guard import Guard
 from builder.capture.pipeline import Notice, Pipeline, Progress
 from builder.corpus.chats import ChatTemplate
 from builder.corpus.documents import Offset
@@ -111,6 +112,7 @@ class Worker:
             "logit_dataset.row_fingerprint": row_fingerprint(sources.plan(recipe)),
         }
         self._stream: SequenceStream | None = None
+        self._guard = Guard()
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -240,6 +242,7 @@ class Worker:
             layout=self.layout,
             seed=self._recipe.output.seed,
             batch_tokens=self._recipe.sequences.batch_tokens,
+            guard=self._guard,
             # What is written is counted while it is written.
             progress=(lambda _: None) if self.decoder else self._progress,
             notice=self._notice,
@@ -273,6 +276,7 @@ class Worker:
             self.encoder,
             task.partition,
             task.start,
+            reach=self.teacher.reach,
             notice=self._notice,
         )
 
@@ -292,7 +296,7 @@ def _nothing_in(recipe: CorpusRecipe, stream: SequenceStream) -> str:
     if stream.prompts_too_long:
         return (
             f"{where} has no prompt that leaves room for generation.max_new_tokens ({stream.prompts_too_long} are too long); "
-            "choose a larger sequences.max_length"
+            "choose a larger sequences.max_length, or a smaller max_new_tokens"
         )
     if stream.is_of_prompts:
         return f"{where} has no prompt ({skipped} are null, empty or blank); check its column in [corpus]"

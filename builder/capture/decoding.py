@@ -113,6 +113,7 @@ class Decoder:
         config = GenerationConfig(
             do_sample=False, use_cache=cached, return_dict_in_generate=True, **options
         )
+        self.teacher.forget()
         masks = {"attention_mask": to_device(mask_BT, self.teacher.device)} if padded else {}
         return self._model.generate(
             to_device(ids_BT, self.teacher.device),

@@ -124,7 +124,7 @@ class Generator:
         """The rows of a window of prompts, and how many of the prompts they are of.
 
         Args:
-            prompts: together of no more than `window_tokens`.
+            prompts: together of no more than `window_tokens`, each with room for a completion within the teacher's reach.
             max_tokens: leave out what follows the prompt whose rows reach this number of tokens.
 
         Raises:
@@ -166,6 +166,9 @@ class Generator:
 
     def _write_batch(self, rows: list[_Row], draft_tokens: int) -> None:
         steps = min(draft_tokens, max(self._max_new_tokens - row.num_written for row in rows))
+        # Those that are at their end go on until all are, but not beyond where they would change what the others get.
+        longest = max(len(row.token_ids) for row in rows)
+        steps = min(steps, self._decoder.teacher.reach(longest) - longest)
         uniforms_BS = None
         if not self._is_greedy:
             uniforms_BS = torch.stack([self._uniforms(row, steps) for row in rows])
@@ -191,6 +194,7 @@ class Generator:
 
     def _batches(self, rows: list[_Row], draft_tokens: int) -> Iterator[list[_Row]]:
         """Rows of like length, longest first; of the same length, where the teacher bears no padding."""
+        reach = self._decoder.teacher.reach
         lengths = [len(row.token_ids) + draft_tokens for row in rows]
         groups = [list(range(len(rows)))]
         if not self._decoder.padded:
@@ -199,7 +203,12 @@ class Generator:
                 for length in sorted(set(lengths), reverse=True)
             ]
         for group in groups:
-            for batch in length_sorted_batches([lengths[i] for i in group], self._batch_tokens):
+            for batch in length_sorted_batches(
+                [lengths[i] for i in group],
+                self._batch_tokens,
+                # What a row has is within its reach, and so is all that it may become; a draft may be longer.
+                lambda length: reach(length - draft_tokens),
+            ):
                 yield [rows[group[i]] for i in batch]
 
     def _halves(self, rows: list[_Row], draft_tokens: int) -> list[list[_Row]]:

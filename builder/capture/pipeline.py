@@ -21,6 +21,7 @@ from torch import Tensor
 
 from builder.capture.distribution import Distribution, capture, concatenate
 from builder.capture.draws import uniforms
+from builder.capture.guard import FACTOR, NOISE, Guard, distance
 from builder.corpus.sequences import Sequence, length_sorted_batches
 from builder.dataset.shards import Block
 from builder.teacher.model import Teacher, to_device
@@ -70,6 +71,7 @@ class Pipeline:
         layout: Layout,
         seed: int = 0,
         batch_tokens: int,
+        guard: Guard | None = None,
         progress: Progress = lambda _: None,
         notice: Notice = lambda _: None,
     ) -> None:
@@ -80,6 +82,7 @@ class Pipeline:
             layout: what is to be stored.
             seed: of the draws from the tail.
             batch_tokens: positions in a batch, padding included.
+            guard: says which sequences are run again alone; None for one of this pipeline's own.
             progress: told of captured tokens.
             notice: told of batches that did not fit the device's memory.
         """
@@ -87,6 +90,7 @@ class Pipeline:
         self._layout = layout
         self._seed = seed
         self._batch_tokens = batch_tokens
+        self._guard = guard or Guard()
         self._progress = progress
         self._notice = notice
         self.halved_batches = 0
@@ -96,8 +100,8 @@ class Pipeline:
         """The sequences in their order, each with the distributions of its positions.
 
         Raises:
-            ValueError: the teacher yields NaN or infinity (names the document), or one sequence alone does not fit
-                the device's memory.
+            ValueError: the teacher yields NaN or infinity, or other values than for the same sequence alone (names the document), or
+                one sequence alone does not fit the device's memory.
         """
         in_flight: deque[_Batch] = deque()
         for window in self._windows(sequences):
@@ -123,7 +127,7 @@ class Pipeline:
 
     def _launched(self, window: _Window) -> Iterator[_Batch]:
         lengths = [len(sequence.token_ids) for sequence in window.sequences]
-        waiting = deque(length_sorted_batches(lengths, self._batch_tokens))
+        waiting = deque(length_sorted_batches(lengths, self._batch_tokens, self._teacher.reach))
         while waiting:
             indices = waiting.popleft()
             arrive = self._launch([window.sequences[i] for i in indices])
@@ -195,10 +199,33 @@ class Pipeline:
         distribution = batch.arrive()
         sequences = [batch.window.sequences[i] for i in batch.indices]
         _check_finite(distribution, sequences, loss_only=self._layout.completions_only)
+        self._check_alone(distribution, sequences)
         batch.window.landed.append((batch.indices, distribution))
         self._progress(len(distribution["logsumexp"]))
         if batch.is_last:
             yield _in_order(batch.window, loss_only=self._layout.completions_only)
+
+    def _check_alone(self, distribution: Distribution, sequences: list[Sequence]) -> None:
+        """Run a sequence of some batches again, without the others, and compare."""
+        chosen = self._guard.choose(sequences) if self._teacher.head_only else None
+        if chosen is None:
+            return
+        sequence, loss_only = sequences[chosen], self._layout.completions_only
+        alone = start_copy(self._capture([sequence]))()
+        off = distance(_part(distribution, sequences, chosen, loss_only=loss_only), alone)
+        if off <= (limit := NOISE[self._teacher.dtype]):
+            return
+        copies = [sequence] * len(sequences)
+        noise = distance(
+            _part(start_copy(self._capture(copies))(), copies, chosen, loss_only=loss_only), alone
+        )
+        if not off <= max(limit, FACTOR * noise):
+            raise ValueError(
+                f"document {sequence.document_id!r} (chunk {sequence.chunk_index}): in a batch with sequences of up to "
+                f"{max(len(other.token_ids) for other in sequences)} tokens, its {len(sequence.token_ids)} tokens have other "
+                f"log-probabilities than alone, by {off:.2g} nats on average (noise: {noise:.2g}); set sequences.batch_tokens = 1 (and "
+                "generation.batch_tokens = 1 where the teacher writes), so that each sequence runs alone"
+            )
 
 
 def start_copy(distribution: Distribution) -> Callable[[], Distribution]:
@@ -237,6 +264,22 @@ def unpack(packed: Tensor, *, like: Distribution) -> Distribution:
 
 def _packing_order(distribution: Distribution) -> list[str]:
     return sorted(distribution, key=lambda name: -distribution[name].itemsize)
+
+
+def _part(
+    distribution: Distribution, sequences: list[Sequence], index: int, *, loss_only: bool
+) -> Distribution:
+    """What a batch's Distribution holds of one of its sequences."""
+
+    def here(lengths: list[int]) -> slice:
+        start = sum(lengths[:index])
+        return slice(start, start + lengths[index])
+
+    all_N = here([len(sequence.token_ids) for sequence in sequences])
+    kept_C = here([len(sequence.loss_positions) for sequence in sequences]) if loss_only else all_N
+    return {
+        name: column[all_N if column.ndim == 1 else kept_C] for name, column in distribution.items()
+    }
 
 
 def _in_order(window: _Window, *, loss_only: bool) -> Block:

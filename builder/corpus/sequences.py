@@ -161,14 +161,26 @@ class Encoder:
         return Tokens(text=text, ids=encoding.ids, offsets=encoding.offsets)
 
 
-def length_sorted_batches(lengths: SequenceOf[int], batch_tokens: int) -> list[list[int]]:
+def length_sorted_batches(
+    lengths: SequenceOf[int], batch_tokens: int, reach: Callable[[int], int] = lambda _: 0
+) -> list[list[int]]:
     """Indices of sequences in batches of at most `batch_tokens` positions, padding included, longest first.
 
     A sequence longer than batch_tokens is a batch of its own.
+
+    Args:
+        lengths: of the sequences.
+        batch_tokens: positions in a batch, padding included.
+        reach: of a length; sequences share a batch only if it is the same (`Teacher.reach`). It does not fall with the length.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > batch_tokens:
+        longest = lengths[batches[-1][0]] if batches else 0
+        if (
+            not batches
+            or (len(batches[-1]) + 1) * longest > batch_tokens
+            or reach(lengths[index]) != reach(longest)
+        ):
             batches.append([])
         batches[-1].append(index)
     return batches

@@ -80,8 +80,9 @@ def open_teacher(recipe: TeacherRecipe, source: TeacherSource, *, device: str) -
         tokenizer=source.tokenizer,
         config=source.config,
         dtype=recipe.dtype,
-        attention=recipe.attention,
-        trust_remote_code=recipe.trust_remote_code,
+        attention=source.attention,
+        # With a local directory, it is an attention kernel that is trusted.
+        trust_remote_code=recipe.trust_remote_code and recipe.repo is not None,
         device=device,
         device_map=recipe.device_map,
         tensor_parallel=recipe.tensor_parallel,

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from builder.recipe import CorpusRecipe, Recipe, SequencesRecipe, TeacherRecipe
 from builder.sources import demo
+from builder.teacher.attention import best_attention
 from builder.teacher.checkpoint import refuse_adapter
 
 CorpusFormat = Literal["hub", "text", "json", "parquet"]
@@ -50,6 +51,8 @@ class TeacherSource:
     """Directory of the tokenizer, where it is not at `location`."""
     config: str | None = None
     """A config.json that decides for a GGUF file."""
+    attention: str
+    """As the recipe says, else the best that the teacher's class supports."""
     provenance: dict[str, Any]
 
 
@@ -65,7 +68,7 @@ class Sources:
     def plan(self, recipe: Recipe) -> dict[str, Any]:
         """What is built, as plain values: the recipe, and the exact corpus and teacher behind it."""
         return {
-            "recipe": recipe.published(),
+            "recipe": recipe.published(attention=self.teacher.attention),
             "corpus": self.corpus.provenance,
             "teacher": self.teacher.provenance | template_provenance(self.template),
         }
@@ -79,6 +82,8 @@ class KnownSources:
     """`repo@revision` → commit."""
     hashes: dict[str, list[Any]] = field(default_factory=dict)
     """Path → [bytes, time of change in ns, sha256]."""
+    attentions: dict[str, str] = field(default_factory=dict)
+    """Teacher, pinned → its attention where the recipe leaves it open, so that a newer transformers does not choose another one."""
 
     def commit(
         self, recipe: CorpusRecipe | TeacherRecipe, repo_type: Literal["dataset", "model"]
@@ -106,6 +111,19 @@ class KnownSources:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             self.hashes[str(path)] = known = [stat.st_size, stat.st_mtime_ns, digest]
         return str(known[2])
+
+    def attention(self, recipe: TeacherRecipe, location: str, provenance: dict[str, Any]) -> str:
+        """What computes a teacher's attention: what the recipe says, else the best that its class supports."""
+        if recipe.attention:
+            return recipe.attention
+        key = " ".join([location, *map(str, provenance.values())])
+        if key not in self.attentions:
+            self.attentions[key] = best_attention(
+                location,
+                commit=provenance.get("commit"),
+                trust_remote_code=recipe.trust_remote_code and recipe.repo is not None,
+            )
+        return self.attentions[key]
 
 
 def resolve(recipe: Recipe, base: Path, known: KnownSources) -> Sources:
@@ -159,42 +177,41 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
     Raises:
         ValueError: no such directory or file, it holds an adapter, or the Hub does not know the model.
     """
+    commit = tokenizer = config = None
+    provenance: dict[str, Any]
     if recipe.repo:
         _check_not_here(recipe.repo, "teacher.path")
-        commit = known.commit(recipe, "model")
-        return TeacherSource(
-            location=recipe.repo,
-            commit=commit,
-            provenance={"kind": "hub", "repo": recipe.repo, "commit": commit},
-        )
-    if recipe.embedded:
-        directory, provenance = demo.embedded_teacher()
-        return TeacherSource(location=str(directory), provenance={"kind": "package", **provenance})
-    if recipe.path:
+        location, commit = recipe.repo, known.commit(recipe, "model")
+        provenance = {"kind": "hub", "repo": recipe.repo, "commit": commit}
+    elif recipe.embedded:
+        directory, package = demo.embedded_teacher()
+        location, provenance = str(directory), {"kind": "package", **package}
+    elif recipe.path:
         directory = _existing(base, recipe.path, "teacher.path", "directory")
         refuse_adapter(str(directory))
-        provenance = {
-            "kind": "directory",
-            "name": directory.name,
-            "sha256": _tree_sha256(directory, known),
-        }
-        return TeacherSource(location=str(directory), provenance=provenance)
-    assert recipe.gguf
-    file = _existing(base, recipe.gguf, "teacher.gguf", "file")
-    provenance = {"kind": "gguf", "name": file.name, "sha256": known.sha256(file)}
-    tokenizer = config = None
-    if recipe.tokenizer:
-        tokenizer = _existing(base, recipe.tokenizer, "teacher.tokenizer", "directory")
-        provenance["tokenizer_files_sha256"] = _tree_sha256(tokenizer, known)
-    if recipe.config:
-        is_directory = (base / expand_home(recipe.config)).is_dir()
-        path = f"{recipe.config}/config.json" if is_directory else recipe.config
-        config = _existing(base, path, "teacher.config", "file")
-        provenance["config_sha256"] = known.sha256(config)
+        location, sha256 = str(directory), _tree_sha256(directory, known)
+        provenance = {"kind": "directory", "name": directory.name, "sha256": sha256}
+    else:
+        assert recipe.gguf
+        file = _existing(base, recipe.gguf, "teacher.gguf", "file")
+        location = str(file)
+        provenance = {"kind": "gguf", "name": file.name, "sha256": known.sha256(file)}
+        if recipe.tokenizer:
+            beside = _existing(base, recipe.tokenizer, "teacher.tokenizer", "directory")
+            tokenizer = str(beside)
+            provenance["tokenizer_files_sha256"] = _tree_sha256(beside, known)
+        if recipe.config:
+            is_directory = (base / expand_home(recipe.config)).is_dir()
+            path = f"{recipe.config}/config.json" if is_directory else recipe.config
+            original = _existing(base, path, "teacher.config", "file")
+            config = str(original)
+            provenance["config_sha256"] = known.sha256(original)
     return TeacherSource(
-        location=str(file),
-        tokenizer=str(tokenizer) if tokenizer else None,
-        config=str(config) if config else None,
+        location=location,
+        commit=commit,
+        tokenizer=tokenizer,
+        config=config,
+        attention=known.attention(recipe, location, provenance),
         provenance=provenance,
     )
 

@@ -5,6 +5,7 @@ How:  transformers loads. Weights are read from safetensors and GGUF only, for a
       refused: both would work, and be wrong.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,13 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from builder.teacher import arrival, checkpoint, gguf
+from builder.teacher.attention import (
+    best_attention,
+    check_attention,
+    class_of,
+    is_kernel,
+    without_kernels_from_the_hub,
+)
 from builder.teacher.checkpoint import named
 from builder.teacher.model import Teacher, Together, is_spread
 from builder.teacher.quantisation import describe, method_of
@@ -29,7 +37,7 @@ def load_teacher(
     commit: str | None = None,
     tokenizer: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    attention: str = "sdpa",
+    attention: str | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
     spread: bool = False,
@@ -42,7 +50,7 @@ def load_teacher(
     Args:
         location: Hub repository, directory, or path of a .gguf file.
         tokenizer: directory of the tokenizer, for a GGUF file whose own one cannot be rebuilt.
-        attention: attention implementation as transformers names it.
+        attention: attention implementation as transformers names it; None for the best that its class supports.
         device: a torch device.
         spread: place whole layers on all GPUs (`device_map="auto"`), of which `device` is then the first used.
         split: a `transformers.distributed.DistributedConfig`, for a process that is in a group of `torch.distributed`.
@@ -53,21 +61,30 @@ def load_teacher(
         ValueError: with one line on what is wrong with this teacher and what to do.
     """
     torch_dtype: torch.dtype = getattr(torch, dtype)
+    without_kernels_from_the_hub()
+    code: dict[str, Any] = {"commit": commit, "trust_remote_code": trust_remote_code}
+    attention = attention or best_attention(location, **code)
     if location.endswith(".gguf"):
         model, loaded_tokenizer, quantisation = _load_gguf(
             Path(location),
             tokenizer=Path(tokenizer) if tokenizer else None,
             config=Path(config) if config else None,
         )
+        _check_attention(attention, location, type(model))
         model = model.to(torch_dtype)
         model.set_attn_implementation(attention)
     else:
+        found = None
+        with suppress(Exception):  # where it cannot be read, loading says why
+            found = class_of(location, **code)
+        _check_attention(attention, location, found)
         model, loaded_tokenizer, quantisation = _load_pretrained(
             location,
             revision=commit,
             trust_remote_code=trust_remote_code,
             dtype=torch_dtype,
             attn_implementation=attention,
+            allow_all_kernels=is_kernel(attention),  # one that a recipe names is pinned and trusted
             **({"device_map": "auto"} if spread else {}),
             **({"distributed_config": split} if split else {}),
         )
@@ -87,6 +104,14 @@ def load_teacher(
             together=together,
             quantisation=quantisation,
         )
+    except ValueError as error:
+        raise ValueError(f"{named(location)}: {error}") from None
+
+
+def _check_attention(attention: str, location: str, model_class: Any) -> None:
+    try:
+        if model_class:
+            check_attention(attention, model_class)
     except ValueError as error:
         raise ValueError(f"{named(location)}: {error}") from None
 

@@ -9,8 +9,10 @@ How:  sequences are padded on the right; under causal attention no real position
 
       Some architectures do more than a matrix product after the body (soft-capping, logit scales, an `embed_out`).
       Instead of a table of them, the head here is the model's own forward method with the body replaced by one that
-      hands over given hidden states. At load both are compared with the whole model, one sequence at a time; where they
-      differ, the whole model is used instead, and where even that is not causal, the teacher is refused.
+      hands over given hidden states (see `head`). At load both are compared with the whole model, one sequence at a time; where
+      they differ, the whole model is used instead, and where even that is not causal, the teacher is refused.
+
+      Some architectures choose numbers by the length of a batch. `reach` says which lengths may share one (see `lengths`).
 
       A model can be spread over several GPUs (accelerate moves what passes between them) or split over several processes
       (see `ranks`). Then logits may come from another device than the one that takes the ids.
@@ -18,16 +20,16 @@ How:  sequences are padded on the right; under causal attention no real position
 Shape suffixes: B sequences, T positions, N real positions, V vocabulary, D hidden.
 """
 
-import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
+from torch import Tensor
 
+from builder.teacher.head import body_of, head_of
+from builder.teacher.lengths import forgetting, reach_of
 from builder.teacher.quantisation import count_parameters
 from builder.teacher.tokenizer import origin_of
 
@@ -85,7 +87,10 @@ class Teacher:
         self.dtype: torch.dtype = model.dtype
         self.quantisation = quantisation
         _check_tokenizer(model, tokenizer)
-        self._head = _head_of(self.model)
+        self.reach = reach_of(self.model)
+        """How long a batch may be for a sequence in it. Those with the same reach may share one."""
+        self.forget = forgetting(self.model)
+        """Makes the model the one that it was before it ran, so that no sequence depends on earlier ones."""
         self._is_split = together is not None
         self._together: Together = lambda *_: nullcontext()
         self._hidden_ND: Tensor | None = None
@@ -135,7 +140,11 @@ class Teacher:
 
     @torch.inference_mode()
     def logits(self, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-        """Raw logits of every position of every sequence, in order, in pieces of [n, V] on the device."""
+        """Raw logits of every position of every sequence, in order, in pieces of [n, V] on the device.
+
+        Args:
+            sequences: of the same reach.
+        """
         if not self.head_only:
             for ids in sequences:
                 with self._together("whole", list(ids)):
@@ -175,14 +184,20 @@ class Teacher:
 
     @torch.inference_mode()
     def hidden(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """[N, D] last hidden states of all real positions of all sequences, in order; only where `head_only`."""
+        """[N, D] last hidden states of all real positions of all sequences, in order; only where `head_only`.
+
+        Args:
+            sequences: of the same reach.
+        """
+        assert len({self.reach(len(ids)) for ids in sequences}) == 1
         length = max(map(len, sequences))
         ids_BT = torch.zeros(len(sequences), length, dtype=torch.long)
         for row_T, ids in zip(ids_BT, sequences, strict=True):
             row_T[: len(ids)] = torch.tensor(ids)
         with self._together("hidden", [list(ids) for ids in sequences]):
             ids_BT = to_device(ids_BT, self.device)
-            hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False)[0]
+            self.forget()
+            hidden_BTD = self._body(input_ids=ids_BT, use_cache=False)[0]
         starts = range(0, len(sequences) * length, length)
         real_N = torch.cat(
             [
@@ -201,6 +216,7 @@ class Teacher:
         return logits_1NV[0]
 
     def _whole(self, ids_BT: Tensor) -> Tensor:
+        self.forget()
         logits_BTV: Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
         return logits_BTV
 
@@ -234,8 +250,12 @@ class Teacher:
                 f"by {change:.2g} standard deviations when later tokens are cut off; use a decoder-only model"
             )
         try:
+            self._body, self._head = body_of(self.model), head_of(self.model)
             self.head_only = True
-            ours = torch.cat(list(self.logits(prefixes)))
+            batches: dict[int, list[list[int]]] = {}
+            for ids in prefixes:
+                batches.setdefault(self.reach(len(ids)), []).append(ids)
+            ours = torch.cat([piece for batch in batches.values() for piece in self.logits(batch)])
             is_right = ours.shape == expected_NV.shape and error(ours) <= tolerance
             self.logits_device = ours.device if is_right else alone_TV.device
             return self.vocab_size, is_right
@@ -253,31 +273,6 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-class _Handover(nn.Module):
-    """Stands where a model's body was, and returns the hidden states that it is given as inputs_embeds."""
-
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> "_Handed":
-        return _Handed(last_hidden_state=inputs_embeds)
-
-
-class _Handed(BaseModelOutput):
-    """A body's output that answers None for whatever else a head may ask for (router logits, caches, …)."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
-def _head_of(model: Any) -> Any:
-    """A view of the model that shares its weights, whose body hands over given hidden states."""
-    head = copy.copy(model)
-    # accelerate puts a method of its own on a model that is spread over devices, which would run the original's body.
-    head.__dict__.pop("forward", None)
-    head._modules = dict(model._modules)
-    head._modules[model.base_model_prefix] = _Handover()
-    return head
 
 
 def _check_tokenizer(model: Any, tokenizer: Any) -> None:

@@ -1,0 +1,95 @@
+"""A checkpoint's config.json → how its attention can be computed: what is best where a recipe leaves it open, and what must not be.
+
+How:  the class of the model says whether it takes torch's `scaled_dot_product_attention`, which is as exact as the plain formula
+      ("eager"), faster and smaller. transformers would choose in the same way. It is asked here, before any weight is loaded, so that the
+      choice is in the plan of a build.
+
+      What runs is what the recipe says, and no other code. Left alone, transformers puts a kernel from the Hub in the place of a flash
+      attention that is not installed, or that a class does not list, and in the place of functions of Mamba's kind, wherever the
+      package `kernels` happens to be installed. That is refused, or switched off.
+
+Cost: reading config.json, which is in the cache when the teacher is loaded.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.integrations import hub_kernels
+from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
+
+
+def best_attention(
+    location: str, *, commit: str | None = None, trust_remote_code: bool = False
+) -> str:
+    """The best attention that a teacher's class supports, by its config.json alone; arguments as for `load_teacher`.
+
+    Where the class cannot be found, it is that of most classes: what loads the teacher says what is wrong with it.
+    """
+    try:
+        found = class_of(location, commit=commit, trust_remote_code=trust_remote_code)
+    except Exception:  # whatever reading a stranger's file, or running its code, comes to
+        return "sdpa"
+    return "sdpa" if found._supports_sdpa else "eager"
+
+
+def class_of(location: str, *, commit: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The class of a teacher, as `AutoModelForCausalLM` would choose it."""
+    path = Path(location)
+    if path.suffix == ".gguf":
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    else:
+        config = AutoConfig.from_pretrained(
+            location, revision=commit, trust_remote_code=trust_remote_code
+        )
+    reference = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
+    if reference and trust_remote_code:
+        return get_class_from_dynamic_module(reference, location, revision=commit)
+    classes: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    named = {c.__name__: c for c in (classes if isinstance(classes, list | tuple) else [classes])}
+    asked = [named[name] for name in config.architectures or () if name in named]
+    return (asked or list(named.values()))[0]
+
+
+def check_attention(attention: str, model_class: Any) -> None:
+    """See that transformers would run what is asked for, and nothing else in its place.
+
+    Raises:
+        ValueError: a class does not support it, a package is missing, or transformers would choose a kernel of its own.
+    """
+    name = model_class.__name__
+    if attention == "sdpa" and not model_class._supports_sdpa:
+        raise ValueError(
+            f'{name} has no "sdpa" attention; use teacher.attention = "eager", or leave it out'
+        )
+    flash = re.fullmatch(r"flash_attention_(\d)", attention)
+    if not (flash or is_kernel(attention)):
+        return
+    if not model_class._supports_flash_attn:
+        raise ValueError(f"{name} has no flash attention; leave teacher.attention out")
+    listed = model_class._compatible_flash_implementations
+    if listed and attention not in listed:
+        raise ValueError(
+            f"{name} runs with {' or '.join(listed)} only, in whose place nothing is run that a recipe cannot pin; leave "
+            "teacher.attention out"
+        )
+    if (
+        flash
+        and not FLASH_ATTENTION_COMPATIBILITY_MATRIX[int(flash[1])]["general_availability_check"]()
+    ):
+        raise ValueError(
+            f"teacher.attention is {attention!r}, whose package is not installed (or finds no GPU): install flash-attn "
+            f"{flash[1]}, or leave teacher.attention out"
+        )
+
+
+def is_kernel(attention: str) -> bool:
+    """Whether an attention is a kernel of the Hub."""
+    return bool(hub_kernels.is_kernel(attention))
+
+
+def without_kernels_from_the_hub() -> None:
+    """Keep transformers from fetching and running kernels that no recipe names, as it does for Mamba's kind where it finds `kernels`."""
+    hub_kernels._kernels_enabled = False

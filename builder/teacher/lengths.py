@@ -1,0 +1,122 @@
+"""A model's configuration → which sequences may share a batch: those that others do not change by being longer.
+
+In:   a model of transformers.
+Out:  its Reach; and, for a model that remembers the lengths of earlier batches, a way to make it forget.
+
+How:  under causal attention, padding on the right changes nothing, and most models take any lengths together. But some choose
+      numbers by the length of the longest sequence in the batch:
+
+      LongRoPE (Phi-3, Phi-3.5, Phi-4-mini, PhiMoE, MiniCPM) has two sets of rotary factors, and takes the second one where the batch
+      is longer than `original_max_position_embeddings`. Here that is a border, which no batch straddles.
+
+      Dynamic NTK scales rotary frequencies by the length itself, beyond `max_position_embeddings`. Longer sequences share batches with
+      those of their own length only. transformers also keeps the frequencies of the longest batch so far, so they are reset.
+
+      A sparse indexer (DeepSeek V3.2 and V4, GLM-MoE-DSA and others) lets each position see the `index_topk` positions that score
+      highest. Many scores are exactly zero, and which of these are taken depends on how many there are. So beyond that number, again,
+      equal lengths only.
+
+      A Reformer sorts positions into buckets, by random rotations, and by the first length that it meets. It is refused.
+
+      What is not known here, the build notices (`capture.guard`).
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+ANY = sys.maxsize
+"""Beyond every length."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reach:
+    """How long a batch may be for a sequence in it: a function of the sequence's own length."""
+
+    borders: tuple[int, ...] = ()
+    """Lengths up to which, and beyond which, sequences may share a batch, but not across them."""
+    exact_beyond: int = ANY
+    """Longer sequences share a batch with those of their own length only."""
+
+    def __call__(self, length: int) -> int:
+        """The longest sequence with which one of this length may share a batch; those with the same answer may share one."""
+        if length > self.exact_beyond:
+            return length
+        return min(b for b in (*self.borders, self.exact_beyond, ANY) if b >= length)
+
+
+ANYWHERE = Reach()
+"""Of an ordinary model, whose values do not depend on the length of a batch."""
+
+
+def reach_of(model: Any) -> Reach:
+    """How the lengths of a model's batches may be mixed.
+
+    Raises:
+        ValueError: its values change with the length of a batch in a way that no choice of batches mends.
+    """
+    config = model.config
+    if config.model_type == "reformer" and "lsh" in config.attn_layers:
+        raise ValueError(
+            f"{type(model).__name__} attends within buckets that it chooses at random, and by the length of the first sequences that "
+            "it meets, so that no sequence has one distribution; use another teacher"
+        )
+    borders: set[int] = set()
+    exact_beyond = ANY
+    for section, positions, original in _sections(config.to_dict(), None, None):
+        kind = str(section.get("rope_type") or section.get("type") or "")
+        if "short_factor" in section or kind in ("longrope", "su"):
+            border = section.get("original_max_position_embeddings") or original or positions
+            if border:
+                borders.add(int(border))
+        elif "dynamic" in kind and positions:
+            exact_beyond = min(exact_beyond, positions)
+        if isinstance(listed := section.get("index_topk"), int):
+            # DeepSeek V4 scores one entry for so many positions.
+            rates = (section.get("compress_rates") or {}).values()
+            exact_beyond = min(exact_beyond, listed * min(rates, default=1))
+    return Reach(borders=tuple(sorted(borders)), exact_beyond=exact_beyond)
+
+
+def _sections(
+    values: Any, positions: int | None, original: int | None
+) -> Iterator[tuple[dict[str, Any], int | None, int | None]]:
+    """Every dictionary in a configuration, with the two limits on positions that hold where it stands."""
+    if isinstance(values, dict):
+        positions = values.get("max_position_embeddings") or positions
+        original = values.get("original_max_position_embeddings") or original
+        yield values, positions, original
+        values = list(values.values())
+    if isinstance(values, list | tuple):
+        for value in values:
+            yield from _sections(value, positions, original)
+
+
+def forgetting(model: nn.Module) -> Callable[[], None]:
+    """What makes a model forget the lengths of earlier batches: the state that dynamic NTK keeps in transformers."""
+    kept = [module for module in model.modules() if _is_dynamic(module)]
+
+    def forget() -> None:
+        for module in kept:
+            for name, original in list(module.named_buffers(recurse=False)):
+                if name.endswith(ORIGINAL):
+                    prefix = name.removesuffix(ORIGINAL)
+                    module.register_buffer(f"{prefix}inv_freq", original.clone(), persistent=False)
+                    setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+    return forget
+
+
+ORIGINAL = "original_inv_freq"
+
+
+def _is_dynamic(module: nn.Module) -> bool:
+    kinds = getattr(module, "rope_type", None)
+    if not hasattr(module, "original_max_seq_len"):
+        return False
+    return any(
+        "dynamic" in str(k) for k in (kinds.values() if isinstance(kinds, dict) else [kinds])
+    )
