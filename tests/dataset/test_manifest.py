@@ -189,7 +189,9 @@ def test_a_directory_without_a_manifest_says_what_it_is(tmp_path):
     with pytest.raises(ValueError, match=r"has no manifest\.json: it is not a logit dataset"):
         read_manifest(tmp_path)
     (tmp_path / ".build").mkdir()
-    with pytest.raises(ValueError, match="an unfinished build; run the same build command to resume"):
+    with pytest.raises(
+        ValueError, match="an unfinished build; run the same build command to resume"
+    ):
         read_manifest(tmp_path)
 
 
