@@ -20,6 +20,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this tiny, a second 
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # the GPU's kernels run on the CPU, step by step
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

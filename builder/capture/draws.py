@@ -8,12 +8,13 @@ sampled beyond it (Anshumann et al., Sparse Logit Sampling, ACL 2025, on why a s
 
     E[f] = Σ_{i in top K} p_i f(i) + p_tail / M · Σ_j f(draw_j),   p_tail = exp(tail_logprob)
 
-How:  the cumulated distribution is inverted in levels: candidates that missed the top K or the rest of the vocabulary, there a
-      block, in the block an entry. Each level needs sums of a few hundred terms, made in float64, so that no draw depends on
-      the rounding of a running sum over the vocabulary. All is relative to the tail's own largest term: a tail that is 0 in
-      float32 next to the head is drawn from like any other.
+How:  the cumulated distribution of the tail, in the order of the ids, is inverted in two levels: a block of ids, in the block
+      an entry. Each level needs sums of at most a few thousand terms, made in float64, so that no draw depends on the rounding
+      of a running sum over the vocabulary. All is relative to the tail's own largest term: a tail that is 0 in float32 next
+      to the head is drawn from like any other. So the same logits give the same draws wherever they are computed, but
+      where a uniform number lies within the last bit of a sum.
 
-Shape suffixes: R positions, M draws, P padded vocabulary, B blocks, C candidates, E entries of a block.
+Shape suffixes: R positions, M draws, P padded vocabulary, B blocks, E entries of a block.
 """
 
 import hashlib
@@ -40,41 +41,21 @@ def uniforms(
     return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53).view(num_positions, count)
 
 
-def draw(
-    uniforms_RM: Tensor,
-    *,
-    beyond_RC: Tensor,
-    ids_RC: Tensor,
-    beyond_logsumexp_R: Tensor,
-    rest_RP: Tensor,
-    rest_logsumexp_R: Tensor,
-    block_size: int,
-) -> Tensor:
+def draw(uniforms_RM: Tensor, tail_RP: Tensor, *, block_size: int) -> Tensor:
     """[R, M] ids; in a row without a tail, or with NaN, some valid place of the arguments.
 
     Args:
         uniforms_RM: float64 numbers in [0, 1).
-        beyond_RC: logits of some tail tokens; −inf where a candidate is none of the tail's.
-        ids_RC: their ids.
-        beyond_logsumexp_R: their log-sum-exp.
-        rest_RP: probabilities of all other tail tokens among themselves, by id; 0 for what is not of the tail.
-        rest_logsumexp_R: log-sum-exp of their logits.
+        tail_RP: probabilities of the tail's tokens among themselves, by id; 0 for what is not of the tail.
         block_size: a divisor of P.
     """
-    beyond_R1 = beyond_logsumexp_R.double()[:, None]
-    share_R1 = torch.sigmoid(beyond_R1 - rest_logsumexp_R.double()[:, None])
-    weights_RC = (beyond_RC - beyond_logsumexp_R[:, None]).exp()
-    place_RM, _ = invert(weights_RC, uniforms_RM / share_R1)
-    from_beyond_RM = ids_RC.gather(1, place_RM)
-
-    rows, padded = rest_RP.shape
-    sums_RB = rest_RP.unflatten(1, (-1, block_size)).sum(-1)
-    block_RM, within_RM = invert(sums_RB, (uniforms_RM - share_R1) / (1 - share_R1))
-    first_R1 = torch.arange(rows, device=rest_RP.device)[:, None] * (padded // block_size)
-    entries_E = rest_RP.view(-1, block_size).index_select(0, (block_RM + first_R1).flatten())
+    rows, padded = tail_RP.shape
+    sums_RB = tail_RP.unflatten(1, (-1, block_size)).sum(-1)
+    block_RM, within_RM = invert(sums_RB, uniforms_RM)
+    first_R1 = torch.arange(rows, device=tail_RP.device)[:, None] * (padded // block_size)
+    entries_E = tail_RP.view(-1, block_size).index_select(0, (block_RM + first_R1).flatten())
     entry, _ = invert(entries_E, within_RM.view(-1, 1))
-    from_rest_RM = block_RM * block_size + entry.view_as(block_RM)
-    return torch.where(uniforms_RM < share_R1, from_beyond_RM, from_rest_RM)
+    return block_RM * block_size + entry.view_as(block_RM)
 
 
 def invert(weights_RB: Tensor, uniforms_RM: Tensor) -> tuple[Tensor, Tensor]:
