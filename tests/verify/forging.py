@@ -98,9 +98,7 @@ def refit(directory: Path, change: Callable[[Manifest], Any] = lambda _: None) -
         valid = np.concatenate([row["target_logprob"] for row in rows]).astype(float)
         sums = {
             "entropy": finite(sum(float(row["entropy"].astype(float).sum()) for row in rows)),
-            "topk_mass": finite(
-                sum(float(np.exp(head(row).astype(float)).sum()) for row in rows)
-            ),
+            "topk_mass": finite(sum(float(np.exp(head(row).astype(float)).sum()) for row in rows)),
             "target_nll": -float(np.nansum(valid)),
             "targets": int((~np.isnan(valid)).sum()),
         }
