@@ -32,6 +32,13 @@ def verify(
     ] = False,
     device: DeviceOption = Device.AUTO,
     teacher: TeacherOption = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run code from the teacher's repository, if the manifest asks for it.",
+        ),
+    ] = False,
 ) -> None:
     """Check that a dataset is what its manifest says: hashes, totals, every row's invariants, the card; with --recompute also the teacher.
 
@@ -70,6 +77,7 @@ def verify(
             device=torch_device,
             teacher_path=teacher,
             progress=bar.update,
+            trust_remote_code=trust_remote_code,
         )
     for problem in report.problems:
         say(one_line(problem))

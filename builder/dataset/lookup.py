@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 
 from builder.corpus.sequences import NO_TOKEN
 from builder.dataset.identity import differences
-from builder.dataset.manifest import read_manifest, records_of
+from builder.dataset.manifest import FILE_NAME, read_manifest, records_of
 from builder.dataset.shards import nested_values
 from builder.dataset.unpacking import check_unpacked_size
-from builder.recipe import TeacherRecipe
+from builder.recipe import TeacherRecipe, read_section
 from builder.sources.resolve import KnownSources, TeacherSource, resolve_teacher
 from builder.teacher.loading import load_tokenizer
 from logit_dataset.schema import shortest_cut
@@ -24,18 +24,22 @@ def teacher_source(manifest: dict[str, Any], teacher_path: Path | None = None) -
         ValueError: it cannot be found, or is another one than the manifest names.
     """
     values = dict(manifest["recipe"]["teacher"])
+    is_local = bool(values.get("path") or values.get("gguf"))
     if teacher_path is not None:
-        if not (values["path"] or values["gguf"]):
+        if not is_local:
             raise ValueError(
                 "--teacher is for datasets of a local teacher; this one's is found by its name"
             )
-        values["gguf" if values["gguf"] else "path"] = str(teacher_path.absolute())
-    if values["repo"]:
+        values["gguf" if values.get("gguf") else "path"] = str(teacher_path.absolute())
+    if values.get("repo"):
+        if not manifest["teacher"].get("commit"):
+            raise ValueError(f"{FILE_NAME}: no 'teacher.commit', by which its teacher is found")
         values["revision"] = manifest["teacher"]["commit"]
+    recipe = read_section(TeacherRecipe, values, "recipe.teacher")
     try:
-        source = resolve_teacher(TeacherRecipe.model_validate(values), Path(), KnownSources())
+        source = resolve_teacher(recipe, Path(), KnownSources())
     except ValueError as error:
-        hint = "; name it with --teacher PATH" if values["path"] or values["gguf"] else ""
+        hint = "; name it with --teacher PATH" if is_local else ""
         raise ValueError(f"{error}{hint}") from None
     recorded = {key: manifest["teacher"].get(key) for key in source.provenance}
     changes = differences(recorded, source.provenance, "teacher")

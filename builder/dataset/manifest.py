@@ -131,7 +131,8 @@ class ShardRecord:
             record = replace(record, completions=counts)
         if not isinstance(record.file, str) or not DATA_FILE.fullmatch(record.file):
             name = one_line(repr(record.file), limit=80)
-            raise ValueError(f"shard record names {name}, expected data/*.parquet")
+            place = f"{where}.file: " if where else ""
+            raise ValueError(f"{place}shard record names {name}, expected data/*.parquet")
         return record
 
     def to_json(self) -> dict[str, Any]:
@@ -213,7 +214,7 @@ def records_of(manifest: dict[str, Any]) -> list[ShardRecord]:
     for number, shard in enumerate(manifest["shards"]):
         where = f"shards[{number}]"
         place = shard.get("environment")
-        if not isinstance(place, int) or place not in environments:
+        if type(place) is not int or place not in environments:
             found = one_line(repr(place), limit=60)
             raise ValueError(
                 f"not a shard record: {where}.environment is {found}, expected a place in environments"

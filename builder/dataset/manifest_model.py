@@ -268,6 +268,9 @@ class Manifest(_Section):
             raise ValueError(f"recipe.output.top_k is {top_k}, teacher.vocab_size only {size}")
         if self.recipe.output.hidden_states and self.teacher.hidden_size is None:
             raise ValueError("recipe.output.hidden_states is true, but there is no teacher.hidden_size")  # fmt: skip
+        has_completions = self.recipe.corpus.messages_column or self.recipe.generation
+        if self.recipe.output.completions_only and not has_completions:
+            raise ValueError("recipe.output.completions_only is true, but there are no completions")
         if self.recipe.generation and not self.totals.completions:
             raise ValueError("there is a recipe.generation, but no totals.completions")
         return self

@@ -121,6 +121,7 @@ def check(
             device=device,
             teacher_path=teacher_path,
             progress=progress,
+            trust_remote_code=True,  # as when it was built
             elsewhere={
                 path: partial(plan.repo.open, path, commit)
                 for path, commit in plan.elsewhere().items()

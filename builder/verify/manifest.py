@@ -213,7 +213,7 @@ def _fingerprints(manifest: dict[str, Any]) -> Iterator[str]:
     version = manifest["schema_version"]
     plans = plans_of(manifest)
     for name, function in (("fingerprint", fingerprint), ("row_fingerprint", row_fingerprint)):
-        if name not in manifest:
+        if manifest.get(name) is None:
             continue  # there was none once
         if manifest[name] not in {function(plan, version) for plan in plans}:
             yield (

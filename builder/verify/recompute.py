@@ -61,14 +61,19 @@ def recompute_rows(
     device: str,
     teacher_path: Path | None,
     elsewhere: Mapping[str, Callable[[], Any]] | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """Run the teacher on `count` random rows: (statistics over all of them, one line for each problem).
 
     Raises:
-        ValueError: the teacher at hand is not the one that the manifest names.
+        ValueError: the teacher at hand is not the one that the manifest names, or needs code that is not trusted.
     """
-    source = teacher_source(manifest, teacher_path)
     recipe = read_section(TeacherRecipe, manifest["recipe"]["teacher"], "recipe.teacher")
+    if recipe.trust_remote_code and not trust_remote_code:
+        raise ValueError(
+            f"the manifest asks for code from {recipe.repo}, and may come from anybody; if you trust that code, use --trust-remote-code"
+        )
+    source = teacher_source(manifest, teacher_path)
     teacher = open_teacher(recipe, source, device=device)
     _check_teacher(manifest["teacher"], teacher)
     layout = Layout.of(manifest["recipe"], manifest["teacher"])

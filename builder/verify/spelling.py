@@ -104,15 +104,20 @@ class Speller:
 
     def _spells_chunk(self, row: Spelled, before: Spelled | None, after: Spelled | None) -> bool:
         """Whether the tokens of a chunk are those of its text within its document's."""
-        ids = self._body(row)
         texts = [part.text if part else "" for part in (before, row, after)]
         encoding = self._backend.encode("".join(texts), add_special_tokens=False)
         start, stop = len(texts[0]), len(texts[0]) + len(texts[1])
         places = [i for i, (place, _) in enumerate(encoding.offsets) if start <= place < stop]
         found = encoding.ids[places[0] : places[-1] + 1] if places else []
+        bodies = [self._body(row)]
+        if after is None and not row.is_end and self._suffix == bodies[0][-len(self._suffix) :]:
+            bodies.append(bodies[0][: -len(self._suffix)])  # it may have been cut there, or not
+        return any(self._is_spelled(row.text, found, ids) for ids in bodies)
+
+    def _is_spelled(self, text: str, found: list[int], ids: list[int]) -> bool:
         if found == ids:
             return True
-        return self._says_the_same(row.text, ids) and (
+        return self._says_the_same(text, ids) and (
             self._may_look_special(found, ids) or _agree_inside(found, ids)
         )
 

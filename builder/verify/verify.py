@@ -44,6 +44,7 @@ def verify(
     seed: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
     elsewhere: Mapping[str, Callable[[], Any]] | None = None,
+    trust_remote_code: bool = False,
 ) -> Report:
     """Check a dataset against its manifest, the schema's invariants and, on request, its teacher.
 
@@ -56,6 +57,7 @@ def verify(
         progress: told of checked tokens.
         elsewhere: opens data files that are not in the directory, of which only rows to recompute are read: somebody else
             compares their hashes, and has checked all of their rows when they were there.
+        trust_remote_code: whether code from the teacher's repository may run, if the manifest asks for it.
 
     Raises:
         ValueError: there is no readable manifest, or the teacher at hand is not the dataset's.
@@ -88,6 +90,7 @@ def verify(
             device=device,
             teacher_path=teacher_path,
             elsewhere=elsewhere,
+            trust_remote_code=trust_remote_code,
         )
         report.problems += problems
         report.notices += report.recomputed.pop("notices")

@@ -97,7 +97,10 @@ def test_a_card_with_wrong_counts_is_found(copy):
     (copy / "README.md").write_text(
         card.replace(f"num_examples: {rows}", f"num_examples: {rows + 1}")
     )
-    assert problems(copy) == [f"README.md: says {rows + 1} rows, the manifest {rows}"]
+    assert problems(copy) == [
+        f"README.md: dataset_info.splits[0].num_examples is {rows + 1}, the manifest makes it {rows}; `logit-dataset card DIR` writes "
+        "it again"
+    ]
     (copy / "README.md").unlink()
     assert "README.md: is missing" in problems(copy)[0]
 
