@@ -7,7 +7,6 @@ How:  the manifest is read and compared with what is required; then every file's
       missing, cut off, of another schema or of another build is found at once, and not at some step of the training.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from logit_dataset.batches import Batches
+from logit_dataset.required_tokenizer import check_tokenizer
 from logit_dataset.rows import Ends, Projection, RowGroup, Rows, read_rows, token_columns
 from logit_dataset.schema import SCHEMA_VERSION, Layout
 
@@ -168,14 +168,15 @@ def load_logits(
         revision: tag, branch or commit on the Hub; the main branch, if None.
         streaming: read from the Hub while training; otherwise it is downloaded first.
         require_teacher: repository, name, commit, `repository@commit` or file hash of the teacher that you expect.
-        require_tokenizer: the fast tokenizer that you expect, or the SHA-256 that a manifest has of it.
+        require_tokenizer: the fast tokenizer that you expect, the path of its tokenizer.json, or the SHA-256 that a manifest has of it.
+            (AutoTokenizer may rebuild a tokenizer so that it is another one than its file; the path is always right.)
         require_vocab_size: number of logits that you expect the teacher to have.
         prompt_targets: of a dataset with completions, keep the text of prompts in `target_ids`, so that a text_weight teaches it too;
             distributions are learned for completions in any case.
 
     Raises:
         ValueError: there is no such dataset, it is damaged, or it is not what was required (names both values); or the tokenizer given
-            is no fast one.
+            is no fast one, or no file.
     """
     directory = Path(path_or_repo)
     if directory.is_dir():
@@ -227,14 +228,7 @@ def _check_requirements(
         if teacher not in (name, pin, f"{name}@{pin}"):
             raise ValueError(f"{where} has the teacher {name}@{pin}, but {teacher} is required")
     if tokenizer is not None:
-        wanted = tokenizer
-        if not isinstance(tokenizer, str):
-            wanted = hashlib.sha256(plain_tokenizer(tokenizer).to_str().encode()).hexdigest()
-        if wanted != found["tokenizer_sha256"]:
-            raise ValueError(
-                f"{where} has a tokenizer with SHA-256 {found['tokenizer_sha256']}, but {wanted} is required; "
-                "use the teacher's tokenizer, or project the dataset onto yours"
-            )
+        check_tokenizer(found, where, tokenizer)
     if vocab_size is not None and vocab_size != found["vocab_size"]:
         raise ValueError(
             f"{where} has a vocabulary of {found['vocab_size']:,} logits, but {vocab_size:,} is required"
@@ -245,24 +239,6 @@ def _teacher_names(manifest: dict[str, Any]) -> tuple[str, str]:
     """Its name, and what pins it."""
     found = manifest["teacher"]
     return found.get("repo") or found["name"], found.get("commit") or found["sha256"]
-
-
-def plain_tokenizer(tokenizer: Any) -> Any:
-    """A copy of a fast tokenizer's backend, without the padding and truncation that a trainer may have set.
-
-    Raises:
-        ValueError: it is no fast tokenizer.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    if not hasattr(backend, "to_str"):
-        raise ValueError(
-            f"{type(tokenizer).__name__} is not a fast tokenizer; give one of the `tokenizers` library, or one of transformers "
-            "that has a backend_tokenizer"
-        )
-    plain = type(backend).from_str(backend.to_str())
-    plain.no_padding()
-    plain.no_truncation()
-    return plain
 
 
 def _read_manifest(source: Callable[[str], Any], where: str) -> dict[str, Any]:

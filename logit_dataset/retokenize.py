@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from logit_dataset.load import plain_tokenizer
+from logit_dataset.required_tokenizer import plain_tokenizer
 from logit_dataset.rows import EMPTY, NO_TARGET, Array, Rows
 from logit_dataset.schema import FLOAT16_MIN
 from logit_dataset.vocabulary import add_mass
@@ -55,7 +55,8 @@ class TokenizerProjection:
         """Map every token of the teacher. Takes a second or two for 49,152 tokens.
 
         Args:
-            teacher_tokenizer: the dataset's fast tokenizer (let `load_logits` check it with require_tokenizer).
+            teacher_tokenizer: the dataset's fast tokenizer (let `load_logits` check it with require_tokenizer; where that refuses what
+                AutoTokenizer makes, `PreTrainedTokenizerFast.from_pretrained` takes tokenizer.json as it is).
             student_tokenizer: the student's fast tokenizer.
             strict: whether the mass of a token that does not tell how the student begins joins the tail.
 

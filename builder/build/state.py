@@ -15,7 +15,7 @@ from typing import Any
 
 import filelock
 
-from builder.dataset.identity import differences
+from builder.dataset.identity import differences, teacher_differences
 from builder.dataset.manifest import ShardRecord, write_json
 from builder.dataset.shards import file_sha256
 from builder.sources.resolve import KnownSources
@@ -85,7 +85,7 @@ class BuildState:
         """
         if not self.has_shards() or not self._path(name).exists():
             write_json(self._path(name), values)
-        elif changes := differences(self.read(name), values):
+        elif changes := teacher_differences(self.read(name), values):
             raise ValueError(
                 f"{self._elsewhere or self._output} holds an unfinished build with another {name} ({'; '.join(changes)}); "
                 f"resume that one, {'delete it, ' if self._elsewhere else ''}or choose another "

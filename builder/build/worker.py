@@ -117,6 +117,8 @@ class Worker:
         """The teacher, loaded when first needed."""
         teacher = open_teacher(self._recipe.teacher, self._sources.teacher, device=self._device)
         _check_fit(self._recipe, teacher)
+        for line in teacher.notices:
+            self._notice(line)
         return teacher
 
     @cached_property

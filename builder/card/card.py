@@ -339,8 +339,8 @@ def _provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "vocabulary",
-            f"{teacher['vocab_size']:,} logits; the tokenizer (SHA-256 `{teacher['tokenizer_sha256'][:16]}`) has "
-            f"{teacher['tokenizer_vocab_size']:,} tokens",
+            f"{teacher['vocab_size']:,} logits; the tokenizer ({_tokenizer_source(teacher)}SHA-256 "
+            f"`{teacher['tokenizer_sha256'][:16]}`) has {teacher['tokenizer_vocab_size']:,} tokens",
         ),
         *_chat_template(manifest),
         ("corpus", ", ".join([_corpus_name(corpus), _pin(corpus), *options])),
@@ -350,6 +350,12 @@ def _provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
             f"{manifest['totals']['tokens_per_second']:,.0f} tokens/s",
         ),
     ]
+
+
+def _tokenizer_source(teacher: dict[str, Any]) -> str:
+    """Which of a teacher's files made its token ids; older manifests do not say."""
+    source = teacher.get("tokenizer_source")
+    return f"{plain(source)}, " if source else ""
 
 
 def _chat_template(manifest: dict[str, Any]) -> list[tuple[str, str]]:

@@ -17,12 +17,15 @@ from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from builder.corpus.documents import Document
 from logit_dataset.schema import loss_mask
 
 NO_TOKEN = -1
 """Stands for the next token where nothing follows."""
+NO_ID = 2**32 - 1
+"""The largest that the `tokenizers` library can hold: the id of no token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +92,7 @@ class Encoder:
         """
         self._backend = backend_copy(tokenizer, match_special=False)
         self.chats = chats
-        own_prefix, own_suffix = _special_tokens(tokenizer)
+        own_prefix, own_suffix = added_around(self._backend)
         self.prefix = _choose("bos", bos, own_prefix, tokenizer.bos_token_id)
         self.suffix = [] if chats else _choose("eos", eos, own_suffix, tokenizer.eos_token_id)
         self._eos = NO_TOKEN if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
@@ -222,14 +225,24 @@ def _keep_spaces(node: Any) -> None:
             _keep_spaces(child)
 
 
-def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer itself puts before and after a text."""
-    plain = tokenizer.encode("a", add_special_tokens=False)
-    full = tokenizer.encode("a", add_special_tokens=True)
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return full[:start], full[start + len(plain) :]
-    return [], []
+def added_around(backend: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer's post-processor puts before a text, and those behind it.
+
+    Raises:
+        ValueError: it leaves the text out, or repeats it.
+    """
+    if backend.post_processor is None:
+        return [], []
+    # A tokenizer with one word, to which it does what it does to all others; no vocabulary needs to have a certain letter for that.
+    probe = Tokenizer(WordLevel({"a": NO_ID}, unk_token="a"))
+    probe.post_processor = backend.post_processor
+    ids: list[int] = probe.encode("a").ids
+    if ids.count(NO_ID) != 1:
+        raise ValueError(
+            f"the tokenizer's post-processor writes a text {ids.count(NO_ID)} times into a sequence, expected once; mend tokenizer.json"
+        )
+    place = ids.index(NO_ID)
+    return ids[:place], ids[place + 1 :]
 
 
 def _choose(name: str, wish: str, own: list[int], token_id: int | None) -> list[int]:

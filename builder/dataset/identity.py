@@ -26,6 +26,10 @@ PINNED = {
 """Fields for which a plan holds hashes or a commit, so that how they are spelled decides nothing."""
 
 
+SAID_SINCE = ("tokenizer_source", "tokenizer_file_sha256")
+"""What is recorded of a teacher since version 0.2, and does not have to be there to be the same."""
+
+
 def fingerprint(plan: dict[str, Any]) -> str:
     """SHA-256 of everything that decides the data: the recipe, and the exact corpus and teacher behind it."""
     return _sha256({**deciding(plan), "schema_version": SCHEMA_VERSION})
@@ -72,6 +76,12 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
             lines += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
         return lines
     return [] if old == new else [f"{path}: {_short(old)} → {_short(new)}"]
+
+
+def teacher_differences(recorded: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """As `differences`, of what two loaded teachers turned out to be, where the first may have been recorded by older code."""
+    unsaid = [key for key in SAID_SINCE if key not in recorded]
+    return differences(recorded, {key: v for key, v in found.items() if key not in unsaid})
 
 
 def _sha256(values: dict[str, Any]) -> str:

@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from builder.teacher.model import Teacher, Together, is_spread
+from builder.teacher.tokenizer import Origin, load, note_origin
+from builder.teacher.tokenizer_files import TokenizerError
 
 FAITHFUL_GGUF_PRETOKENIZERS = ("gpt-2", "smollm")
 """Values of `tokenizer.ggml.pre` for which the tokenizer rebuilt from a GGUF file is known to be right."""
@@ -82,10 +84,13 @@ def load_tokenizer(
     """The tokenizer of a teacher alone, without its weights; arguments and errors as for `load_teacher`."""
     if location.endswith(".gguf"):
         return _gguf_tokenizer(Path(location), Path(tokenizer) if tokenizer else None)
+    return _tokenizer_at(location, revision=commit)
+
+
+def _tokenizer_at(location: str, *, revision: str | None = None, trust: bool = False) -> Any:
     try:
-        # Said outright: left open, transformers asks on the terminal whether to run the repo's code.
-        return AutoTokenizer.from_pretrained(location, revision=commit, trust_remote_code=False)
-    except (ValueError, OSError) as error:
+        return load(location, commit=revision, trust_remote_code=trust)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise ValueError(f"teacher {_display(location)}: {_explain_load(error)}") from None
 
 
@@ -136,7 +141,7 @@ def _gguf_tokenizer(path: Path, tokenizer: Path | None) -> Any:
             f"teacher {path.name}: it is no whole GGUF file ({error}); download it again"
         ) from None
     if tokenizer:
-        return AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=False)
+        return _tokenizer_at(str(tokenizer))
     rule_name = str(rule.contents()) if rule else "none"
     if rule_name not in FAITHFUL_GGUF_PRETOKENIZERS:
         raise ValueError(
@@ -146,7 +151,7 @@ def _gguf_tokenizer(path: Path, tokenizer: Path | None) -> Any:
         )
     rebuilt = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     _restore_pretokenizer(rebuilt.backend_tokenizer, rule_name)
-    return rebuilt
+    return note_origin(rebuilt, Origin(source="gguf"))
 
 
 def _restore_pretokenizer(backend: Any, rule_name: str) -> None:
@@ -167,7 +172,6 @@ def _load_pretrained(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location, use_safetensors=True, output_loading_info=True, **shared, **options
         )
-        tokenizer = AutoTokenizer.from_pretrained(location, **shared)
     except (ValueError, OSError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"teacher {_display(location)}: {_explain_load(error)}") from None
     model, report = loaded
@@ -178,11 +182,13 @@ def _load_pretrained(
             f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}, which would be filled with random numbers; "
             "use a complete causal language model"
         )
-    return model, tokenizer
+    return model, _tokenizer_at(location, revision=revision, trust=trust_remote_code)
 
 
 def _explain_load(error: Exception) -> str:
     message = " ".join(str(error).split())
+    if isinstance(error, TokenizerError):
+        return message
     if "trust_remote_code" in message:
         return "it needs code from its repo; set teacher.trust_remote_code and a full commit, if you trust it"
     if "Unrecognized configuration class" in message:

@@ -28,8 +28,16 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from builder.teacher.tokenizer import origin_of
+
 CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES = 64 * 2**20, 256 * 2**20
 """Logits that exist at once, however large V is: enough rows for a matrix product at full speed, few enough to fit anywhere."""
+
+LENGTH_NAMES = (
+    *("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_target_positions"),
+    *("seq_length", "max_seq_length", "n_ctx", "model_max_length"),
+)  # fmt: skip
+"""What configs call the longest sequence: the first is the name in transformers, or stands for another one there (attribute maps)."""
 
 PROBE_LENGTHS = (24, 13, 5)
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -68,6 +76,8 @@ class Teacher:
         if not is_spread(model):
             self.model = self.model.to(device)
         self.tokenizer = tokenizer
+        self.origin = origin_of(tokenizer)
+        """Where the tokenizer comes from; None for one that was made in memory."""
         self.device = device
         self.dtype: torch.dtype = model.dtype
         _check_tokenizer(model, tokenizer)
@@ -87,8 +97,15 @@ class Teacher:
     @property
     def max_length(self) -> int | None:
         """Longest sequence that the model was made for, where its configuration says so."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        return int(limit) if limit else None
+        # Of a config with parts (vision, audio), the text's counts.
+        config = self.model.config.get_text_config(decoder=True)
+        limits = (getattr(config, name, None) for name in LENGTH_NAMES)
+        return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should know of the loaded teacher, a line each."""
+        return self.origin.notices if self.origin else ()
 
     def provenance(self) -> dict[str, Any]:
         """What the loaded teacher is, beyond where it came from: plain JSON values."""
@@ -103,6 +120,7 @@ class Teacher:
             "tokenizer_vocab_size": len(self.tokenizer),
             "tokenizer_sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest(),
             "eos_token_id": self.tokenizer.eos_token_id,
+            **(self.origin.provenance if self.origin else {}),
         }
 
     @torch.inference_mode()
@@ -258,7 +276,7 @@ def _check_tokenizer(model: Any, tokenizer: Any) -> None:
             f"{type(tokenizer).__name__} is not a fast tokenizer, which is needed to know each token's place in the text"
         )
     embeddings = model.get_input_embeddings().num_embeddings
-    highest = max(tokenizer.get_vocab().values())
+    highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= embeddings:
         raise ValueError(
             f"the tokenizer has ids up to {highest}, but the model knows only {embeddings} tokens; "

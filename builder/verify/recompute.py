@@ -18,7 +18,7 @@ from torch import Tensor
 from builder.capture.generation import spell_completion
 from builder.corpus.documents import Document
 from builder.corpus.sequences import Encoder, backend_copy
-from builder.dataset.identity import differences
+from builder.dataset.identity import teacher_differences
 from builder.dataset.lookup import read_row, teacher_source, what_follows
 from builder.dataset.manifest import ShardRecord
 from builder.recipe import SequencesRecipe, TeacherRecipe
@@ -47,11 +47,7 @@ def recompute_rows(
     source = teacher_source(manifest, teacher_path)
     recipe = TeacherRecipe.model_validate(manifest["recipe"]["teacher"])
     teacher = open_teacher(recipe, source, device=device)
-    found = teacher.provenance()
-    recorded = {key: manifest["teacher"].get(key) for key in found}
-    if changes := differences(recorded, found, "teacher"):
-        raise ValueError(f"the teacher at hand is not the dataset's: {'; '.join(changes)}")
-
+    _check_teacher(manifest["teacher"], teacher)
     spells = _spelling_of(manifest, teacher.tokenizer)
     layout = Layout.of(manifest["recipe"], manifest["teacher"])
     problems: list[str] = []
@@ -84,6 +80,28 @@ def recompute_rows(
         "nll_recomputed": totals["nll_recomputed"] / max(totals["targets"], 1),
     }
     return statistics, problems
+
+
+def _check_teacher(recorded: dict[str, Any], teacher: Teacher) -> None:
+    """See that a loaded teacher is what a manifest says.
+
+    Raises:
+        ValueError: it is not; where token ids are not the teacher's own, how that came about.
+    """
+    found = teacher.provenance()
+    recorded = {key: value for key, value in recorded.items() if key in found}
+    origin = teacher.origin
+    if origin and origin.replaced_sha256 == recorded.get("tokenizer_sha256"):
+        if origin.keeps_ids:  # and says otherwise what makes none
+            for key in ("tokenizer_sha256", "tokenizer_vocab_size"):
+                found[key] = recorded.get(key)
+        else:
+            raise ValueError(
+                "the dataset was built by a version that took the tokenizer as transformers makes it, so that its token ids may be others than "
+                f"those that the teacher knows; build it again ({'; '.join(origin.notices)})"
+            )
+    if changes := [f"teacher.{change}" for change in teacher_differences(recorded, found)]:
+        raise ValueError(f"the teacher at hand is not the dataset's: {'; '.join(changes)}")
 
 
 def _spelling_of(manifest: dict[str, Any], tokenizer: Any) -> Callable[[str, list[int]], bool]:
