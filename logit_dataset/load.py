@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from logit_dataset.batches import Batches
-from logit_dataset.required_tokenizer import check_tokenizer
 from logit_dataset.rows import Ends, Projection, RowGroup, Rows, read_rows, token_columns
 from logit_dataset.schema import SCHEMA_VERSION, Layout
+from logit_dataset.tokenizer_check import check_tokenizer
 
 MANIFEST = "manifest.json"
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from logit_dataset.required_tokenizer import plain_tokenizer
 from logit_dataset.rows import EMPTY, NO_TARGET, Array, Rows
 from logit_dataset.schema import FLOAT16_MIN
+from logit_dataset.tokenizer_check import plain_tokenizer
 from logit_dataset.vocabulary import add_mass
 
 

@@ -36,7 +36,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from builder.corpus.sequences import added_around
-from builder.teacher.tokenizer_choices import (
+from builder.teacher.precedence import (
     add_named,
     forget_unknown,
     mistral,

@@ -278,6 +278,51 @@ def test_which_special_tokens_are_added(tokenizers_by_name, name, bos, eos, befo
     )
 
 
+def template(single: str) -> Any:
+    tokens = [("[CLS]", 1), ("[SEP]", 2)]
+    return processors.TemplateProcessing(single=single, pair="$A $B", special_tokens=tokens)
+
+
+POST_PROCESSORS = [
+    (None, [], []),
+    (processors.ByteLevel(trim_offsets=True), [], []),
+    (template("[CLS] $A"), [1], []),
+    (template("$A [SEP]"), [], [2]),
+    (template("[CLS] [SEP] $A:1 [SEP] [CLS]"), [1, 2], [2, 1]),
+    (template("[CLS] $A [SEP]"), [1], [2]),
+    (processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1)), [1], [2]),
+    (processors.RobertaProcessing(("[SEP]", 2), ("[CLS]", 1)), [1], [2]),
+    (processors.Sequence([processors.ByteLevel(), template("[CLS] $A")]), [1], []),
+]
+
+
+@pytest.mark.parametrize(("processor", "before", "behind"), POST_PROCESSORS)
+def test_special_tokens_are_those_of_the_post_processor_whatever_letters_there_are(
+    processor, before, behind
+):
+    """A vocabulary of DNA has no "a", with which one could try."""
+    vocabulary = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "G": 3, "T": 4}
+    for unknown in ("[UNK]", None):
+        backend = Tokenizer(models.BPE(vocabulary, [], unk_token=unknown))
+        if processor:
+            backend.post_processor = processor
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend, bos_token="[CLS]", eos_token="[SEP]"
+        )
+        (sequence,) = encode(tokenizer, "GTTG", 12, bos="tokenizer", eos="tokenizer")
+        assert sequence.token_ids == [*before, 3, 4, 4, 3, *behind]
+        (bare,) = encode(tokenizer, "GTTG", 12, bos="never", eos="never")
+        assert bare.token_ids == [3, 4, 4, 3]
+
+
+@pytest.mark.parametrize(("single", "times"), [("[CLS]", 0), ("$A [SEP] $A", 2)])
+def test_a_post_processor_that_does_not_write_a_text_once_is_refused(single, times):
+    tokenizer = word_piece()
+    tokenizer.backend_tokenizer.post_processor = template(single)
+    with pytest.raises(ValueError, match=f"writes a text {times} times into a sequence"):
+        encode(tokenizer, "a", 12, bos="tokenizer", eos="tokenizer")
+
+
 @pytest.mark.parametrize(
     ("name", "wish"), [("tiny", "bos"), ("without_eos", "bos"), ("without_eos", "eos")]
 )

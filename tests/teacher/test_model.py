@@ -449,6 +449,53 @@ def test_damaged_weights_are_refused(tmp_path, tiny_tokenizer, damage, message):
     assert_refused_in_one_line(directory, f"{message}.* download it again")
 
 
+VISION = {
+    **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1},
+    **{"num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+}
+LONGEST: dict[str, tuple[dict[str, Any], int | None]] = {
+    "llama": (GROUPED, 128),
+    "gemma3": (
+        {
+            "text_config": {**GROUPED, "sliding_window": 8, "max_position_embeddings": 96},
+            "vision_config": VISION,
+            "mm_tokens_per_image": 4,
+        },
+        96,
+    ),
+    "gpt2": ({**FAMILIES["gpt2"], "n_positions": 64}, 64),
+    "mpt": ({"vocab_size": TINY_VOCAB_SIZE, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 48}, 48),
+    "bloom": ({**FAMILIES["bloom"], "max_position_embeddings": None, "seq_length": 80}, 80),
+    "mamba": (FAMILIES["mamba"], None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", LONGEST)
+def test_the_longest_sequence_is_read_wherever_a_config_has_it(tmp_path, tiny_tokenizer, family):
+    values, expected = LONGEST[family]
+    config = AutoConfig.for_model(family, **values)
+    model = randomize(AutoModelForCausalLM.from_config(config))
+    attention = "sdpa" if model._supports_sdpa else "eager"
+    teacher = load_teacher(str(save(model, tiny_tokenizer, tmp_path / "t")), attention=attention)
+    assert teacher.max_length == expected
+
+
+def test_sequences_longer_than_a_nested_config_allows_are_refused(
+    tmp_path, tiny_tokenizer, make_recipe, cli
+):
+    model = randomize(
+        AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3", **LONGEST["gemma3"][0]))
+    )
+    directory = save(model, tiny_tokenizer, tmp_path / "gemma")
+    recipe = make_recipe(teacher=directory, sequences="max_length = 97\nbatch_tokens = 97")
+    status, _, said = cli("build", recipe, "--output", tmp_path / "out", "--device", "cpu")
+    assert status == 1
+    assert "sequences.max_length is 97, but the teacher was made for 96 positions" in said
+    recipe = make_recipe(teacher=directory, sequences="max_length = 96\nbatch_tokens = 96")
+    status, _, said = cli("build", recipe, "--output", tmp_path / "out", "--device", "cpu")
+    assert status == 0, said
+
+
 # Loading from a GGUF file
 
 
