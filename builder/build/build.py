@@ -23,7 +23,12 @@ from builder.build.state import DISK_FULL, BuildState
 from builder.build.worker import Computed, Pool, Task, Worker
 from builder.capture.pipeline import Notice, Progress
 from builder.card.card import keep_curves, write_card
-from builder.dataset.identity import deciding, differences, without_description
+from builder.dataset.identity import (
+    deciding,
+    differences,
+    teacher_differences,
+    without_description,
+)
 from builder.dataset.manifest import (
     FILE_NAME,
     ShardRecord,
@@ -200,7 +205,7 @@ class _Chains:
         Raises:
             ValueError: another worker's is another one, or shards were built with another one.
         """
-        if self._teacher and (changes := differences(self._teacher, teacher)):
+        if self._teacher and (changes := teacher_differences(self._teacher, teacher)):
             raise ValueError(
                 f"two workers have loaded different teachers ({'; '.join(changes)}); install the same versions on all machines"
             )

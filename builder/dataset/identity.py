@@ -26,8 +26,8 @@ PINNED = {
 """Fields for which a plan holds hashes or a commit, so that how they are spelled decides nothing."""
 
 
-SAID_SINCE = ("tokenizer_source", "tokenizer_file_sha256")
-"""What is recorded of a teacher since version 0.2, and does not have to be there to be the same."""
+BESIDE_THE_HASH = ("tokenizer_source", "tokenizer_file_sha256")
+"""What is said of a teacher's tokenizer beside `tokenizer_sha256`, which alone decides. Older code said neither."""
 
 
 def fingerprint(plan: dict[str, Any]) -> str:
@@ -79,9 +79,12 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def teacher_differences(recorded: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """As `differences`, of what two loaded teachers turned out to be, where the first may have been recorded by older code."""
-    unsaid = [key for key in SAID_SINCE if key not in recorded]
-    return differences(recorded, {key: v for key, v in found.items() if key not in unsaid})
+    """As `differences`, of what two loaded teachers turned out to be."""
+    old, new = (
+        {key: value for key, value in values.items() if key not in BESIDE_THE_HASH}
+        for values in (recorded, found)
+    )
+    return differences(old, new)
 
 
 def _sha256(values: dict[str, Any]) -> str:

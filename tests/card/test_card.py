@@ -87,6 +87,7 @@ def test_hostile_names_break_neither_the_yaml_nor_the_page(manifest, curves, tex
     manifest["recipe"]["teacher"] |= {"repo": text, "path": None}
     manifest["corpus"] = {"kind": "hub", "repo": text, "commit": "0" * 40}
     manifest["teacher"] |= {"repo": text, "commit": text, "architecture": text, "dtype": text}
+    manifest["teacher"] |= {"tokenizer_source": text}
     manifest["environments"][0]["device"] = text
     entry = {"version": text, "date": text, "changes": [text]}
     release = {"repo": "org/set", "version": "1.0.0", "changelog": [entry]}
