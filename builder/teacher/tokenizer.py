@@ -24,7 +24,7 @@ How:  transformers loads; then the file is read once more, and where what was lo
 
       BPE dropout, padding and truncation are switched off: they are for training.
 
-Cost: 1.5 s more for a vocabulary of 128,000 tokens, beside the time that the weights take.
+Cost: for 128,000 tokens, 1.1 s of a core more than the 0.7 that transformers takes; 1.7 more than 0.9 where it rebuilds the tokenizer.
 """
 
 import hashlib

@@ -89,7 +89,7 @@ def read(content: bytes) -> Tokenizer:
         backend = at_rest(Tokenizer.from_str(content.decode()))
     except Exception as error:  # the library raises nothing narrower
         raise readable(error) from None
-    for token in json.loads(content)["added_tokens"]:
+    for token in json.loads(content).get("added_tokens") or []:
         check_id(backend, token["content"], token["id"])
     return backend
 

@@ -45,7 +45,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model for all kinds of tokenizers."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    config = LlamaConfig(vocab_size=900, num_attention_heads=2, num_key_value_heads=1, **sizes)
+    config = LlamaConfig(vocab_size=900, num_attention_heads=2, num_key_value_heads=2, **sizes)
     directory = tmp_path_factory.mktemp("weights")
     LlamaForCausalLM(config).save_pretrained(directory)
     return directory
@@ -57,8 +57,7 @@ def make_teacher(weights: Path, tmp_path: Path) -> Any:
         directory = tmp_path / "teacher"
         write_tokenizer(directory, kind, class_name, **config)
         for name in ("config.json", "model.safetensors"):
-            if not (directory / name).exists():
-                (directory / name).hardlink_to(weights / name)
+            shutil.copy(weights / name, directory)
         return directory
 
     return make
@@ -161,11 +160,23 @@ def test_the_user_is_told_of_another_tokenizer_and_how_to_get_at_the_right_one(
     assert notices(make_teacher("gpt2", "GPT2Tokenizer")) == ""
 
 
+def added(*contents: str, first: int, **flags: Any) -> dict[str, Any]:
+    """`added_tokens_decoder` of a config."""
+    flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, **flags}
+    return {
+        str(first + i): {"content": text, "single_word": False, **flags}
+        for i, text in enumerate(contents)
+    }
+
+
 @pytest.mark.parametrize(
     ("kind", "class_name", "options"),
     [
         *((kind, "PreTrainedTokenizerFast", {}) for kind in KINDS),
         ("gpt2", "GPT2Tokenizer", {}),
+        ("gpt2", "GPT2Tokenizer", {"added_tokens_decoder": added("<unk>", BOS, EOS, first=0)}),
+        ("llama3", None, {"added_tokens_decoder": added("<unk>", BOS, EOS, first=0)}),
+        ("llama3", None, {"additional_special_tokens": [BOS, EOS], "pad_token": EOS}),
         ("gpt2 with a space", "GPT2Tokenizer", {"add_prefix_space": True}),
         ("mistral", "LlamaTokenizer", {}),
         ("always a space", "LlamaTokenizer", {"legacy": True}),
@@ -190,15 +201,6 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-def added(*contents: str, first: int, **flags: Any) -> dict[str, Any]:
-    """`added_tokens_decoder` of a config."""
-    flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, **flags}
-    return {
-        str(first + i): {"content": text, "single_word": False, **flags}
-        for i, text in enumerate(contents)
-    }
 
 
 def size_of(kind: str) -> int:
@@ -305,8 +307,12 @@ def test_special_tokens_that_only_a_class_names_are_left_out(make_teacher):
     assert "special tokens of its own (<|endoftext|>)" in "\n".join(teacher.notices)
 
 
-def test_a_special_token_of_the_vocabulary_that_the_file_does_not_list_is_special(make_teacher):
-    directory = make_teacher("mistral", "LlamaTokenizer")
+@pytest.mark.parametrize("named_by", ["config", "class"])
+def test_a_special_token_of_the_vocabulary_that_the_file_does_not_list_is_special(
+    make_teacher, named_by
+):
+    config = {} if named_by == "config" else dict.fromkeys(("bos_token", "eos_token"), ...)
+    directory = make_teacher("mistral", "LlamaTokenizer", **config)
     path = directory / "tokenizer.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "added_tokens": []}))
     tokenizer = load_tokenizer(str(directory))
@@ -464,10 +470,6 @@ def test_a_gguf_file_without_one_is_said_to_be_the_source(tmp_path, tiny_tokeniz
 
 def test_a_teacher_split_over_processes_has_the_tokenizer_of_its_file(make_teacher):
     directory = make_teacher("llama3", "GPT2Tokenizer")
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").unlink()
-    (directory / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 2}))
-    LlamaForCausalLM(LlamaConfig(**{**config, "num_key_value_heads": 2})).save_pretrained(directory)
     tokenizer = split_teacher(directory).tokenizer
     assert [encoded(tokenizer, text) for text in HARD_DOCUMENTS] == ids_by_the_file(directory)
 
@@ -603,8 +605,10 @@ def test_the_reader_knows_the_tokenizer_by_its_file_and_says_why_another_one_is_
     make_teacher, build, tmp_path
 ):
     directory = make_teacher("llama3", "GPT2Tokenizer")
+    file = directory / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()), indent=1))
     build()
-    output, file = tmp_path / "out0", directory / "tokenizer.json"
+    output = tmp_path / "out0"
     as_it_is = AsItIs.from_pretrained(directory)
     as_it_is.pad_token = EOS
     as_it_is(["a", "b c d"], padding=True, truncation=True, max_length=2)
@@ -638,3 +642,11 @@ def test_the_reader_knows_the_tokenizer_by_its_file_and_says_why_another_one_is_
     other.write_text("{}")
     with pytest.raises(ValueError, match=r"is no tokenizer\.json"):
         load_logits(output, require_tokenizer=other)
+
+    # transformers adds what such a file does not have: it is known by its hash alone.
+    file.write_text(json.dumps({**json.loads(file.read_text()), "post_processor": None}))
+    build()
+    load_logits(tmp_path / "out1", require_tokenizer=file)
+    with pytest.raises(ValueError, match=r"if it is the teacher's, give the path of its tokeni"):
+        load_logits(tmp_path / "out1", require_tokenizer=Tokenizer.from_file(str(file)))
+    load_logits(tmp_path / "out1", require_tokenizer=AsItIs.from_pretrained(directory))
