@@ -121,6 +121,8 @@ class Worker:
         _check_fit(self._recipe, teacher)
         for line in teacher.notices:
             self._notice(line)
+        if not teacher.head_only:
+            self._notice(_slow_head(self._recipe, teacher))
         return teacher
 
     @cached_property
@@ -333,6 +335,16 @@ def _check_fit(recipe: Recipe, teacher: Teacher) -> None:
             f"a row of sequences.max_length = {max_length} tokens would hold {max_length * widest:,} values in one column, more "
             f"than the {MAX_ROW_VALUES:,} that Arrow's lists can; choose a smaller max_length or top_k"
         )
+
+
+def _slow_head(recipe: Recipe, teacher: Teacher) -> str:
+    """What it costs that a teacher's head cannot run alone."""
+    max_length = recipe.sequences.max_length
+    size = max_length * teacher.vocab_size * teacher.dtype.itemsize
+    return (
+        f"{type(teacher.model).__name__} does not come apart into a body and a head: each sequence runs through the whole model by "
+        f"itself, whatever the batch_tokens, and its logits take {size / 1e9:,.2g} GB for one of sequences.max_length = {max_length:,}"
+    )
 
 
 def _sums(block: Block, layout: Layout) -> Sums:

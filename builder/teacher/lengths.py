@@ -12,13 +12,14 @@ How:  under causal attention, padding on the right changes nothing, and most mod
       Dynamic NTK scales rotary frequencies by the length itself, beyond `max_position_embeddings`. Longer sequences share batches with
       those of their own length only. transformers also keeps the frequencies of the longest batch so far, so they are reset.
 
-      A sparse indexer (DeepSeek V3.2 and V4, GLM-MoE-DSA and others) lets each position see the `index_topk` positions that score
-      highest. Many scores are exactly zero, and which of these are taken depends on how many there are. So beyond that number, again,
-      equal lengths only.
+      Sparse attention lets each position see the so many others that score highest (`index_topk` of DeepSeek V3.2 and V4, GLM-MoE-DSA
+      and others, `keep_window_size` of Doge). Many scores are equal, and which of these are taken depends on how many there are. So
+      beyond that number, again, equal lengths only.
 
-      A Reformer sorts positions into buckets, by random rotations, and by the first length that it meets. It is refused.
+      BigBird attends in blocks, which see later tokens, until it meets a sequence that is short. It is told so before it runs. A
+      Reformer sorts positions into buckets, by random rotations, and by the first length that it meets. It is refused.
 
-      What is not known here, the build notices (`capture.guard`).
+      What is not known here, a build notices (`capture.guard`).
 """
 
 import sys
@@ -53,7 +54,7 @@ ANYWHERE = Reach()
 
 
 def reach_of(model: Any) -> Reach:
-    """How the lengths of a model's batches may be mixed.
+    """How the lengths of a model's batches may be mixed. A BigBird gives up its blocks.
 
     Raises:
         ValueError: its values change with the length of a batch in a way that no choice of batches mends.
@@ -64,6 +65,8 @@ def reach_of(model: Any) -> Reach:
             f"{type(model).__name__} attends within buckets that it chooses at random, and by the length of the first sequences that "
             "it meets, so that no sequence has one distribution; use another teacher"
         )
+    if config.model_type == "big_bird":
+        model.base_model.set_attention_type("original_full")
     borders: set[int] = set()
     exact_beyond = ANY
     for section, positions, original in _sections(config.to_dict(), None, None):
@@ -74,10 +77,11 @@ def reach_of(model: Any) -> Reach:
                 borders.add(int(border))
         elif "dynamic" in kind and positions:
             exact_beyond = min(exact_beyond, positions)
-        if isinstance(listed := section.get("index_topk"), int):
-            # DeepSeek V4 scores one entry for so many positions.
-            rates = (section.get("compress_rates") or {}).values()
-            exact_beyond = min(exact_beyond, listed * min(rates, default=1))
+        for listed in (section.get("index_topk"), section.get("keep_window_size")):
+            if isinstance(listed, int):
+                # DeepSeek V4 scores one entry for so many positions.
+                rates = (section.get("compress_rates") or {}).values()
+                exact_beyond = min(exact_beyond, listed * min(rates, default=1))
     return Reach(borders=tuple(sorted(borders)), exact_beyond=exact_beyond)
 
 
