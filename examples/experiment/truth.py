@@ -35,7 +35,7 @@ from builder.dataset.manifest import read_manifest, write_json
 from builder.dataset.shards import atomic_file, nested_values
 from builder.teacher.loading import load_teacher
 from builder.teacher.model import Teacher
-from builder.verify.comparison import MAX_FLOAT32_ERROR
+from builder.verify.noise import MAX_FLOAT32_ERROR
 from examples.experiment.corpus import PARTS, in_quarter, part_of
 from logit_dataset import FrequentTokens
 from logit_dataset.schema import FLOAT16_MIN, float16_rounding

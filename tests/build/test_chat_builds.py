@@ -30,7 +30,8 @@ from tests.conftest import TINY_VOCAB_SIZE, recipe_text, write_jsonl
 from tests.end_to_end.test_kill import check_kept, finished_shards
 from tests.end_to_end.test_kill import killer as killer
 from tests.loopback_hub import Client, card_errors
-from tests.verify.test_verify import Row, forge, problems, rows_of
+from tests.verify.forging import Row, forge, rows_of
+from tests.verify.test_verify import problems
 
 CORPUS = 'messages_column = "messages"'
 CHOICES = {

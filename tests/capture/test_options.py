@@ -24,7 +24,8 @@ from logit_dataset.schema import Layout as RowLayout
 from tests.build.test_build import data_bytes, read_rows, run
 from tests.conftest import TINY_VOCAB_SIZE
 from tests.loopback_hub import card_errors
-from tests.verify.test_verify import Row, forge, problems
+from tests.verify.forging import Row, forge
+from tests.verify.test_verify import problems
 
 EVERYTHING = "tail_samples = 6\nseed = 3\ntemperatures = [2.0, 0.5]\nhidden_states = true"
 WHOLE = 'top_k = "all"\ntemperatures = [3]\nhidden_states = true'
