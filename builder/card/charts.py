@@ -85,7 +85,7 @@ def curves_of(parts: Iterable[Measured]) -> Curves:
 
 def measure_file(path: Path) -> Measured:
     """The sums over one Parquet file."""
-    file, total = pq.ParquetFile(path), NOTHING
+    file, total = pq.ParquetFile(path, page_checksum_verification=True), NOTHING
     whole = "logprobs" in file.schema_arrow.names
     name = "logprobs" if whole else "topk_logprobs"
     for group in range(file.num_row_groups):

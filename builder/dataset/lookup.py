@@ -73,7 +73,7 @@ def read_row(file: Any, number: int, columns: list[str] | None = None) -> dict[s
     Raises:
         IndexError: the file has no such row.
     """
-    parquet = pq.ParquetFile(file)
+    parquet = pq.ParquetFile(file, page_checksum_verification=True)
     for group in range(parquet.num_row_groups):
         if number < parquet.metadata.row_group(group).num_rows:
             return _row_values(parquet.read_row_group(group, columns=columns).slice(number, 1))

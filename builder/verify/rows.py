@@ -66,7 +66,7 @@ def check_shard(
     """
     layout = Layout.of(manifest["recipe"], manifest["teacher"])
     try:
-        file = pq.ParquetFile(directory / record.file)
+        file = pq.ParquetFile(directory / record.file, page_checksum_verification=True)
         if not file.schema_arrow.equals(arrow_schema(layout)):
             report.problems.append(f"{record.file}: its columns are not those of the schema")
             return

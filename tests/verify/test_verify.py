@@ -13,7 +13,7 @@ import pytest
 
 from builder.build.build import build
 from builder.dataset.manifest import read_manifest, records_of, write_json
-from builder.dataset.shards import file_sha256, nested_values
+from builder.dataset.shards import file_sha256, footer_sha256, nested_values
 from builder.recipe import load_recipe
 from builder.verify.recompute import recompute_rows
 from builder.verify.verify import verify
@@ -69,6 +69,7 @@ def forge(directory: Path, change: Callable[[list[Row]], None], *, all_files: bo
         valid = np.concatenate([row["target_logprob"] for row in rows]).astype(float)
         shard.update(
             sha256=file_sha256(path),
+            footer_sha256=footer_sha256(path),
             bytes=path.stat().st_size,
             rows=len(rows),
             tokens=sum(len(row["input_ids"]) for row in rows),
@@ -105,7 +106,9 @@ def test_a_file_of_another_recipe_or_schema_is_named(copy):
     manifest, path = read_manifest(copy), copy / FIRST
     metadata = {"logit_dataset.row_fingerprint": "0" * 64}
     pq.write_table(pq.read_table(path).replace_schema_metadata(metadata), path)
-    manifest["shards"][0].update(sha256=file_sha256(path), bytes=path.stat().st_size)
+    manifest["shards"][0].update(
+        sha256=file_sha256(path), footer_sha256=footer_sha256(path), bytes=path.stat().st_size
+    )
     write_json(copy / "manifest.json", manifest)
     assert problems(copy) == [
         f"{FIRST}: is of another recipe, source or schema (its row_fingerprint is not the manifest's)"
