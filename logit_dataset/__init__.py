@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from logit_dataset.collator import LogitCollator
     from logit_dataset.load import load_logits
     from logit_dataset.losses import distillation_loss, distillation_loss_from_hidden
     from logit_dataset.retokenize import TokenizerProjection
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FrequentTokens",
+    "LogitCollator",
     "TokenizerProjection",
     "distillation_loss",
     "distillation_loss_from_hidden",
@@ -22,6 +24,7 @@ __all__ = [
 
 _HOMES = {
     "FrequentTokens": "vocabulary",
+    "LogitCollator": "collator",
     "TokenizerProjection": "retokenize",
     "distillation_loss": "losses",
     "distillation_loss_from_hidden": "losses",

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from logit_dataset.rows import NO_TARGET, RowGroup, Rows
+from logit_dataset.rows import NO_PROBABILITY, NO_TARGET, RowGroup, Rows
 
 BUFFER_TOKENS = 131_072
 """Rows are shuffled among this many tokens: four row groups, so of up to four places in a file."""
@@ -32,17 +32,21 @@ BUFFER_VALUES = 2**27
 """Limit on T · K of a block, for whole distributions: as many row groups."""
 READERS = 2
 """Threads that decode row groups; each lets Arrow use all cores. Four were slower on two cores."""
-PADDING = {"target_ids": NO_TARGET, "sequence_ids": -1}
-"""What stands where no token is; 0 in all other columns."""
+PADDING = {"target_ids": NO_TARGET, "sequence_ids": -1, **NO_PROBABILITY}
+"""What stands where no token is; 0 in all other columns: losses of others look all ids up before they multiply by a mask."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class Piece:
     """A sequence, or a part of one."""
 
     rows: Rows
     start: int
     length: int
+
+
+Taken = tuple[Piece, int, int]
+"""A piece, the row of a batch that it goes into, and its place there."""
 
 
 class Batches(IterableDataset[dict[str, Tensor]]):
@@ -51,14 +55,20 @@ class Batches(IterableDataset[dict[str, Tensor]]):
     A batch has, for B rows of T positions:
 
     - every column of the dataset that has a value a token, [B, T] or [B, T, K], in its stored type;
-    - `target_ids` [B, T] int32: the token that follows each position; −100 where it is not known, in padding and, of a dataset
-      with completions, where that token is not one of theirs (unless it was loaded with `prompt_targets`);
+    - `target_ids` [B, T] int32 (int64 with `int64_targets`): the token that follows each position; −100 where it is not known, in
+      padding and, of a dataset with completions, where that token is not one of theirs (unless it was loaded with `prompt_targets`);
     - `mask` [B, T] bool: where there is a teacher's distribution to learn. It is True at the last position of a sequence too, whose
       distribution is about the document's next token or its end, and not about the sequence packed behind it. Of a dataset with
       completions it is True only where the distribution is about a completion's token of the same sequence;
     - `sequence_ids` [B, T] int32: 0, 1, … of the sequences packed in a row, −1 in padding. A position must attend only to those
       of its own sequence;
     - `position_ids` [B, T] int32: 0, 1, … within each sequence; padding counts on.
+
+    Where there is no distribution, nothing has a probability: in padding every log-probability (`target_logprob` and `tail_logprob` too)
+    is −65504, whose exponential is 0, every id is 0, and so is all else. So a loss that knows no mask adds nothing there, and one that
+    multiplies by a mask gets no NaN. Where a token stands but its distribution was left out (`completions_only`, a projection's positions
+    between two of the teacher's), it is the same, but `topk_indices` are −1, an empty place, and columns of one value a token are as
+    they are in the file. `target_logprob` is NaN where the file says that nothing follows, at the end of a document.
 
     Models of transformers separate the sequences of a row if they are called with `position_ids`, with no attention mask and with
     `use_cache=False`: their default is a cache, and with one **sequences see each other**, without a word. Flash attention separates
@@ -79,6 +89,7 @@ class Batches(IterableDataset[dict[str, Tensor]]):
         seed: int | None,
         rank: int,
         world_size: int,
+        int64_targets: bool = False,
     ) -> None:
         """See `LogitDataset.batches`."""
         if batch_size < 1 or (length is not None and length < 1):
@@ -98,6 +109,7 @@ class Batches(IterableDataset[dict[str, Tensor]]):
         self._batch_size, self._length, self._packed = batch_size, length, packed
         self._split_long, self._seed = split_long, seed
         self._rank, self._world_size = rank, world_size
+        self._int64_targets = int64_targets
         self._buffer_tokens = min(BUFFER_TOKENS, BUFFER_VALUES // widest)
         self._settings = {
             **identity,
@@ -139,7 +151,7 @@ class Batches(IterableDataset[dict[str, Tensor]]):
             raise ValueError(
                 "these batches are read ahead by a thread of their own, and workers would repeat them; use num_workers=0"
             )
-        taken: list[tuple[_Piece, int, int]] = []
+        taken: list[Taken] = []
         free = self._free()
         for piece, place in self._pieces():
             if piece.length > (self._length or piece.length):
@@ -150,7 +162,7 @@ class Batches(IterableDataset[dict[str, Tensor]]):
             slot = self._slot(free, piece.length, len(taken))
             if slot is None:
                 self._block, self._row = place
-                yield self._batch(taken)
+                yield self._tensors(taken)
                 taken, free = [], self._free()
                 slot = 0
             offset = (self._length or 0) - free[slot] if self._packed else 0
@@ -158,7 +170,7 @@ class Batches(IterableDataset[dict[str, Tensor]]):
             free[slot] -= piece.length
         self._epoch, self._block, self._row = self._epoch + 1, 0, 0
         if taken:
-            yield self._batch(taken)
+            yield self._tensors(taken)
 
     def _free(self) -> list[int]:
         return [self._length or 0] * self._batch_size
@@ -167,8 +179,7 @@ class Batches(IterableDataset[dict[str, Tensor]]):
         """Which row of the batch a piece goes into: the fullest that has room; None if there is none."""
         if not self._packed:
             return num_taken if num_taken < self._batch_size else None
-        fitting = [slot for slot, room in enumerate(free) if room >= length]
-        return min(fitting, key=lambda slot: free[slot]) if fitting else None
+        return best_slot(free, length)
 
     def _blocks(self) -> list[list[RowGroup]]:
         """This process's blocks of the current epoch."""
@@ -191,12 +202,12 @@ class Batches(IterableDataset[dict[str, Tensor]]):
             tokens += group.num_tokens
         return blocks
 
-    def _pieces(self) -> Iterator[tuple[_Piece, tuple[int, int]]]:
+    def _pieces(self) -> Iterator[tuple[Piece, tuple[int, int]]]:
         """The pieces of the rest of the epoch, each with its place (block, row)."""
         blocks, first, row = self._blocks(), self._block, self._row
         with ThreadPoolExecutor(READERS, thread_name_prefix="logit-dataset") as pool:
 
-            def submit(index: int) -> list[Future[list[_Piece]]]:
+            def submit(index: int) -> list[Future[list[Piece]]]:
                 groups = blocks[index] if index < len(blocks) else []
                 return [pool.submit(self._decode, group) for group in groups]
 
@@ -212,46 +223,69 @@ class Batches(IterableDataset[dict[str, Tensor]]):
                     yield pieces[order[place]], (index, place)
                 row = 0
 
-    def _decode(self, group: RowGroup) -> list[_Piece]:
+    def _decode(self, group: RowGroup) -> list[Piece]:
         """The pieces of a row group, in stored order. Runs in a thread that reads ahead."""
-        rows, pieces = self._read(group), []
-        stops = rows.lengths_R.cumsum().tolist()
-        for stop, length in zip(stops, rows.lengths_R.tolist(), strict=True):
-            step = self._length if self._split_long and self._length else length
-            for start in range(stop - length, stop, max(step, 1)):
-                pieces.append(_Piece(rows, start, min(step, stop - start)))
-        return pieces
+        return pieces_of(self._read(group), self._length if self._split_long else None)
 
-    def _batch(self, taken: list[tuple[_Piece, int, int]]) -> dict[str, Tensor]:
-        num_rows = 1 + max(slot for _, slot, _ in taken)
-        length = self._length or max(piece.length for piece, _, _ in taken)
-        shape = (num_rows, length)
-        used = [0] * num_rows
-        for piece, slot, offset in taken:
-            used[slot] = max(used[slot], offset + piece.length)
-        batch: dict[str, npt.NDArray[Any]] = {}
-        for name, values in taken[0][0].rows.columns.items():
-            out = np.empty((*shape, *values.shape[1:]), values.dtype)
-            for piece, slot, offset in taken:
-                source = piece.rows.columns[name]
-                out[slot, offset : offset + piece.length] = source[
-                    piece.start : piece.start + piece.length
-                ]
-            for slot, end in enumerate(used):
-                out[slot, end:] = PADDING.get(name, 0)
-            batch[name] = out
-        has_token = np.zeros(shape, np.bool_)
-        sequence_ids = np.full(shape, PADDING["sequence_ids"], np.int32)
-        position_ids = np.empty(shape, np.int32)
-        position_ids[:] = np.arange(length, dtype=np.int32)
-        counts = [0] * num_rows
-        for piece, slot, offset in taken:
-            where = slice(offset, offset + piece.length)
-            has_token[slot, where] = True
-            sequence_ids[slot, where] = counts[slot]
-            # Up to the end of the row: what is packed behind overwrites it, and padding counts on.
-            position_ids[slot, offset:] = np.arange(length - offset, dtype=np.int32)
-            counts[slot] += 1
-        batch["mask"] = batch["mask"] & has_token if "mask" in batch else has_token
-        batch |= {"sequence_ids": sequence_ids, "position_ids": position_ids}
+    def _tensors(self, taken: list[Taken]) -> dict[str, Tensor]:
+        batch = assemble(taken, self._length)
+        if self._int64_targets:
+            batch["target_ids"] = batch["target_ids"].astype(np.int64)
         return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+
+def pieces_of(rows: Rows, most: int | None) -> list[Piece]:
+    """The sequences in stored order, cut into pieces of at most so many tokens."""
+    pieces = []
+    stops = rows.lengths_R.cumsum().tolist()
+    for stop, length in zip(stops, rows.lengths_R.tolist(), strict=True):
+        step = most or length
+        for start in range(stop - length, stop, max(step, 1)):
+            pieces.append(Piece(rows, start, min(step, stop - start)))
+    return pieces
+
+
+def best_slot(free: list[int], length: int) -> int | None:
+    """The fullest row that has room for so many tokens; None if there is none."""
+    fitting = [slot for slot, room in enumerate(free) if room >= length]
+    return min(fitting, key=lambda slot: free[slot]) if fitting else None
+
+
+def assemble(taken: Sequence[Taken], length: int | None) -> dict[str, npt.NDArray[Any]]:
+    """A batch of some pieces: every column of theirs, `mask`, `sequence_ids` and `position_ids`.
+
+    Args:
+        taken: the pieces, at least one, and where they go.
+        length: T; None for the end of the longest row.
+    """
+    num_rows = 1 + max(slot for _, slot, _ in taken)
+    used = [0] * num_rows
+    for piece, slot, offset in taken:
+        used[slot] = max(used[slot], offset + piece.length)
+    length = length or max(used)
+    shape = (num_rows, length)
+    batch: dict[str, npt.NDArray[Any]] = {}
+    for name, values in taken[0][0].rows.columns.items():
+        out = np.empty((*shape, *values.shape[1:]), values.dtype)
+        for piece, slot, offset in taken:
+            source = piece.rows.columns[name]
+            out[slot, offset : offset + piece.length] = source[
+                piece.start : piece.start + piece.length
+            ]
+        for slot, end in enumerate(used):
+            out[slot, end:] = PADDING.get(name, 0)
+        batch[name] = out
+    has_token = np.zeros(shape, np.bool_)
+    sequence_ids = np.full(shape, PADDING["sequence_ids"], np.int32)
+    position_ids = np.empty(shape, np.int32)
+    position_ids[:] = np.arange(length, dtype=np.int32)
+    counts = [0] * num_rows
+    for piece, slot, offset in taken:
+        where = slice(offset, offset + piece.length)
+        has_token[slot, where] = True
+        sequence_ids[slot, where] = counts[slot]
+        # Up to the end of the row: what is packed behind overwrites it, and padding counts on.
+        position_ids[slot, offset:] = np.arange(length - offset, dtype=np.int32)
+        counts[slot] += 1
+    batch["mask"] = batch["mask"] & has_token if "mask" in batch else has_token
+    return batch | {"sequence_ids": sequence_ids, "position_ids": position_ids}

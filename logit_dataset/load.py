@@ -3,13 +3,13 @@
 In:   a local build, a downloaded version, or the name of a repository with a revision.
 Out:  a LogitDataset. Its `batches` read row groups straight from Parquet, from the disk or (streaming) from the Hub.
 
-How:  the manifest is read and compared with what is required; then every file's footer (64 kB, sixteen at a time), so that a file that is
-      missing, cut off, of another schema or of another build is found at once, and not at some step of the training.
+How:  the manifest is read and compared with what is required; then every file's footer (128 kB, sixteen at a time), so that a file that is
+      missing, cut off, of another schema or of another build is found at once, and not at some step of the training. (`files` says what
+      is checked, and when.)
 """
 
 import json
 import re
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from logit_dataset.batches import Batches
+from logit_dataset.files import (
+    Commit,
+    DifferentFile,
+    Directory,
+    FileRecord,
+    Files,
+    Source,
+    check_footer,
+    first_line,
+    read_footer,
+    row_groups,
+)
 from logit_dataset.rows import Ends, Projection, RowGroup, Rows, read_rows, token_columns
 from logit_dataset.schema import SCHEMA_VERSION, Layout
 from logit_dataset.tokenizer_check import check_tokenizer
@@ -37,7 +49,7 @@ class LogitDataset:
     """Of all files, in stored order."""
     columns: list[str]
     """Columns with values a token; all of them are in a batch."""
-    open_file: Callable[[str], pq.ParquetFile]
+    files: Files
     projection: Projection | None = None
     prompt_targets: bool = False
     """Whether `target_ids` outside completions are kept."""
@@ -80,6 +92,7 @@ class LogitDataset:
         seed: int | None = 0,
         rank: int = 0,
         world_size: int = 1,
+        int64_targets: bool = False,
     ) -> Batches:
         """Batches of `batch_size` rows of tensors, in stored types; see `Batches` for what is in them.
 
@@ -94,6 +107,7 @@ class LogitDataset:
             world_size: number of processes. Each gets other row groups. Their numbers of batches differ, so processes that wait for each
                 other must train for a number of steps and go on into the next epoch each for itself (`while …: for batch in batches`).
                 A loader that divides batches among processes itself, as accelerate's does, is not for these: it would divide one rank's.
+            int64_targets: `target_ids` as torch's cross-entropy wants them, in int64.
 
         Raises:
             ValueError: an argument is out of range or contradicts another, or there are more processes than row groups.
@@ -114,6 +128,7 @@ class LogitDataset:
             seed=seed,
             rank=rank,
             world_size=world_size,
+            int64_targets=int64_targets,
         )
 
     def project(self, projection: Projection) -> "LogitDataset":
@@ -124,31 +139,37 @@ class LogitDataset:
         """[V]: how often each id of the teacher's vocabulary stands in the texts. Reads `input_ids` only."""
         counts = np.zeros(self.manifest["teacher"]["vocab_size"], dtype=np.int64)
         for group in self.row_groups:
-            table = self.open_file(group.file).read_row_group(group.index, columns=["input_ids"])
-            ids = table["input_ids"].combine_chunks().flatten().to_numpy()
-            counts += np.bincount(ids, minlength=len(counts))
+            rows = self._read(group, ["input_ids"])
+            counts += np.bincount(rows.columns["input_ids"], minlength=len(counts))
         return counts
 
     def read(self, group: RowGroup) -> Rows:
         """Decode one row group, and project it.
 
         Raises:
-            ValueError: the file cannot be read, or its values do not fit each other; names the file.
+            ValueError: the file cannot be read, is damaged, or its values do not fit each other; names the file.
         """
+        rows = self._read(group, self.columns)
+        return self.projection(rows) if self.projection else rows
+
+    def _read(self, group: RowGroup, columns: list[str]) -> Rows:
         try:
-            file = self.open_file(group.file)
             rows = read_rows(
-                file,
+                self.files.open(group.file),
                 group.index,
-                self.columns,
+                columns,
                 Ends.of(self.manifest),
+                vocab_size=self.manifest["teacher"]["vocab_size"],
                 prompt_targets=self.prompt_targets,
             )
+            found = len(rows.lengths_R), int(rows.lengths_R.sum())
+            if found != (group.num_rows, group.num_tokens):
+                raise ValueError("it holds other numbers of rows and tokens than its footer says")
         except (pa.ArrowException, ValueError, OSError, _http_error()) as error:
             raise ValueError(
-                f"{group.file}, row group {group.index}: {_first_line(error)}; verify the dataset"
+                f"{group.file}, row group {group.index}: {first_line(error)}; verify the dataset"
             ) from error
-        return self.projection(rows) if self.projection else rows
+        return rows
 
 
 def load_logits(
@@ -160,6 +181,7 @@ def load_logits(
     require_tokenizer: Any = None,
     require_vocab_size: int | None = None,
     prompt_targets: bool = False,
+    check_hashes: bool | None = None,
 ) -> LogitDataset:
     """Open a logit dataset.
 
@@ -173,46 +195,64 @@ def load_logits(
         require_vocab_size: number of logits that you expect the teacher to have.
         prompt_targets: of a dataset with completions, keep the text of prompts in `target_ids`, so that a text_weight teaches it too;
             distributions are learned for completions in any case.
+        check_hashes: whether to read every file at once, to compare its SHA-256 with the manifest's. By default that is done with files of
+            older datasets, whose pages have no checksums: a second for 1.8 GB on a core, in every process that loads them (False
+            leaves it out). Files that are streamed are not hashed.
 
     Raises:
         ValueError: there is no such dataset, it is damaged, or it is not what was required (names both values); or the tokenizer given
             is no fast one, or no file.
     """
-    directory = Path(path_or_repo)
-    if directory.is_dir():
-        if revision or streaming:
-            raise ValueError(
-                f"{directory} is a directory, which has no revision and needs no streaming"
-            )
-        source: Callable[[str], Any] = lambda name: str(directory / name)  # noqa: E731
-    else:
-        source = _hub_source(str(path_or_repo), revision, streaming=streaming)
+    if check_hashes and streaming:
+        raise ValueError(
+            "check_hashes reads files as a whole, which streaming never does; leave one of the two out"
+        )
     where = f"{path_or_repo}@{revision}" if revision else str(path_or_repo)
+    source = _source(path_or_repo, revision, streaming=streaming)
     manifest = _read_manifest(source, where)
+    records = check_manifest(manifest, where)
     _check_requirements(manifest, where, require_teacher, require_tokenizer, require_vocab_size)
-    names = [_safe_name(shard["file"], where) for shard in manifest["shards"]]
-    with ThreadPoolExecutor(16) as pool:
-        footers = dict(
-            zip(names, pool.map(lambda name: _footer(source, name, manifest), names), strict=True)
-        )
     layout = Layout.of(manifest["recipe"], manifest["teacher"])
-    row_groups = tuple(
-        RowGroup(
-            file=name,
-            index=index,
-            num_rows=footer.row_group(index).num_rows,
-            num_tokens=_num_tokens(footer.row_group(index)),
+    with ThreadPoolExecutor(16) as pool:
+        found = pool.map(
+            lambda record: _footer(source, record, layout, manifest, check_hashes), records
         )
-        for name, footer in footers.items()
-        for index in range(footer.num_row_groups)
-    )
+        footers = {record.file: footer for record, footer in zip(records, found, strict=True)}
     return LogitDataset(
         manifest=manifest,
-        row_groups=row_groups,
-        columns=token_columns(footers[names[0]].schema.to_arrow_schema(), layout),
-        open_file=lambda name: pq.ParquetFile(source(name), metadata=footers[name]),
+        row_groups=tuple(group for name in footers for group in row_groups(name, footers[name])),
+        columns=token_columns(footers[records[0].file].schema.to_arrow_schema(), layout),
+        files=Files(source, footers),
         prompt_targets=prompt_targets,
     )
+
+
+def load_manifest(path_or_repo: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+    """The manifest of a dataset, and nothing else of it.
+
+    Args:
+        path_or_repo: directory of a dataset, or its name on the Hub.
+        revision: tag, branch or commit on the Hub; the main branch, if None.
+
+    Raises:
+        ValueError: there is no such dataset, or its manifest is damaged.
+    """
+    where = f"{path_or_repo}@{revision}" if revision else str(path_or_repo)
+    is_here = Path(path_or_repo).is_dir()
+    manifest = _read_manifest(_source(path_or_repo, revision, streaming=not is_here), where)
+    check_manifest(manifest, where)
+    return manifest
+
+
+def _source(path_or_repo: str | Path, revision: str | None, *, streaming: bool) -> Source:
+    directory = Path(path_or_repo)
+    if not directory.is_dir():
+        return _hub_source(str(path_or_repo), revision, streaming=streaming)
+    if revision or streaming:
+        raise ValueError(
+            f"{directory} is a directory, which has no revision and needs no streaming"
+        )
+    return Directory(directory)
 
 
 def _check_requirements(
@@ -241,9 +281,9 @@ def _teacher_names(manifest: dict[str, Any]) -> tuple[str, str]:
     return found.get("repo") or found["name"], found.get("commit") or found["sha256"]
 
 
-def _read_manifest(source: Callable[[str], Any], where: str) -> dict[str, Any]:
+def _read_manifest(source: Source, where: str) -> dict[str, Any]:
     try:
-        file = source(MANIFEST)
+        file = source.open(MANIFEST)
         content = Path(file).read_bytes() if isinstance(file, str) else file.read()
         manifest: dict[str, Any] = json.loads(content)
         version = str(manifest["schema_version"])
@@ -254,7 +294,7 @@ def _read_manifest(source: Callable[[str], Any], where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: {MANIFEST} is damaged ({error}); fetch it again") from None
     except (OSError, _http_error()) as error:
         raise ValueError(
-            f"{where}: {MANIFEST} cannot be read ({_first_line(error)}); try again"
+            f"{where}: {MANIFEST} cannot be read ({first_line(error)}); try again"
         ) from None
     if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
         raise ValueError(
@@ -265,43 +305,62 @@ def _read_manifest(source: Callable[[str], Any], where: str) -> dict[str, Any]:
     return manifest
 
 
-def _safe_name(name: Any, where: str) -> str:
-    if not isinstance(name, str) or not re.fullmatch(r"data/[\w.-]+\.parquet", name):
-        raise ValueError(f"{where}: its manifest names the file {name!r}, expected data/*.parquet")
-    return name
+def check_manifest(manifest: dict[str, Any], where: str) -> list[FileRecord]:
+    """What a manifest says of each file.
 
+    Args:
+        manifest: of a dataset.
+        where: the dataset's name, for messages.
 
-def _footer(source: Callable[[str], Any], name: str, manifest: dict[str, Any]) -> pq.FileMetaData:
+    Raises:
+        ValueError: it says not enough, or contradicts itself.
+    """
     try:
-        footer = pq.ParquetFile(source(name)).metadata
+        for shard in manifest["shards"]:
+            if not re.fullmatch(r"data/[\w.-]+\.parquet", str(shard["file"])):
+                raise ValueError(f"it names the file {shard['file']!r}, expected data/*.parquet")
+        records = [FileRecord.of(shard) for shard in manifest["shards"]]
+        if len({record.file for record in records}) < len(records):
+            raise ValueError("it names a file twice")
+        for name in ("rows", "tokens"):
+            total, found = manifest["totals"][name], sum(getattr(r, name) for r in records)
+            if total != found:
+                raise ValueError(f"it says {total!r} {name} in all, and {found:,} by file")
+        if not isinstance(manifest["teacher"]["vocab_size"], int):
+            raise ValueError(f"its vocab_size is {manifest['teacher']['vocab_size']!r}")
+        _ = Layout.of(manifest["recipe"], manifest["teacher"]).widest, Ends.of(manifest)
+        _teacher_names(manifest)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise ValueError(f"{where}: {MANIFEST} is damaged ({reason}); fetch it again") from None
+    return records
+
+
+def _footer(
+    source: Source,
+    record: FileRecord,
+    layout: Layout,
+    manifest: dict[str, Any],
+    check_hashes: bool | None,
+) -> pq.FileMetaData:
+    name = record.file
+    try:
+        footer = read_footer(source, record, check_hashes=check_hashes)
+        check_footer(footer, record, layout, str(manifest["row_fingerprint"]))
+    except DifferentFile as error:
+        raise ValueError(f"{error}; fetch the dataset again") from None
     except FileNotFoundError:
         raise ValueError(f"{name} is missing; fetch the dataset again") from None
-    except (pa.ArrowException, OSError, _http_error()) as error:
+    except (pa.ArrowException, ValueError, OSError, _http_error()) as error:
         raise ValueError(
-            f"{name} cannot be read ({_first_line(error)}); fetch the dataset again"
+            f"{name} cannot be read ({first_line(error)}); fetch the dataset again"
         ) from None
-    try:
-        layout = Layout.of(manifest["recipe"], manifest["teacher"])
-        token_columns(footer.schema.to_arrow_schema(), layout)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}; it is not of schema {SCHEMA_VERSION}") from None
-    found = (footer.metadata or {}).get(b"logit_dataset.row_fingerprint", b"").decode()
-    if found != manifest["row_fingerprint"]:
-        raise ValueError(
-            f"{name} belongs to the build {found[:12] or 'of an unknown recipe'}, the manifest is of "
-            f"{manifest['row_fingerprint'][:12]}; fetch the dataset again"
-        )
     return footer
 
 
-def _num_tokens(row_group: pq.RowGroupMetaData) -> int:
-    columns = (row_group.column(i) for i in range(row_group.num_columns))
-    return next(int(c.num_values) for c in columns if c.path_in_schema.startswith("input_ids."))
-
-
-def _hub_source(repo: str, revision: str | None, *, streaming: bool) -> Callable[[str], Any]:
+def _hub_source(repo: str, revision: str | None, *, streaming: bool) -> Source:
     """File names → local paths or open remote files, all of the one commit behind the revision."""
-    from huggingface_hub import HfApi, HfFileSystem, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         HFValidationError,
         RepositoryNotFoundError,
@@ -314,7 +373,7 @@ def _hub_source(repo: str, revision: str | None, *, streaming: bool) -> Callable
             directory = snapshot_download(
                 repo, repo_type="dataset", revision=revision, allow_patterns=patterns
             )
-            return lambda name: str(Path(directory) / name)
+            return Directory(Path(directory))
         commit = HfApi().dataset_info(repo, revision=revision).sha
     except HFValidationError:
         raise ValueError(
@@ -329,10 +388,9 @@ def _hub_source(repo: str, revision: str | None, *, streaming: bool) -> Callable
         raise ValueError(f"dataset {repo!r} has no revision {revision!r} on the Hub") from None
     except (OSError, _http_error()) as error:
         raise ValueError(
-            f"there is no directory {repo!r}, and the Hub cannot be reached ({_first_line(error)})"
+            f"there is no directory {repo!r}, and the Hub cannot be reached ({first_line(error)})"
         ) from None
-    hub = HfFileSystem()
-    return lambda name: hub.open(f"datasets/{repo}@{commit}/{name}", "rb")
+    return Commit(repo, str(commit))
 
 
 def _http_error() -> type[Exception]:
@@ -343,7 +401,3 @@ def _http_error() -> type[Exception]:
     from huggingface_hub.errors import HfHubHTTPError
 
     return HfHubHTTPError.__bases__[0]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

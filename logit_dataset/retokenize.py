@@ -124,7 +124,7 @@ class TokenizerProjection:
         for name, values, nothing in (
             ("topk_indices", topk_ids_NK, EMPTY),
             ("topk_logprobs", topk_logprobs_NK, FLOAT16_MIN),
-            ("tail_logprob", tail_N, 0.0),
+            ("tail_logprob", tail_N, FLOAT16_MIN),
             ("entropy", rows.columns["entropy"], 0.0),
         ):
             columns[name] = values[source_M]
@@ -243,6 +243,10 @@ class _Vocabulary:
         self._longest = max(map(len, self.bytes), default=0)
         probe = b"".join(self.bytes[i] for i in self.encode(["a"])[0])
         self._cuts_as_written = probe == b"a"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._backend.encode_special_tokens = True  # a pickled tokenizer forgets it
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         encodings = self._backend.encode_batch(texts, add_special_tokens=False)

@@ -7,7 +7,8 @@ that same token, so neither needs a shift later. The last position of a row is a
     target_ids                     capital  of     France      ← the first token of row 1, chunk 1 of d
     row 1, document d, chunk 1     France  is
     target_ids                     is      <eos>               ← the document ends: the next row is another document
-    last row of the row group      ...     NO_TARGET           ← what follows is not in this row group
+    last row of the row group      ...     NO_TARGET           ← what follows is not in this row group; <eos>, if the row is too
+                                                                 short to have been cut
 
 The distribution at a last position counts in every case; only its token can be unknown (a row in a hundred or so).
 
@@ -34,6 +35,7 @@ from logit_dataset.schema import (
     arrow_schema,
     loss_mask,
     shortest_cut,
+    shortest_open,
 )
 from logit_dataset.schema import columns as all_columns
 
@@ -42,11 +44,15 @@ NO_TARGET = -100
 
 EMPTY = -1
 """In `topk_indices`: a place without a token."""
-NOTHING = {
-    "topk_indices": EMPTY,
-    **dict.fromkeys(("topk_logprobs", "tail_logprobs", "logprobs"), FLOAT16_MIN),
-}
-"""What stands at positions outside the loss mask; 0 in other columns."""
+LOGPROBS = (
+    *("topk_logprobs", "tail_logprob", "tail_logprobs", "target_logprob", "logprobs"),
+    "other_logprob",  # of a projection
+)
+NO_PROBABILITY = dict.fromkeys(LOGPROBS, FLOAT16_MIN)
+NOTHING = {"topk_indices": EMPTY, **NO_PROBABILITY}
+"""What stands at positions that have a token and no distribution; 0 in other columns."""
+IDS = ("input_ids", "topk_indices", "tail_indices")
+"""Columns of the teacher's token ids."""
 
 Array = npt.NDArray[Any]
 
@@ -92,6 +98,8 @@ class Ends:
     """Special tokens at the start of every row."""
     shortest_cut: float
     """A row of this length or more may have been cut from a longer document, of which the rest is not there."""
+    shortest_open: float = 0.0
+    """A row of this length or more may go on in the next one."""
     kept_widths: dict[str, int] = field(default_factory=dict)
     """Columns that hold positions in the loss mask only, and how many values they have there."""
 
@@ -106,6 +114,7 @@ class Ends:
             eos_token_id=manifest["teacher"]["eos_token_id"],
             num_prefix_ids=len(manifest["teacher"]["prefix_ids"]),
             shortest_cut=shortest_cut(manifest),
+            shortest_open=shortest_open(manifest),
             kept_widths=kept_widths,
         )
 
@@ -114,11 +123,13 @@ def token_columns(schema: pa.Schema, layout: Layout) -> list[str]:
     """The columns that have one value or several values a token, in the file's order.
 
     Raises:
-        ValueError: a column of the layout is not there, or is of another type.
+        ValueError: a column of the layout that is read (all but the text) is not there or is of another type, or two have one name.
     """
-    for expected in filter(lambda field: pa.types.is_list(field.type), arrow_schema(layout)):
-        found = schema.field(expected.name).type if expected.name in schema.names else "nothing"
-        if not _same_lists(found, expected.type):
+    if len(names := set(schema.names)) < len(schema.names):
+        raise ValueError("two columns have the same name")
+    for expected in arrow_schema(layout):
+        found = schema.field(expected.name).type if expected.name in names else "nothing"
+        if expected.name != "text" and not _same_lists(found, expected.type):
             raise ValueError(f"column {expected.name} is {found}, expected {expected.type}")
     return [field.name for field in schema if _is_per_token(field.type)]
 
@@ -129,6 +140,7 @@ def read_rows(
     columns: list[str],
     ends: Ends,
     *,
+    vocab_size: int,
     prompt_targets: bool = False,
 ) -> Rows:
     """Decode one row group.
@@ -138,13 +150,16 @@ def read_rows(
         row_group: its number.
         columns: from `token_columns`.
         ends: of the dataset.
+        vocab_size: V; an id that is not below it would be looked up outside of a student's logits.
         prompt_targets: keep `target_ids` outside completions, too.
 
     Raises:
-        ValueError: a value is null, or columns do not fit each other.
+        ValueError: a value is null, an id is outside the vocabulary, or columns do not fit each other.
     """
     table = file.read_row_group(row_group, columns=["id", "chunk_index", *columns])
     lengths_R = _lists(table, "input_ids").value_lengths().to_numpy().astype(np.int64)
+    if not lengths_R.all() or table["id"].null_count or table["chunk_index"].null_count:
+        raise ValueError("a row has no tokens, no id or no chunk_index")
     values: dict[str, Array] = {}
     learned_N, learned_R = _learned(table, lengths_R)
     for name in columns:
@@ -154,8 +169,10 @@ def read_rows(
             what = "the completions of completion_mask" if is_cut else "input_ids"
             raise ValueError(f"{name} and {what} have different lengths")
         values[name] = _values(lists, name)
+        if name in IDS:
+            _check_ids(values[name], name, vocab_size)
         if is_cut:
-            values[name] = _at_their_places(
+            values[name] = at_their_places(
                 values[name].reshape(-1, ends.kept_widths[name]), learned_N, name
             )
     values["target_ids"] = _target_ids(table, values["input_ids"], lengths_R, ends)
@@ -164,6 +181,13 @@ def read_rows(
         if not prompt_targets:
             values["target_ids"] = np.where(learned_N, values["target_ids"], np.int32(NO_TARGET))
     return Rows(lengths_R=lengths_R, columns=values)
+
+
+def _check_ids(ids: Array, name: str, vocab_size: int) -> None:
+    """See that all are of the vocabulary: of 0 to 2^31 − 1 negative ones are none, and are beyond it as numbers without a sign."""
+    if ids.size and int(ids.view(np.uint32).max()) >= vocab_size:
+        wrong = ids[(ids < 0) | (ids >= vocab_size)].flat[0]
+        raise ValueError(f"{name} holds the id {wrong}, expected 0 to {vocab_size - 1}")
 
 
 def _learned(
@@ -175,13 +199,28 @@ def _learned(
     lists = _lists(table, COMPLETION_MASK.name)
     if not np.array_equal(lists.value_lengths(), lengths_R):
         raise ValueError("completion_mask and input_ids have different lengths")
-    learned_N = loss_mask(_values(lists, COMPLETION_MASK.name))
+    return learned(_values(lists, COMPLETION_MASK.name), lengths_R)
+
+
+def learned(
+    mask_N: Array, lengths_R: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+    """Where distributions are about a completion's token of the same row, of rows one after the other.
+
+    Args:
+        mask_N: their completion_mask.
+        lengths_R: their lengths.
+
+    Returns:
+        [N] whether each position's is, [R] how many of a row.
+    """
+    learned_N = loss_mask(mask_N)
     learned_N[lengths_R.cumsum() - 1] = False  # the next token is the next row's
     row_N = np.repeat(np.arange(len(lengths_R)), lengths_R)
     return learned_N, np.bincount(row_N[learned_N], minlength=len(lengths_R))
 
 
-def _at_their_places(values_CK: Array, learned_N: npt.NDArray[np.bool_], name: str) -> Array:
+def at_their_places(values_CK: Array, learned_N: npt.NDArray[np.bool_], name: str) -> Array:
     """[N, K]: values of the positions that have them; elsewhere no token (`EMPTY`) with no probability, or zeros."""
     nothing = NOTHING.get(name, 0)
     values_NK = np.full((len(learned_N), values_CK.shape[1]), nothing, values_CK.dtype)
@@ -201,8 +240,9 @@ def _target_ids(
     goes_on = same & (np.diff(chunks.to_numpy()) == 1)
     last = np.full(len(lengths_R), NO_TARGET, dtype=targets_N.dtype)
     if ends.eos_token_id is not None:
-        last[:-1] = ends.eos_token_id
+        last[:] = ends.eos_token_id
         last[lengths_R >= ends.shortest_cut] = NO_TARGET
+        last[-1:][lengths_R[-1:] >= ends.shortest_open] = NO_TARGET
     last[:-1][goes_on] = input_ids_N[stops_R[:-1][goes_on] + ends.num_prefix_ids]
     targets_N[stops_R - 1] = last
     return targets_N

@@ -289,11 +289,22 @@ def shortest_cut(manifest: Mapping[str, Any]) -> float:
 
     Any, where the teacher wrote the end of a row, for what would follow is not known.
     """
+    if manifest["recipe"]["sequences"]["long_documents"] == "truncate" or is_generated(
+        manifest["recipe"]
+    ):
+        return shortest_open(manifest)
+    return float("inf")
+
+
+def shortest_open(manifest: Mapping[str, Any]) -> float:
+    """The length from which on the row alone does not tell what follows it: its document may go on, in another row or in none.
+
+    Any, where the teacher wrote the end of a row.
+    """
     if is_generated(manifest["recipe"]):
         return 0
-    sequences = manifest["recipe"]["sequences"]
-    if sequences["long_documents"] != "truncate":
-        return float("inf")
     # A cut that would fall inside a character is made before it, and no suffix stands after a cut.
-    longest: int = sequences["max_length"] - len(manifest["teacher"]["suffix_ids"])
+    longest: int = manifest["recipe"]["sequences"]["max_length"] - len(
+        manifest["teacher"]["suffix_ids"]
+    )
     return longest - MAX_CHARACTER_TOKENS

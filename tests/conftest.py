@@ -1,5 +1,6 @@
 """A tiny random teacher with a real tokenizer, small corpora, and the command line as a function."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,8 @@ os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-")  # nor write to, or find, what the user keeps
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this tiny, a second thread only waits
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -146,6 +149,25 @@ def make_recipe(tiny_teacher_dir: Path, corpus_file: Path, tmp_path: Path) -> Ca
         return path
 
     return make
+
+
+def refit(dataset: Path) -> None:
+    """Let a manifest say of its files what they are now, as somebody does who has changed them on purpose."""
+    manifest = json.loads((dataset / "manifest.json").read_text(encoding="utf-8"))
+    for shard in manifest["shards"]:
+        content = (dataset / shard["file"]).read_bytes()
+        shard |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        footer = pq.read_metadata(pa.BufferReader(content))
+        groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+        columns = [g.column(i) for g in groups for i in range(g.num_columns)]
+        tokens = sum(c.num_values for c in columns if c.path_in_schema.startswith("input_ids."))
+        shard |= {"rows": footer.num_rows, "tokens": tokens}
+        if "footer_sha256" in shard:
+            start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+            shard["footer_sha256"] = hashlib.sha256(content[start:]).hexdigest()
+    for name in ("rows", "tokens", "bytes"):
+        manifest["totals"][name] = sum(shard[name] for shard in manifest["shards"])
+    (dataset / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def run_cli(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -36,6 +36,7 @@ from builder.dataset.shards import (
     atomic_file,
     column_bytes,
     file_sha256,
+    footer_sha256,
 )
 from builder.recipe import CorpusRecipe, Recipe
 from builder.sources.opening import make_encoder, open_teacher
@@ -236,6 +237,7 @@ class Worker:
             if generator
             else None,
             column_bytes=column_bytes(pq.read_metadata(file)),
+            footer_sha256=footer_sha256(file),
         )
 
     def _pipeline(self) -> Pipeline:

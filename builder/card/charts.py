@@ -91,7 +91,7 @@ def measure_file(path: Path) -> Measured:
     Raises:
         ValueError: a row group unpacks to more than any dataset's does.
     """
-    file, total = pq.ParquetFile(path), NOTHING
+    file, total = pq.ParquetFile(path, page_checksum_verification=True), NOTHING
     name = "logprobs" if "logprobs" in file.schema_arrow.names else "topk_logprobs"
     for group in range(file.num_row_groups):
         check_unpacked_size(path, file.metadata, group)

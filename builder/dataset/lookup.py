@@ -79,7 +79,7 @@ def read_row(file: Any, number: int, columns: list[str] | None = None) -> dict[s
         IndexError: the file has no such row.
         ValueError: its row group unpacks to more than any dataset's does.
     """
-    parquet = pq.ParquetFile(file)
+    parquet = pq.ParquetFile(file, page_checksum_verification=True)
     for group in range(parquet.num_row_groups):
         if number < parquet.metadata.row_group(group).num_rows:
             if isinstance(file, Path):

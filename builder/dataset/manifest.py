@@ -27,6 +27,9 @@ DATA_FILE = re.compile(r"data/[A-Za-z0-9_][A-Za-z0-9._-]*\.parquet")
 """Names that a manifest, which may come from anywhere, may use for a data file."""
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
 
+UNSAID = ("completions", "offset_before", "column_bytes", "footer_sha256")
+"""Fields of records that are left out where they are None."""
+
 FORMER_KEYS = {"position_before": "offset_before", "position_after": "offset_after"}
 """Of records in older manifests and unfinished builds."""
 
@@ -108,6 +111,8 @@ class ShardRecord:
     """Corpus offset at which it starts, {} at the beginning of a partition; None in a dataset of a schema before 1.2."""
     column_bytes: dict[str, int] | None = None
     """Compressed, of each column; None in a dataset of a schema before 1.2."""
+    footer_sha256: str | None = None
+    """Of the Parquet footer; None of a file whose pages have no checksums, as all were once."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any], *, where: str = "") -> Self:
@@ -139,9 +144,7 @@ class ShardRecord:
         """The record as plain JSON values."""
         values = asdict(self)
         return {
-            name: value
-            for name, value in values.items()
-            if name not in ("completions", "offset_before", "column_bytes") or value is not None
+            name: value for name, value in values.items() if name not in UNSAID or value is not None
         }
 
 

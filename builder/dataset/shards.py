@@ -4,7 +4,7 @@ In:   Blocks: the sequences of some consecutive rows, with the distribution of a
 Out:  one Parquet file a shard, written under a temporary name, fsynced, then renamed.
 
 Sizes: see README. Columns of indices are split into byte streams before zstd (their high bytes are nearly constant); the profile
-       `compact` also splits those of several float16 values a token, which DuckDB cannot read.
+       `compact` also splits those of several float16 values a token, which DuckDB cannot read. Every page has a CRC-32: 0.005 % of the bytes.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from logit_dataset.files import column_name, footer_bytes
 from logit_dataset.schema import Layout, arrow_schema
 
 if TYPE_CHECKING:  # readers of shards need neither torch nor a tokenizer
@@ -64,6 +65,7 @@ def parquet_writer(sink: pa.NativeFile | Path, schema: pa.Schema, profile: str) 
         use_dictionary=["id"],
         column_encoding=encodings,
         write_page_index=True,
+        write_page_checksum=True,
         write_statistics=["id", "chunk_index"],
     )
 
@@ -74,7 +76,7 @@ def column_bytes(metadata: pq.FileMetaData) -> dict[str, int]:
     for group in range(metadata.num_row_groups):
         for index in range(metadata.num_columns):
             column = metadata.row_group(group).column(index)
-            name = column.path_in_schema.split(".")[0]
+            name = column_name(column.path_in_schema)
             sizes[name] = sizes.get(name, 0) + column.total_compressed_size
     return sizes
 
@@ -182,6 +184,12 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def footer_sha256(path: Path) -> str:
+    """SHA-256 of a Parquet file's footer, in hex."""
+    with path.open("rb") as file:
+        return hashlib.sha256(footer_bytes(file)).hexdigest()
 
 
 def nested_values(

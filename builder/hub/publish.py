@@ -268,7 +268,9 @@ def _compare_rows(plan: Plan, commit: str) -> None:
             else plan.directory / record.file
         )
         rows = dataset.shard(len(records), index).iter(batch_size=64)
-        expected = pq.ParquetFile(opened).iter_batches(batch_size=64)
+        expected = pq.ParquetFile(opened, page_checksum_verification=True).iter_batches(
+            batch_size=64
+        )
         if _digests(rows) != _digests(pa.Table.from_batches([batch]) for batch in expected):
             raise ValueError(f"{record.file} has arrived with other rows than were sent")
 

@@ -80,7 +80,7 @@ def check_shard(
     documents.begin(record)
     checker = _RowChecker(record.file, manifest, layout, documents)
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, page_checksum_verification=True)
         if problem := _wrong_file(file, record, manifest, layout):
             report.problems.append(f"{record.file}: {problem}")
             documents.skip()

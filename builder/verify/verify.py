@@ -28,7 +28,7 @@ from builder.dataset.manifest import (
     records_of,
     write_json,
 )
-from builder.dataset.shards import file_sha256
+from builder.dataset.shards import file_sha256, footer_sha256
 from builder.verify.card import check_card
 from builder.verify.documents import Documents
 from builder.verify.manifest import check_manifest, is_of_later_schema
@@ -128,6 +128,10 @@ def _check_files(
         elif file_sha256(path) != record.sha256:
             report.problems.append(
                 f"{record.file}: its content does not have the hash in the manifest"
+            )
+        elif record.footer_sha256 and footer_sha256(path) != record.footer_sha256:
+            report.problems.append(
+                f"{record.file}: its footer does not have the hash in the manifest"
             )
 
 

@@ -16,6 +16,7 @@ from examples.experiment.arms import ARMS
 from examples.experiment.corpus import write_corpus
 from examples.experiment.train import Data, teacher_itself
 from examples.experiment.truth import SAMPLES, write_truth
+from logit_dataset.files import column_name
 from logit_dataset.load import LogitDataset
 
 RECIPE = Path(__file__).parent / "recipe.toml"
@@ -107,10 +108,10 @@ def _stored_bytes(data: LogitDataset, columns: tuple[str, ...]) -> float | None:
     """Bytes a token in Parquet (zstd) of an arm's target; None where it has no columns of its own."""
     total = 0
     for group in data.row_groups:
-        stored: pq.RowGroupMetaData = data.open_file(group.file).metadata.row_group(group.index)
+        stored: pq.RowGroupMetaData = data.files.footers[group.file].row_group(group.index)
         for number in range(stored.num_columns):
             column = stored.column(number)
-            if column.path_in_schema.split(".")[0] in columns:
+            if column_name(column.path_in_schema) in columns:
                 total += column.total_compressed_size
     return total / data.num_tokens if columns else None
 

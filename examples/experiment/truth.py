@@ -32,7 +32,7 @@ from torch import Tensor
 from builder.corpus.sequences import length_sorted_batches
 from builder.dataset.lookup import teacher_source
 from builder.dataset.manifest import read_manifest, write_json
-from builder.dataset.shards import atomic_file, nested_values
+from builder.dataset.shards import atomic_file, file_sha256, footer_sha256, nested_values
 from builder.teacher.loading import load_teacher
 from builder.teacher.model import Teacher
 from builder.verify.noise import MAX_FLOAT32_ERROR
@@ -55,7 +55,9 @@ def student_vocabulary(dataset: Path, num_kept: int) -> FrequentTokens:
     manifest = read_manifest(dataset)
     counts_V = np.zeros(manifest["teacher"]["vocab_size"], dtype=np.int64)
     for shard in manifest["shards"]:
-        table = pq.read_table(dataset / shard["file"], columns=["id", "input_ids"])
+        table = pq.read_table(
+            dataset / shard["file"], columns=["id", "input_ids"], page_checksum_verification=True
+        )
         table = table.filter([part_of(name) == "train" for name in table["id"].to_pylist()])
         counts_V += np.bincount(nested_values(table["input_ids"]), minlength=len(counts_V))
     return FrequentTokens(counts_V, num_kept, always_keep=[manifest["teacher"]["eos_token_id"]])
@@ -95,13 +97,15 @@ def write_truth(
         raise ValueError(
             f"{work} was made of another dataset or vocabulary; remove it, or choose another directory"
         )
-    if (work / LAST_PART / "manifest.json").exists():
+    last = work / LAST_PART / "manifest.json"
+    # Those of an earlier version say less of their files than is read now: they are written again.
+    if last.exists() and "sha256" in json.loads(last.read_text())["shards"][0]:
         return
     num_tokens = sum(shard["tokens"] for shard in manifest["shards"])
     whole = _open_whole(work / "whole.npy", (num_tokens, projection.vocab_size))
     teacher, tables, start = None, [], 0
     for number, shard in enumerate(manifest["shards"]):
-        table = pq.read_table(dataset / shard["file"])
+        table = pq.read_table(dataset / shard["file"], page_checksum_verification=True)
         stop = start + shard["tokens"]
         cache = work / f"{Path(shard['file']).stem}.npz"
         if not cache.exists():
@@ -238,19 +242,30 @@ def _write_parts(table: pa.Table, manifest: dict[str, Any], work: Path) -> None:
         if not any(rows):
             raise ValueError(f"no document is in the part {part!r}; take a longer corpus")
         (work / part / "data").mkdir(parents=True, exist_ok=True)
+        here = table.filter(rows)
         with atomic_file(work / part / file) as sink:
             pq.write_table(
-                table.filter(rows),
+                here,
                 sink,
                 row_group_size=ROW_GROUP_ROWS,
                 compression="zstd",
                 use_dictionary=False,
+                write_page_checksum=True,
                 column_encoding={
                     f"{name}.list.element.list.element": "BYTE_STREAM_SPLIT"
                     for name in ("topk_indices", "samples", "tail_indices")
                 },
             )
-        write_json(work / part / "manifest.json", {**manifest, "shards": [{"file": file}]})
+        size = {"rows": len(here), "tokens": len(nested_values(here["input_ids"]))}
+        record = {
+            "file": file,
+            "sha256": file_sha256(work / part / file),
+            "footer_sha256": footer_sha256(work / part / file),
+            "bytes": (work / part / file).stat().st_size,
+            **size,
+        }
+        described = {**manifest, "totals": {**manifest["totals"], **size}, "shards": [record]}
+        write_json(work / part / "manifest.json", described)
 
 
 def _open_whole(path: Path, shape: tuple[int, int]) -> Array:

@@ -28,7 +28,7 @@ from logit_dataset.schema import (
     columns,
     loss_mask,
 )
-from tests.conftest import TINY_VOCAB_SIZE, TRAINING_TEXT
+from tests.conftest import TINY_VOCAB_SIZE, TRAINING_TEXT, refit
 
 OPTIONS = {"top_k": 6, "tail_samples": 2, "temperatures": (2.0,), "hidden_states": True}
 SIZES = {"vocab_size": TINY_VOCAB_SIZE, "hidden_size": 32}
@@ -172,8 +172,10 @@ def dataset(directory, teacher, layout, rows):
         "teacher": {**SIZES, "name": "x", "sha256": "x", "eos_token_id": END}
         | {"prefix_ids": [], "suffix_ids": [], "tokenizer_sha256": "x"},
         "shards": [{"file": "data/train-000-00000.parquet"}],
+        "totals": {},
     }
     (directory / "manifest.json").write_text(json.dumps(manifest))
+    refit(directory)
     return directory
 
 
@@ -303,7 +305,7 @@ def test_a_state_says_which_targets_it_was_made_with(pair):
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=6))
 def test_any_masks_come_back_at_their_places(masks):
-    from logit_dataset.rows import _at_their_places, _learned
+    from logit_dataset.rows import _learned, at_their_places
 
     lengths = np.array([len(mask) for mask in masks])
     table = pa.table({"completion_mask": pa.array(masks)})
@@ -312,7 +314,7 @@ def test_any_masks_come_back_at_their_places(masks):
     assert learned.tolist() == np.concatenate(expected).tolist()
     assert counts.tolist() == [int(kept.sum()) for kept in expected]
     values = np.arange(1, 2 * counts.sum() + 1, dtype=np.float16).reshape(-1, 2)
-    placed = _at_their_places(values, learned, "topk_logprobs")
+    placed = at_their_places(values, learned, "topk_logprobs")
     assert np.array_equal(placed[learned], values)
     assert (placed[~learned] == FLOAT16_MIN).all()
 

@@ -47,6 +47,26 @@ def test_an_unfinished_build_is_resumed_to_the_same_bytes(older):
     assert [s["tokens"] for s in old["shards"]] == [s["tokens"] for s in new["shards"]]
 
 
+def test_files_with_and_without_checksums_make_one_dataset(older):
+    output = older / "unfinished"
+    damaged = output / "data" / "train-000-00001.parquet"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    done = run_cli("build", older / "text.toml", "--output", output, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "00001.parquet does not have the hash in its record: building it again" in done.stderr
+    shards = read_manifest(output)["shards"]
+    assert ["footer_sha256" in shard for shard in shards] == [False, True, True]
+    done = run_cli("verify", output, "--recompute", 3, "--teacher", TEACHER)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = []
+    for dataset in (OLDER / "text", output):
+        data = load_logits(dataset, check_hashes=True)
+        rows.append([data.read(group).columns["input_ids"].tolist() for group in data.row_groups])
+    assert rows[0] == rows[1]
+
+
 def test_a_finished_one_is_complete_by_its_recipe(older):
     before = json.loads((older / "text" / "manifest.json").read_text())
     done = run_cli("build", older / "text.toml", "--output", older / "text", "--device", "cpu")

@@ -15,7 +15,7 @@ from builder.corpus.sequences import Sequence
 from builder.dataset.shards import Block, ShardWriter, atomic_file
 from logit_dataset import load_logits
 from logit_dataset.schema import SCHEMA_VERSION, Layout
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, refit
 
 
 def example(name):
@@ -203,8 +203,10 @@ def write_synthetic(directory, *, num_tokens, vocab_size, top_k, row_length=256,
             **{"tokenizer_sha256": "0", "eos_token_id": 2, "prefix_ids": [], "suffix_ids": []},
         },
         "shards": [{"file": file}],
+        "totals": {},
     }
     (directory / "manifest.json").write_text(json.dumps(manifest))
+    refit(directory)
 
 
 def test_under_a_million_parameters_learn_from_a_vocabulary_of_49152(tmp_path, capsys):

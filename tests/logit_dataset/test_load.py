@@ -19,7 +19,7 @@ from logit_dataset import load_logits
 from logit_dataset.rows import NO_TARGET, Ends, _target_ids, _values
 from logit_dataset.schema import SCHEMA_VERSION
 from tests import loopback_hub as stand_in
-from tests.conftest import TINY_VOCAB_SIZE, TRAINING_TEXT, recipe_text, write_jsonl
+from tests.conftest import TINY_VOCAB_SIZE, TRAINING_TEXT, recipe_text, refit, write_jsonl
 
 PER_TOKEN = [
     *["input_ids", "topk_indices", "topk_logprobs", "tail_logprob"],
@@ -118,7 +118,6 @@ def test_shapes_and_padding(data):
         padding = ~batch["mask"]
         assert torch.equal(padding, batch["sequence_ids"] == -1)
         assert (batch["target_ids"][padding] == NO_TARGET).all()
-        assert not batch["topk_logprobs"][padding].any()
     widths = {batch["input_ids"].shape[1] for batch in data.batches(batch_size=1)}
     assert len(widths) > 2
     full = [b["mask"].float().mean() for b in data.batches(batch_size=4, length=150, packed=True)]
@@ -198,6 +197,7 @@ def test_columns_that_the_schema_does_not_know_are_in_the_batch_if_they_are_numb
         for name, values in extra.items():
             table = table.append_column(name, pa.array(values))
         pq.write_table(table, path)
+    refit(copy)
     batch = next(iter(load_logits(copy).batches(batch_size=2)))
     assert "messages" not in batch
     mask, position = batch["mask"], batch["position_ids"]
@@ -381,16 +381,22 @@ def change_manifest(directory, change):
 
 
 def test_a_damaged_dataset_is_refused_at_once(copy, built):
-    def refused(message):
-        with pytest.raises(ValueError, match=message):
+    def refused(message, *, refitted=False):
+        if refitted:
+            refit(copy)
+        with pytest.raises(ValueError, match=message) as caught:
             load_logits(copy)
+        assert "\n" not in str(caught.value)
         shutil.rmtree(copy)
         shutil.copytree(built, copy)
 
     first, second = sorted((copy / "data").glob("*.parquet"))[:2]
+    size = first.stat().st_size
     first.unlink()
     refused(f"{first.name} is missing")
     first.write_bytes(first.read_bytes()[:-100])
+    refused(f"{first.name} has {size - 100:,} bytes, the manifest says {size:,}; fetch")
+    first.write_bytes(first.read_bytes()[:-100] + bytes(100))
     refused(f"{first.name} cannot be read")
     table = pq.read_table(first)
     index = table.column_names.index("topk_logprobs")
@@ -399,14 +405,16 @@ def test_a_damaged_dataset_is_refused_at_once(copy, built):
         "topk_logprobs",
         table["topk_logprobs"].cast(pa.list_(pa.list_(pa.float32()))),
     )
-    pq.write_table(wider, first)
-    refused(
-        "topk_logprobs is list<element: list<element: float>>, expected list<item: list<item: half"
-    )
-    pq.write_table(table.drop_columns("tail_logprob"), first)
-    refused("column tail_logprob is nothing, expected list")
+    for changed, message in (
+        (wider, "topk_logprobs is list<element: list<element: float>>, expected list<item: list"),
+        (table.drop_columns("tail_logprob"), "column tail_logprob is nothing, expected list"),
+        (table.drop_columns("id"), "column id is nothing, expected string"),
+        (table.rename_columns({"chunk_index": "id"}), "two columns have the same name"),
+    ):
+        pq.write_table(changed, first)
+        refused(message, refitted=True)
     pq.write_table(table.replace_schema_metadata({"logit_dataset.row_fingerprint": "abc"}), second)
-    refused(f"{second.name} belongs to the build abc, the manifest is of")
+    refused(f"{second.name} belongs to the build abc, the manifest is of", refitted=True)
     change_manifest(copy, lambda m: m["shards"][0].update(file="data/../../secret.parquet"))
     refused("names the file 'data/../../secret.parquet', expected data")
     change_manifest(copy, lambda m: m.update(schema_version="2.0.0"))
@@ -417,6 +425,30 @@ def test_a_damaged_dataset_is_refused_at_once(copy, built):
     refused("manifest.json is damaged")
     (copy / "manifest.json").unlink()
     refused("it is not a finished logit dataset")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["shards"].pop(), "it says 40 rows in all, and 34 by file"),
+        (lambda m: m["shards"].append(m["shards"][0]), "it names a file twice"),
+        (lambda m: m["totals"].update(rows=400), "it says 400 rows in all, and 40 by file"),
+        (lambda m: m["totals"].pop("rows"), "no 'rows'"),
+        (lambda m: m["shards"][0].pop("tokens"), "no 'tokens'"),
+        (lambda m: m["shards"][0].update(bytes="1"), "has bytes = '1'"),
+        (lambda m: m["shards"].insert(0, None), "'NoneType' object is not subscriptable"),
+        (lambda m: m["teacher"].update(vocab_size="448"), "its vocab_size is '448'"),
+        (lambda m: m["teacher"].pop("prefix_ids"), "no 'prefix_ids'"),
+        (lambda m: m["recipe"].pop("output"), "no 'output'"),
+        (lambda m: m["recipe"]["output"].update(top_k="twenty"), "not supported"),
+        (lambda m: m.update(recipe=[]), "list indices must be integers"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(copy, change, message):
+    change_manifest(copy, change)
+    with pytest.raises(ValueError, match=rf"manifest.json is damaged \(.*{message}") as caught:
+        load_logits(copy)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_fails_while_reading_ahead_fails_the_consumer(copy):

@@ -19,7 +19,7 @@ from builder.dataset.manifest import (
     totals_of,
     write_json,
 )
-from builder.dataset.shards import column_bytes, file_sha256, nested_values
+from builder.dataset.shards import column_bytes, file_sha256, footer_sha256, nested_values
 
 Row = dict[str, Any]
 Manifest = dict[str, Any]
@@ -115,6 +115,7 @@ def refit(directory: Path, change: Callable[[Manifest], Any] = lambda _: None) -
         end["documents"] += sum(row["chunk_index"] == 0 for row in rows)
         shard.update(
             sha256=file_sha256(path),
+            footer_sha256=footer_sha256(path),
             bytes=path.stat().st_size,
             rows=len(rows),
             tokens=tokens,
