@@ -6,8 +6,9 @@ Out:  for each draw how far, as a probability, its number lies from the place of
 
 How:  a draw inverts the cumulated distribution at a number u: it is the token j with F(j − 1) ≤ u < F(j). Recomputed, F differs by the
       noise of the teacher, and so the distance of u from that interval is 0 or about as small; for a draw that was made otherwise it is
-      anything. Tokens of the tail that were candidates for the top K are drawn from in an order that depends on the device, so of these
-      only their being candidates is looked at (`capture.draws`, `capture.distribution`).
+      anything. Tokens of the tail are drawn in the order of their ids (`capture.draws`). Older code drew from the candidates for the top K
+      first, in an order that depended on the device; of these, only their being candidates is looked at. A row has been drawn in one of
+      the two ways.
 
 Shape suffixes: T positions, C those in the loss mask, M draws, V vocabulary, K top-k.
 """
@@ -76,6 +77,7 @@ class TailDraws:
         self._uniforms_CM = numbers_TM[mask_T]
         self._seen = 0
         self._found: list[Tensor] = []
+        self._found_formerly: list[Tensor] = []
 
     def see(self, logits_CV: Tensor, stored: dict[str, Tensor]) -> None:
         """Look at the next positions of the loss mask.
@@ -90,18 +92,21 @@ class TailDraws:
         has_tail_C = stored["tail_logprobs"].amax(-1) > FLOAT16_MIN
         if not has_tail_C.any():
             return
-        distances_CM = tail_distances(
-            logits_CV[has_tail_C],
-            topk_CK=stored["topk_indices"][has_tail_C],
-            drawn_CM=stored["tail_indices"][has_tail_C],
-            uniforms_CM=uniforms_CM[has_tail_C],
-        )
-        self._found.append(distances_CM.flatten())
+        drawn = {
+            "topk_CK": stored["topk_indices"][has_tail_C],
+            "drawn_CM": stored["tail_indices"][has_tail_C],
+            "uniforms_CM": uniforms_CM[has_tail_C],
+        }
+        self._found.append(tail_distances(logits_CV[has_tail_C], **drawn).flatten())
+        formerly_CM = former_tail_distances(logits_CV[has_tail_C], **drawn)
+        self._found_formerly.append(formerly_CM.flatten())
 
     def distances(self) -> Distances:
-        """Of all that was seen."""
-        values = torch.cat(self._found) if self._found else torch.empty(0)
-        return Distances(what=self.what, values=values)
+        """Of all that was seen, by the order of draws that explains more of them."""
+        if not self._found:
+            return Distances(what=self.what, values=torch.empty(0))
+        ways = [torch.cat(found) for found in (self._found, self._found_formerly)]
+        return Distances(what=self.what, values=min(ways, key=lambda way: float(way.mean())))
 
 
 class Completion:
@@ -166,7 +171,16 @@ class Completion:
 def tail_distances(
     logits_CV: Tensor, *, topk_CK: Tensor, drawn_CM: Tensor, uniforms_CM: Tensor
 ) -> Tensor:
-    """[C, M] distance of each number from the place of its drawn token, where the tail's mass is 1.
+    """[C, M] distance of each number from the place of its drawn token among those of the tail, in the order of ids."""
+    tail_CV = logits_CV.scatter(1, topk_CK, -torch.inf).softmax(-1)
+    distance_CM = _outside(tail_CV.cumsum(-1), drawn_CM, uniforms_CM)
+    return distance_CM.masked_fill(_are_listed(drawn_CM, topk_CK), 1)
+
+
+def former_tail_distances(
+    logits_CV: Tensor, *, topk_CK: Tensor, drawn_CM: Tensor, uniforms_CM: Tensor
+) -> Tensor:
+    """The same of draws by older code.
 
     Numbers below the candidates' share of the tail point at one of these, the others at the rest of the vocabulary, by id.
     """
@@ -182,8 +196,12 @@ def tail_distances(
     of_rest_CM = _outside(ends_CV, drawn_CM, uniforms_CM)
     of_candidates_CM = (uniforms_CM - share_C1).clamp(min=0)
     distance_CM = torch.where(is_candidate_CV.gather(1, drawn_CM), of_candidates_CM, of_rest_CM)
-    is_listed_CM = (drawn_CM[:, :, None] == topk_CK[:, None]).any(-1)
-    return distance_CM.masked_fill(is_listed_CM, 1)
+    return distance_CM.masked_fill(_are_listed(drawn_CM, topk_CK), 1)
+
+
+def _are_listed(drawn_CM: Tensor, topk_CK: Tensor) -> Tensor:
+    """[C, M] bool: which drawn tokens are of the top K, and so none of the tail."""
+    return (drawn_CM[:, :, None] == topk_CK[:, None]).any(-1)
 
 
 def candidates(logits_CV: Tensor, top_k: int) -> Tensor:
