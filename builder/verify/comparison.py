@@ -111,6 +111,8 @@ class Reading:
     """Their log-probabilities."""
     at_reference_CK: Tensor
     """Those of the ids that it is compared with, by rank."""
+    at_first_C: Tensor
+    """That of the first of these ids."""
     errors: dict[str, Errors] = field(default_factory=dict)
     """Of the stored columns against it, where that was asked for."""
     raw_abs_sum: float = 0.0
@@ -146,7 +148,13 @@ def read(
     errors: dict[str, list[Errors]] = defaultdict(list)
     entries_CE = entries(row, layout)
     targets_T = torch.tensor(row.targets)
-    found = Reading(columns={}, own_ids_CK=_none(), best_CK=_none(), at_reference_CK=_none())
+    found = Reading(
+        columns={},
+        own_ids_CK=_none(),
+        best_CK=_none(),
+        at_reference_CK=_none(),
+        at_first_C=_none(),
+    )
     start = kept = 0
     for logits_TV in _small(pieces):
         here = slice(start, start + len(logits_TV))
@@ -162,7 +170,7 @@ def read(
             _add_raw(found, stored, now)
         if layout.top_k == "all":
             now["logprobs"] = now["logprobs"].gather(1, entries_CE[there])
-        own_CK, best_CK, at_CK = _best(
+        own_CK, best_CK, at_CK, first_C = _best(
             logprobs_TV[mask_T], stored, None if reference is None else reference.own_ids_CK[there]
         )
         for name, values in now.items():
@@ -170,10 +178,12 @@ def read(
         parts["own"].append(own_CK)
         parts["best"].append(best_CK)
         parts["at"].append(at_CK)
+        parts["first"].append(first_C)
         if compare:
             errors[MISSING].append(Errors.of(best_CK, at_CK, rounded=False))
     joined = {name: torch.cat(values) for name, values in parts.items()}
-    found.own_ids_CK, found.best_CK, found.at_reference_CK = (joined.pop(n) for n in ("own", "best", "at"))  # fmt: skip
+    found.own_ids_CK, found.best_CK = joined.pop("own"), joined.pop("best")
+    found.at_reference_CK, found.at_first_C = joined.pop("at"), joined.pop("first")
     found.columns = joined
     found.errors = {name: _joined(some) for name, some in errors.items()}
     return found
@@ -284,8 +294,8 @@ def _errors(
 
 def _best(
     logprobs_CV: Tensor, stored: dict[str, Tensor], reference_CK: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The teacher's own top K, its log-probabilities of these, and of those of a reference or the stored ones, by rank.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The teacher's own top K, its log-probabilities of these, of those of a reference or the stored ones by rank, and of the first of these.
 
     Where all are stored, of the first: several may be that once they are rounded, and any of them will do.
     """
@@ -300,7 +310,7 @@ def _best(
         at_CK = logprobs_CV.masked_fill(~first_CV, -torch.inf).amax(-1, keepdim=True)
     else:
         at_CK = logprobs_CV.gather(1, stored["topk_indices"])
-    return own_CK, best_CK, at_CK.sort(-1, descending=True).values
+    return own_CK, best_CK, at_CK.sort(-1, descending=True).values, at_CK[:, 0]
 
 
 def _add_raw(found: Reading, stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -265,8 +265,9 @@ def _statistics(
         totals["nll_stored"] -= float(row.columns["target_logprob"].double()[known].sum())
         totals["nll_recomputed"] -= float(reading.columns["target_logprob"][known].sum())
         totals["kept"] += len(reading.best_CK)
-        first = reading.best_CK[:, 0] - reading.at_reference_CK[:, 0] if len(reading.best_CK) else torch.empty(0)  # fmt: skip
-        totals["top1"] += int((first < 1e-9).sum())
+        if len(reading.best_CK):
+            behind_C = reading.best_CK[:, 0] - reading.at_first_C
+            totals["top1"] += int((behind_C < 1e-9).sum())
     count = sum(reading.raw_count for reading in found.alone)
     draws = [one for of_row in found.distances for one in of_row]
     num_draws = sum(len(one.values) for one in draws)
