@@ -39,15 +39,13 @@ KNOWN = (
 """Columns that have a place for every position, or the row is wrong. Any other column is taken if it has."""
 MADE = ("target_ids", "mask", "sequence_ids", "position_ids", "labels", "attention_mask")
 """What is made here: a column of that name is not read."""
-OF_MODELS = ("input_ids", "target_ids", "sequence_ids", "position_ids")
-"""In int64, as models and losses of others want them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitCollator:
     """A `collate_fn` or `data_collator` for rows of a logit dataset, whole or filtered, shuffled, split or interleaved.
 
-    A batch has what `Batches` describes, with ids in int64 and probabilities in the type that they come in, and
+    A batch has what `Batches` describes, with integers in int64 and probabilities in the type that they come in, and
 
     - `labels` [B, T] int64: the way of transformers, whose models shift them: the token at each position itself, where the position before
       it has it for its target; −100 elsewhere, so at the first of a sequence, in padding and, of a dataset with completions, outside them;
@@ -138,7 +136,7 @@ class LogitCollator:
                 "split_long=True"
             )
         batch = assemble(self._places(pieces), self.length or (None if longest else 1))
-        batch |= {name: batch[name].astype(np.int64) for name in OF_MODELS}
+        batch |= {n: v.astype(np.int64) for n, v in batch.items() if v.dtype.kind == "i"}
         sequences, labels = batch["sequence_ids"], np.full_like(batch["target_ids"], NO_TARGET)
         goes_on = (sequences[:, 1:] == sequences[:, :-1]) & (sequences[:, 1:] >= 0)
         labels[:, 1:][goes_on] = batch["target_ids"][:, :-1][goes_on]

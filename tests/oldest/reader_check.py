@@ -419,6 +419,18 @@ def test_a_damaged_page_is_found_by_its_checksum(tmp_path):
         pq.ParquetFile(tmp_path / "x.parquet", page_checksum_verification=True).read()
 
 
+def refit(dataset, path):
+    """Let the manifest say of a file what it is now."""
+    manifest, content = json.loads((dataset / "manifest.json").read_text()), path.read_bytes()
+    footer = content[len(content) - 8 - int.from_bytes(content[-8:-4], "little") :]
+    for shard in manifest["shards"]:
+        if shard["file"] == f"data/{path.name}":
+            hashes = {"sha256": content, "footer_sha256": footer}
+            shard |= {name: hashlib.sha256(part).hexdigest() for name, part in hashes.items()}
+            shard["bytes"] = len(content)
+    (dataset / "manifest.json").write_text(json.dumps(manifest))
+
+
 def test_what_is_damaged_is_a_value_error(tmp_path):
     import shutil
 
@@ -430,6 +442,13 @@ def test_what_is_damaged_is_a_value_error(tmp_path):
     with pytest.raises(ValueError, match=f"{path.name}, row group 0: .*; verify the dataset"):
         list(data.batches(batch_size=2))
     path.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=r"has [\d,]+ bytes, the manifest says"):
+        load_logits(tmp_path / "x")
+    path.write_bytes(whole[:-100] + bytes(1) + whole[-99:])
+    with pytest.raises(ValueError, match="footer has the SHA-256"):
+        load_logits(tmp_path / "x")
+    path.write_bytes(whole[:-8] + bytes(4) + whole[-4:])
+    refit(tmp_path / "x", path)
     with pytest.raises(ValueError, match="cannot be read"):
         load_logits(tmp_path / "x")
     path.unlink()
@@ -446,6 +465,7 @@ def test_a_column_of_another_type_is_refused(tmp_path):
     index = table.column_names.index("logsumexp")
     values = table["logsumexp"].cast(pa.list_(pa.float64()))
     pq.write_table(table.set_column(index, "logsumexp", values), path)
+    refit(tmp_path / "x", path)
     with pytest.raises(
         ValueError, match=r"column logsumexp is list<.*: double>, expected list<item: float>"
     ):
