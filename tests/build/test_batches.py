@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from builder.capture.decoding import Decoder
 from builder.capture.guard import Guard
 from builder.dataset.manifest import read_manifest
 from builder.teacher import lengths
@@ -54,8 +55,8 @@ def longrope_dir(longrope, tiny_tokenizer, tmp_path_factory) -> Path:
 def texts(tiny_tokenizer: Any) -> list[dict[str, str]]:
     """Of 1 to 90 tokens, the border and its neighbours among them."""
     ids = tiny_tokenizer.encode(" ".join(TRAINING_TEXT * 3), add_special_tokens=False)
-    lengths = [BORDER + 1, 3, 90, BORDER, 17, BORDER - 1, 70, 1, 55, 9, BORDER + 2, 30]
-    return [{"id": f"{n}", "text": tiny_tokenizer.decode(ids[:n])} for n in lengths]
+    counts = [BORDER + 1, 3, 90, BORDER, 17, BORDER - 1, 70, 1, 55, 9, BORDER + 2, 30, 28, 27, 24]
+    return [{"id": f"{n}", "text": tiny_tokenizer.decode(ids[:n])} for n in counts]
 
 
 @pytest.fixture
@@ -104,10 +105,19 @@ def test_the_border_matters_to_this_teacher(longrope):
     [("temperature = 0", "float32"), ("temperature = 0", "bfloat16"), ("samples = 2", "float32")],
 )
 def test_what_a_longrope_teacher_writes_stays_on_one_side_of_the_border(
-    make_recipe, tmp_path, longrope, longrope_dir, how, dtype
+    make_recipe, tmp_path, longrope, longrope_dir, how, dtype, monkeypatch
 ):
     new_tokens = 12
     notices: list[str] = []
+    ends: list[tuple[int, int]] = []
+    decode = Decoder.decode
+
+    def noted(self: Decoder, sequences: list[list[int]], *, num_tokens: int, **options: Any) -> Any:
+        found = [len(ids) for ids in sequences]
+        ends.append((self.teacher.reach(min(found)), max(found) + num_tokens))
+        return decode(self, sequences, num_tokens=num_tokens, **options)
+
+    monkeypatch.setattr(Decoder, "decode", noted)
     recipe = make_recipe(
         teacher=longrope_dir,
         sequences="max_length = 128\nbatch_tokens = 4096",
@@ -117,7 +127,10 @@ def test_what_a_longrope_teacher_writes_stays_on_one_side_of_the_border(
     run(recipe, tmp_path / "out", notice=notices.append)
     rows = read_rows(tmp_path / "out")
     prompts = {int(row["id"].partition("/")[0]) for row in rows}
-    assert prompts == {1, 3, 9, 17, BORDER + 1, BORDER + 2, 55, 70, 90}  # not 30, 39 and 40
+    short = {1, 3, 9, 17, 24, 27, 28}  # and not 30, 39 and 40
+    assert prompts == {*short, BORDER + 1, BORDER + 2, 55, 70, 90}
+    assert all(end <= reach for reach, end in ends)
+    assert {reach for reach, _ in ends} == {BORDER, lengths.ANY}
     totals = read_manifest(tmp_path / "out")["totals"]["completions"]
     assert totals["prompts_too_long"] == 3
     (line,) = notices
@@ -206,7 +219,7 @@ def test_a_build_stops_where_a_row_depends_on_its_batch(
     )
     status, _, err = cli("build", remedy, "--output", tmp_path / "alone")
     assert status == 0, err
-    report = verify(tmp_path / "alone", recompute=12, teacher_path=longrope_dir)
+    report = verify(tmp_path / "alone", recompute=15, teacher_path=longrope_dir)
     assert not report.problems
 
 
