@@ -1,6 +1,7 @@
 """What a row is does not depend on its batch: LongRoPE teachers, read and written; and a build notices a teacher that nobody foresaw."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from builder.capture.decoding import Decoder
+from builder.capture.generation import Generator, _Row
 from builder.capture.guard import Guard
+from builder.corpus.sequences import NO_TOKEN, Sequence
 from builder.dataset.manifest import read_manifest
 from builder.teacher import lengths
 from builder.teacher import model as teacher_module
 from builder.verify.verify import verify
+from logit_dataset.schema import Layout
 from tests.build.test_build import data_bytes, float64_reference, read_rows, run
 from tests.capture.test_generation import not_the_captured_choice
 from tests.conftest import TINY_VOCAB_SIZE, TRAINING_TEXT, write_jsonl
@@ -143,6 +147,33 @@ def test_what_a_longrope_teacher_writes_stays_on_one_side_of_the_border(
         assert not_the_captured_choice(tmp_path / "out") == []
     report = verify(tmp_path / "out", recompute=len(rows), teacher_path=longrope_dir)
     assert not report.problems
+
+
+def test_a_draft_that_is_at_its_end_does_not_lead_the_others_of_its_batch_across_the_border():
+    steps: list[int] = []
+
+    def decode(sequences: list[list[int]], *, num_tokens: int, uniforms_BS: Any) -> list[list[int]]:
+        steps.append(num_tokens)
+        return [[7] * num_tokens for _ in sequences]
+
+    teacher = SimpleNamespace(reach=lengths.Reach(borders=(BORDER,)))
+    generator = Generator(
+        SimpleNamespace(teacher=teacher, decode=decode),
+        SimpleNamespace(halved_batches=0),
+        **{"layout": Layout(), "is_greedy": True, "max_new_tokens": 20, "samples": 1, "seed": 0},
+        batch_tokens=4096,
+    )
+
+    def row(prompt: int, written: int) -> Any:
+        ids = list(range(prompt))
+        sequence = Sequence(
+            document_id="x", chunk_index=0, text="", token_ids=ids, next_token=NO_TOKEN
+        )
+        return _Row(prompt=sequence, sample=0, token_ids=[*ids, *[5] * written])
+
+    generator._write_batch([row(20, 18), row(5, 1)], draft_tokens=16)
+    generator._write_batch([row(50, 18), row(45, 1)], draft_tokens=16)
+    assert steps == [2, 16]
 
 
 def test_drawn_completions_of_a_longrope_teacher_do_not_depend_on_their_batch(
