@@ -335,12 +335,12 @@ class Recipe(_Section):
             )
         return self
 
-    def published(self, *, attention: str = "sdpa") -> dict[str, Any]:
+    def published(self, *, attention: str | None = "sdpa") -> dict[str, Any]:
         """The recipe as plain JSON values for manifest and card, paths that lead elsewhere cut to their last part.
 
         Args:
-            attention: what was resolved for a recipe that leaves it open. It stands in the plan as if the recipe said it, for it
-                decides last bits.
+            attention: stands there where the recipe leaves it open, for it decides last bits: what was resolved, which for most
+                teachers is sdpa.
         """
         values = self.model_dump(mode="json")
         values["teacher"]["attention"] = self.teacher.attention or attention

@@ -113,6 +113,7 @@ LONGROPE = {
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "big_bird+original_full": ("big_bird", {"attention_type": "original_full"}),
     **{
         f"{name}+longrope": (
             name,
@@ -140,7 +141,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Types in a configuration whose values change with the length of a batch: name → type, what else it needs."""
+"""Types in other configurations, most of which change values with the length of a batch: name → type, what else it needs."""
 
 
 @cache

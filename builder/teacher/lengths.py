@@ -16,8 +16,8 @@ How:  under causal attention, padding on the right changes nothing, and most mod
       and others, `keep_window_size` of Doge). Many scores are equal, and which of these are taken depends on how many there are. So
       beyond that number, again, equal lengths only.
 
-      BigBird attends in blocks, which see later tokens, until it meets a sequence that is short. It is told so before it runs. A
-      Reformer sorts positions into buckets, by random rotations, and by the first length that it meets. It is refused.
+      Two are refused. A Reformer sorts positions into buckets, by random rotations, and by the first length that it meets. A BigBird
+      attends in blocks, which see later tokens, until it meets a short sequence.
 
       What is not known here, a build notices (`capture.guard`).
 """
@@ -54,7 +54,7 @@ ANYWHERE = Reach()
 
 
 def reach_of(model: Any) -> Reach:
-    """How the lengths of a model's batches may be mixed. A BigBird gives up its blocks.
+    """How the lengths of a model's batches may be mixed.
 
     Raises:
         ValueError: its values change with the length of a batch in a way that no choice of batches mends.
@@ -65,8 +65,11 @@ def reach_of(model: Any) -> Reach:
             f"{type(model).__name__} attends within buckets that it chooses at random, and by the length of the first sequences that "
             "it meets, so that no sequence has one distribution; use another teacher"
         )
-    if config.model_type == "big_bird":
-        model.base_model.set_attention_type("original_full")
+    if config.model_type == "big_bird" and config.attention_type != "original_full":
+        raise ValueError(
+            f"{type(model).__name__} attends in blocks, which see later tokens, until it meets a short sequence; set attention_type to "
+            '"original_full" in its config.json, or use another teacher'
+        )
     borders: set[int] = set()
     exact_beyond = ANY
     for section, positions, original in _sections(config.to_dict(), None, None):

@@ -94,6 +94,7 @@ class Cramped:
     def __init__(self, teacher: Teacher, room: int) -> None:
         self._teacher, self._room = teacher, room
         self.device = self.logits_device = teacher.device
+        self.dtype, self.head_only, self.reach = teacher.dtype, True, teacher.reach
         self.sizes: list[int] = []
 
     def logits(self, sequences):

@@ -71,9 +71,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bloom": {**SMALL, "n_layer": 2, "n_head": 4},
     "olmo2": GROUPED,
 }
-WITHOUT_HEAD = {"opt"}
-"""Families whose head does not come apart: the whole model runs, one sequence at a time."""
-
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
@@ -132,7 +129,7 @@ def float16_half_spacing(values: Tensor) -> Tensor:
 def test_every_column_equals_the_whole_model_alone(family, make_teacher):
     model = make_model(family)
     teacher = make_teacher(model)
-    assert teacher.head_only is (family not in WITHOUT_HEAD)
+    assert teacher.head_only
     assert teacher.vocab_size == TINY_VOCAB_SIZE
 
     sequences = random_sequences()
@@ -186,7 +183,7 @@ def test_logits_come_in_order_and_in_pieces_of_bounded_size(make_teacher, monkey
 
 
 def test_the_whole_model_yields_pieces_of_bounded_size_too(make_teacher, monkeypatch):
-    teacher = make_teacher(make_model("opt"))
+    teacher = make_teacher(make_model_without_head())
     sequences = random_sequences((33, 5, 17))
     whole_NV = torch.cat(list(teacher.logits(sequences)))
     max_bytes = 8 * TINY_VOCAB_SIZE * 4
@@ -215,9 +212,13 @@ class ScaledHead(LlamaForCausalLM):
         return output
 
 
-def test_a_head_that_differs_when_alone_falls_back_to_the_whole_model(make_teacher):
+def make_model_without_head() -> Any:
     torch.manual_seed(0)
-    model = randomize(ScaledHead(AutoConfig.for_model("llama", **FAMILIES["llama"])))
+    return randomize(ScaledHead(AutoConfig.for_model("llama", **FAMILIES["llama"])))
+
+
+def test_a_head_that_differs_when_alone_falls_back_to_the_whole_model(make_teacher):
+    model = make_model_without_head()
     teacher = make_teacher(model)
     assert teacher.head_only is False
     sequences = random_sequences()
@@ -294,7 +295,7 @@ def test_bfloat16_stays_near_float32(family, make_teacher):
     model = make_model(family)
     half = make_teacher(copy.deepcopy(model).to(torch.bfloat16))
     assert half.dtype == torch.bfloat16
-    assert half.head_only is (family not in WITHOUT_HEAD)
+    assert half.head_only
     sequences = random_sequences()
     full_NV = torch.cat(list(make_teacher(model).logits(sequences))).log_softmax(-1)
     pieces = list(half.logits(sequences))
