@@ -200,7 +200,8 @@ class Layout:
             tail_samples=output.get("tail_samples", 0),
             temperatures=tuple(map(float, output.get("temperatures", ()))),
             hidden_states=output.get("hidden_states", False),
-            completion_mask=bool(recipe["corpus"].get("messages_column") or is_generated(recipe)),
+            completion_mask=any(map(recipe["corpus"].get, ("messages_column", "prompt_column")))
+            or is_generated(recipe),
             completions_only=output.get("completions_only", False),
             vocab_size=teacher["vocab_size"],
             hidden_size=teacher.get("hidden_size") or 0,

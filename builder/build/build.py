@@ -32,6 +32,7 @@ from builder.dataset.manifest import (
     write_json,
 )
 from builder.recipe import Recipe
+from builder.sources.columns import settle_columns
 from builder.sources.resolve import (
     KnownSources,
     Sources,
@@ -102,6 +103,9 @@ def build(
         if outbox:
             outbox.open(output, state, known)
         sources = resolve(recipe, base, known)
+        recipe, found_columns = settle_columns(recipe, sources.corpus)
+        for line in found_columns:
+            notice(line)
         plan = sources.plan(recipe)
         state.settle("plan", {**deciding(plan), "schema_version": SCHEMA_VERSION})
         state.remember(known)
@@ -344,8 +348,8 @@ def _recorded(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _published_as(manifest: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """A recipe's plain values, with the branch that was resolved then where it names its commit."""
-    published = recipe.published()
+    """A recipe's plain values, with the branch that was resolved then where it names its commit, and the columns that were found."""
+    published = recipe.with_columns(manifest["recipe"]["corpus"]).published()
     for section in ("corpus", "teacher"):
         if published[section]["revision"] == manifest[section].get("commit"):
             published[section]["revision"] = manifest["recipe"][section]["revision"]

@@ -86,7 +86,9 @@ def deliver(
         if not is_branch_of(there.repo, head, read_manifest(output)):
             branch = None  # of another build, which may still be resumed
     else:
-        _check_tag(there, tag, {"recipe": recipe.published()})
+        # Columns that it leaves open are found later; till then they are what they were.
+        columns = former["recipe"]["corpus"] if former else {}
+        _check_tag(there, tag, {"recipe": recipe.with_columns(columns).published()})
         _check_count(recipe)
         if pool:
             check_pool(pool, recipe)

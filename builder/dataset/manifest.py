@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
@@ -111,6 +112,8 @@ class ShardRecord:
     """Corpus offset at which it starts, {} at the beginning of a partition; None in a dataset of a schema before 1.2."""
     column_bytes: dict[str, int] | None = None
     """Compressed, of each column; None in a dataset of a schema before 1.2."""
+    converted: dict[str, int] | None = None
+    """In how many documents something was converted or left out, by what; None where nothing was."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
@@ -136,7 +139,8 @@ class ShardRecord:
         return {
             name: value
             for name, value in values.items()
-            if name not in ("completions", "offset_before", "column_bytes") or value is not None
+            if name not in ("completions", "offset_before", "column_bytes", "converted")
+            or value is not None
         }
 
 
@@ -214,6 +218,14 @@ def mean_topk_mass(records: Iterable[ShardRecord]) -> float:
         mass += record.sums.topk_mass
         positions += record.tokens if record.sums.kept is None else record.sums.kept
     return mass / max(positions, 1)
+
+
+def converted_of(records: Iterable[ShardRecord]) -> dict[str, int]:
+    """In how many documents something was converted or left out, by what."""
+    totals: Counter[str] = Counter()
+    for record in records:
+        totals.update(record.converted or {})
+    return dict(sorted(totals.items()))
 
 
 def data_digest(manifest: dict[str, Any]) -> str:
@@ -296,6 +308,7 @@ def _totals(records: list[ShardRecord]) -> dict[str, Any]:
     nll = sums.target_nll / sums.targets if sums.targets else None
     last = {record.partition: record.offset_after for record in records}
     written = [record.completions for record in records if record.completions]
+    converted = converted_of(records)
     return {
         "documents": sum(offset["documents"] for offset in last.values()),
         "documents_skipped": sum(offset["skipped"] for offset in last.values()),
@@ -312,4 +325,5 @@ def _totals(records: list[ShardRecord]) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "tokens_per_second": round(tokens / max(seconds, 1e-3), 1),
         **({"completions": asdict(sum(written, Completions()))} if written else {}),
+        **({"converted": converted} if converted else {}),
     }
