@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from builder.corpus.messages import ASSISTANT, REASONING, Chat
-from builder.corpus.rendering import Renderer, Span
+from builder.corpus.rendering import PROBE, Renderer, Span
 from builder.corpus.special_tokens import SpecialTokens, excerpt
 
 ADVICE = 'give a template that marks the answers with {% generation %} as sequences.chat_template = "file.jinja"'
@@ -87,7 +87,7 @@ class Answers:
         if whole.startswith(asked):
             start = len(asked)
             if base == asked:
-                self._check_header(chat, number, whole[start:])
+                self._check_header(chat, whole[start:], start)
         elif written := self._continued(chat, asked):
             return written
         else:
@@ -146,7 +146,7 @@ class Answers:
             )
         start = len(before)
         if before == self._text(chat.up_to(number)):
-            self._check_header(chat, number, until[start:])
+            self._check_header(chat.up_to(number + 1), until[start:], start)
         if number + 1 == len(chat.messages):
             self._check_end(chat, until[start:], start)
         return start, max(start, len(until.rstrip()))
@@ -154,24 +154,41 @@ class Answers:
     def _check_end(self, chat: Chat, answer: str, start: int) -> None:
         """Refuses a template that writes more behind the last answer (`<|endoftext|>`) than behind any other."""
         goes_on = self._gone_on(chat)
-        if goes_on is None:
+        if goes_on is None or goes_on[start:].startswith(answer.rstrip()):
             return
-        text, content = goes_on[start:], chat.messages[-1]["content"].strip()
-        shared = answer[: parting(answer, text)]
-        if content in shared and not text.startswith(answer.rstrip()):
+        shared = parting(answer, goes_on[start:])
+        if self._content(chat, answer, start)[1] <= shared:
             raise ValueError(
-                f"the chat template ends the last answer differently when the conversation goes on ({_difference(answer, text)}), so "
-                f"that it cannot be told what ends an answer; {ADVICE_ALL}"
+                f"the chat template ends the last answer differently when the conversation goes on "
+                f"({_difference(answer, goes_on[start:])}), so that it cannot be told what ends an answer; {ADVICE_ALL}"
             )
 
-    def _check_header(self, chat: Chat, number: int, answer: str) -> None:
+    def _check_header(self, chat: Chat, answer: str, start: int) -> None:
         """Refuses a template that asks for nothing, and then writes more than an answer."""
-        content = chat.messages[number]["content"].strip()
-        if not (content and answer.lstrip().startswith(content)):
+        content = chat.messages[-1]["content"]
+        place = self._content(chat, answer, start)[0]
+        thought, end_of_thought, _ = content.rpartition("</think>")
+        if not content.strip() or answer[:place].strip() != f"{thought}{end_of_thought}".strip():
             raise ValueError(
-                f"the chat template has no generation prompt, and writes more before message {number} than can be told from "
-                f"the answer; {ADVICE}"
+                f"the chat template has no generation prompt, and writes more before message {len(chat.messages) - 1} than can be told "
+                f"from the answer; {ADVICE}"
             )
+
+    def _content(self, chat: Chat, answer: str, start: int) -> Span:
+        """Where in the last answer its content stands, by another word in its place; its own reasoning is no part of that.
+
+        Args:
+            chat: ends with the answer.
+            answer: the text of the chat from `start` on.
+            start: where the answer begins, as far as it is known.
+        """
+        *before, message = chat.messages
+        thought, end_of_thought, _ = message["content"].rpartition("</think>")
+        other = {**message, "content": f"{thought}{end_of_thought}{PROBE}"}
+        header, found, behind = self._text(chat.of([*before, other]))[start:].partition(PROBE)
+        if found and answer.startswith(header) and answer.endswith(behind):
+            return len(header), len(answer) - len(behind)
+        return 0, 0
 
     # The last answer alone
 
@@ -207,24 +224,23 @@ class Answers:
         if not (whole.startswith(base) and asked.startswith(base)):
             return None
         prompt, rest = asked[len(base) :], whole[len(base) :]
-        content = chat.messages[-1]["content"].strip()
-        place = rest.find(content) if content else parting(prompt, rest)
-        header = rest[: max(place, 0)]
-        if not content:  # a call of a tool: what is before it ends with a token of the template's
-            header = header[: max((end for _, end in self._special.found_in(header)), default=0)]
-        if place < 0 or not header.strip() or not prompt.startswith(header.rstrip()):
+        shared = parting(prompt, rest)
+        if shared and not prompt[shared:].strip():
+            return len(base) + shared  # but for white space, it is what was asked
+        if "</think>" in prompt and "</think>" in chat.messages[-1]["content"]:
+            return None  # asked not to think, it did
+        header = rest[: self._content(chat, rest, len(base))[0]]
+        if not header.strip() or not prompt.startswith(header.rstrip()):
             return None
         return len(base) + parting(header, prompt)
 
     def _end_of_last(self, chat: Chat, text: str, start: int) -> int:
         """Where the last answer ends: before what the template writes only where a text ends (`<|endoftext|>` behind `<|end|>`)."""
-        answer = text[start:].rstrip()
+        answer = text[start:]
         goes_on = self._gone_on(chat)
-        if goes_on is None or goes_on[start:].startswith(answer):
-            return start + len(answer)
-        content = chat.messages[-1]["content"].rpartition("</think>")[2].strip()
-        place = answer.rfind(content) + len(content) if content and content in answer else 0
-        return start + self._end_in(answer, place)
+        if goes_on is None or goes_on[start:].startswith(answer.rstrip()):
+            return start + len(answer.rstrip())
+        return start + self._end_in(answer, self._content(chat, answer, start)[1])
 
     def _end_in(self, answer: str, place: int) -> int:
         """Where an answer ends in what the template writes to the end, its own words from `place` on."""

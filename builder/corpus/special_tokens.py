@@ -104,10 +104,6 @@ class SpecialTokens:
         """Whether a string is a token that only the template may write."""
         return content in self._stand_ins
 
-    def found_in(self, text: str) -> list[Span]:
-        """Where in the template's own text such tokens are."""
-        return [match.span() for match in self._looks_special.finditer(text)]
-
     def last_run(self, text: str, start: int) -> list[Span]:
         """The tokens with which a text ends that only the template may write, white space between them left out.
 
