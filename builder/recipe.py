@@ -39,6 +39,13 @@ def _top_k(value: Any) -> Any:
     raise ValueError('expected a whole number of at least 1, or "all"')
 
 
+def _optional_column(value: Any) -> Any:
+    if value is None or value is False or (isinstance(value, str) and value):
+        return value
+    raise ValueError("expected a column's name, or false where there is none")
+
+
+OptionalColumn = Annotated[str | Literal[False] | None, PlainValidator(_optional_column)]
 TopK = Annotated[int | Literal["all"], PlainValidator(_top_k)]
 
 UNSAID = {
@@ -106,11 +113,11 @@ class CorpusRecipe(_Source):
     ShareGPT's {from, value}."""
     prompt_column: str | None = None
     """Column with what comes before the text, or before the messages: these are then its completion, which alone is learned."""
-    tools_column: str | Literal[False] | None = None
+    tools_column: OptionalColumn = None
     """Column with the tools of a chat, for its template; `tools`, if there is one; false, if that is not for the teacher."""
-    documents_column: str | Literal[False] | None = None
+    documents_column: OptionalColumn = None
     """The same with documents to answer from: `documents`."""
-    chat_template_kwargs_column: str | Literal[False] | None = None
+    chat_template_kwargs_column: OptionalColumn = None
     """The same with variables of the chat template: `chat_template_kwargs`."""
     id_column: str | None = None
     """Column with the document's id; without one, the id is a hash of the text, or of the messages."""

@@ -80,7 +80,7 @@ DATED = LLAMA_3.replace(
 """Llama 3.2."""
 SORTS = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content }}"
-    "{% for call in message.tool_calls or [] %}{{ call.function.arguments | tojson(sort_keys=True) }}{% endfor %}"
+    "{% for call in message.tool_calls or [] %}{{ call.function.name + (call.function.arguments | tojson(sort_keys=True)) }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """It sorts the keys of what a call is given."""

@@ -22,7 +22,7 @@ from builder.corpus.answers import ADVICE, USER, Answers, Written
 from builder.corpus.calls import Arguments
 from builder.corpus.documents import Document
 from builder.corpus.messages import ASSISTANT, REASONING, Chat, split_reasoning
-from builder.corpus.rendering import Renderer, Span
+from builder.corpus.rendering import Renderer, Span, TooLarge
 from builder.corpus.sequences import Tokens
 from builder.corpus.special_tokens import SpecialTokens
 from builder.corpus.unwritten import Unwritten
@@ -221,6 +221,8 @@ class ChatTemplate:
                 text = self._renderer.text(
                     Chat(messages=messages), add_generation_prompt=messages[-1] is user
                 )
+            except TooLarge:
+                raise
             except ValueError:
                 continue  # it knows no such chat
             yield text.rpartition(answer["content"])[2]

@@ -4,15 +4,19 @@ In:   a Chat; the template is a stranger's, as is the teacher that brings it.
 Out:  text, and where in it the template marks what the assistant says.
 
 How:  transformers' own environment for templates, in a sandbox, with two changes. `strftime_now` gives the recipe's date, or fails without
-      one: the bytes of a dataset must not depend on the day. And what a template makes is bounded: its text by the size of the chat, a value
-      within it by MAX_VALUE. Without that, thirty characters of a template fill any memory.
+      one: the bytes of a dataset must not depend on the day. And what a template makes is bounded: its text by the size of the chat, values
+      and loops within it by the numbers below. Without that, thirty characters of a template fill any memory. (How long it takes is not
+      bounded.)
 
 Cost: 0.1 to 1 ms a rendering, by the size of template and chat.
 """
 
 import datetime
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import jinja2
@@ -26,9 +30,14 @@ OWN_CHARACTERS = 1_000_000
 """Characters that a template may write of its own."""
 TIMES_CHAT = 20
 """How often it may write what a chat holds."""
-MAX_VALUE = 2**26
-"""Characters of a string, or items of a list, in the middle of a template; no chat that fits a memory comes near it."""
-MAX_POWER_BITS = 10_000
+MAX_CHARACTERS = 2**25
+"""Of a string in the middle of a template, and of all that `*` repeats; chats come nowhere near it."""
+MAX_ITEMS = 2**22
+"""Of a list there."""
+MAX_STEPS = 2**20
+"""Of all that `range` yields."""
+MAX_BITS = 10_000
+"""Of a power."""
 
 RESERVED = frozenset(
     ("messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception")
@@ -36,10 +45,14 @@ RESERVED = frozenset(
 """Variables of templates that are not an option's to set."""
 
 PROBE = "q7xq"
+"""A word that occurs nowhere."""
+
+_SPENT: ContextVar[Counter[str]] = ContextVar("spent")
+"""In the current rendering."""
 
 
-class _TooLarge(ValueError):
-    """A template that makes too much."""
+class TooLarge(ValueError):
+    """A template makes too much."""
 
 
 class _NoDate(ValueError):
@@ -76,7 +89,7 @@ class Renderer:
         try:
             parsed = environment.parse(source)
             self._template = environment.from_string(source)
-        except (jinja2.TemplateError, _TooLarge, RecursionError) as error:
+        except (jinja2.TemplateError, TooLarge, RecursionError) as error:
             raise ValueError(f"the chat template is not valid ({_reason(error)})") from None
         _bound_concatenation(self._template)
         self.has_marks = any(
@@ -103,7 +116,7 @@ class Renderer:
         """The template's text of a chat.
 
         Raises:
-            ValueError: the template refuses the chat, fails, asks for a date that is not given, or makes too much.
+            ValueError: the template refuses the chat, fails, asks for a date that is not given, or (TooLarge) makes too much.
         """
         return self._render(chat, add_generation_prompt)[0]
 
@@ -122,6 +135,7 @@ class Renderer:
             [chat.messages, chat.tools, chat.documents, chat.options]
         )
         environment: Any = self._template.environment
+        _SPENT.set(Counter())
         try:
             with environment.activate_tracker(pieces, spans):
                 for piece in self._template.generate(
@@ -133,24 +147,16 @@ class Renderer:
                 ):
                     room -= len(piece)
                     if room < 0:
-                        raise _TooLarge
+                        raise TooLarge
                     pieces.append(piece)
-        except _NoDate:
-            raise ValueError(
-                "the chat template writes today's date, so that a build would not end as it began; set "
-                'sequences.chat_template_date = "2026-01-31", or give a template with a fixed date as sequences.chat_template'
-            ) from None
-        except _TooLarge:
-            raise ValueError(
-                f"the chat template makes more than {TIMES_CHAT} times what the chat holds, and {OWN_CHARACTERS:,} characters more; "
-                'give another template as sequences.chat_template = "file.jinja"'
-            ) from None
         except Exception as error:  # whatever a template does
-            raise ValueError(
-                f"the chat template refuses it ({_reason(error)}); mend the corpus, or give another template as "
-                'sequences.chat_template = "file.jinja"'
-            ) from None
-        return "".join(pieces), spans
+            kind = TooLarge if isinstance(error, TooLarge | MemoryError) else ValueError
+            failure = kind(_explain(error))
+        else:
+            return "".join(pieces), spans
+        if isinstance(failure, TooLarge):
+            gc.collect()  # the error held all that the template had made, in a circle
+        raise failure
 
     def _messages(self, chat: Chat) -> list[dict[str, Any]]:
         """The messages as transformers hands them to a template: reasoning under each of its names."""
@@ -172,6 +178,8 @@ class Renderer:
             self._takes_parts = takes_parts
             try:
                 text = self.text(Chat(messages=[{"role": "user", "content": PROBE}]))
+            except TooLarge:
+                raise
             except ValueError:
                 text = ""
             found.append(PROBE in text)
@@ -184,15 +192,17 @@ def _environment() -> Any:
     from transformers.utils import chat_template_utils
 
     environment = chat_template_utils._compile_jinja_template("").environment.overlay()
-    operators = dict(environment.binop_table)
     environment.intercepted_binops = frozenset(("*", "+", "%", "**"))
     environment.binop_table = {
-        **operators,
-        "*": _bounded(operators["*"], _check_product),
-        "**": _bounded(operators["**"], _check_power),
-        "+": _bounded(operators["+"]),
-        "%": _bounded(operators["%"]),
+        name: _bounded(function, _CHECKS.get(name))
+        for name, function in environment.binop_table.items()
     }
+    environment.filters = {
+        name: _bounded(function, _CHECKS.get(name))
+        for name, function in environment.filters.items()
+    }
+    environment.globals = {**environment.globals, "range": _Range}
+    environment.concat = _joined
     call = environment.call
 
     def bounded_call(context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -201,10 +211,6 @@ def _environment() -> Any:
         return _small(call(context, function, *args, **kwargs))
 
     environment.call = bounded_call
-    environment.filters = {
-        name: _bounded(f, _check_width if name in ("center", "indent") else None)
-        for name, f in environment.filters.items()
-    }
     return environment
 
 
@@ -223,40 +229,100 @@ def _bounded(
 def _bound_concatenation(template: Any) -> None:
     """Bounds what `~` makes, which Jinja compiles to a call of this."""
     names = template.root_render_func.__globals__
-    for name in ("str_join", "markup_join"):
-        join = names[name]
-        names[name] = lambda parts, join=join: _small(join(_counted(parts)))
+    names["str_join"] = names["markup_join"] = lambda parts: _joined(list(map(str, parts)))
 
 
-def _counted(parts: Iterable[Any]) -> list[Any]:
+def _joined(parts: Iterable[str]) -> str:
     found = list(parts)
-    if sum(len(part) for part in found if isinstance(part, str)) > MAX_VALUE:
-        raise _TooLarge
-    return found
+    _check_size(str, sum(map(len, found)))
+    return "".join(found)
+
+
+class _Range:
+    """What templates call `range`."""
+
+    def __init__(self, *args: int) -> None:
+        self._range = range(*args)
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._range[place]
+
+    def __iter__(self) -> Iterator[int]:
+        for number in self._range:
+            _spend("yielded", 1, MAX_STEPS)
+            yield number
+
+
+def _spend(what: str, amount: int, most: int) -> None:
+    spent = _SPENT.get()
+    spent[what] += amount
+    if spent[what] > most:
+        raise TooLarge
 
 
 def _small(value: Any) -> Any:
-    if isinstance(value, str | list | tuple | dict) and len(value) > MAX_VALUE:
-        raise _TooLarge
+    if isinstance(value, str | list | tuple | dict):
+        _check_size(type(value), len(value))
     return value
+
+
+def _check_size(kind: type, size: int) -> None:
+    if size > (MAX_CHARACTERS if issubclass(kind, str) else MAX_ITEMS):
+        raise TooLarge
+
+
+def _check_sum(left: Any, right: Any) -> None:
+    if isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
+        _check_size(type(left), len(left) + len(right))
 
 
 def _check_product(left: Any, right: Any) -> None:
     for one, other in ((left, right), (right, left)):
-        is_sized = isinstance(one, str | list | tuple) and isinstance(other, int)
-        if is_sized and len(one) * other > MAX_VALUE:
-            raise _TooLarge
+        if isinstance(one, str | list | tuple) and isinstance(other, int):
+            _check_size(type(one), len(one) * other)
+            _spend("repeated", len(one) * max(other, 0), MAX_CHARACTERS)
 
 
 def _check_power(left: Any, right: Any) -> None:
     are_whole = isinstance(left, int) and isinstance(right, int)
-    if are_whole and left.bit_length() * right > MAX_POWER_BITS:
-        raise _TooLarge
+    if are_whole and left.bit_length() * right > MAX_BITS:
+        raise TooLarge
 
 
 def _check_width(*args: Any, **kwargs: Any) -> None:
-    if any(isinstance(a, int) and a > MAX_VALUE for a in (*args, *kwargs.values())):
-        raise _TooLarge
+    if any(isinstance(a, int) and a > MAX_CHARACTERS for a in (*args, *kwargs.values())):
+        raise TooLarge
+
+
+_CHECKS: dict[str, Callable[..., None]] = {
+    "*": _check_product,
+    "+": _check_sum,
+    "**": _check_power,
+    "center": _check_width,
+    "indent": _check_width,
+}
+"""Before an operator or filter makes something."""
+
+
+def _explain(error: Exception) -> str:
+    """The line for whatever a template ends with."""
+    if isinstance(error, _NoDate):
+        return (
+            "the chat template writes today's date, so that a build would not end as it began; set "
+            'sequences.chat_template_date = "2026-01-31", or give a template with a fixed date as sequences.chat_template'
+        )
+    if isinstance(error, TooLarge | MemoryError):
+        return (
+            f"the chat template makes more than {TIMES_CHAT} times what the chat holds, and {OWN_CHARACTERS:,} characters more; "
+            'give another template as sequences.chat_template = "file.jinja"'
+        )
+    return (
+        f"the chat template refuses it ({_reason(error)}); mend the corpus, or give another template as "
+        'sequences.chat_template = "file.jinja"'
+    )
 
 
 def _clock(date: datetime.date | None) -> Callable[[str], str]:
