@@ -103,7 +103,7 @@ def build(
         if outbox:
             outbox.open(output, state, known)
         sources = resolve(recipe, base, known)
-        recipe, found_columns = settle_columns(recipe, sources.corpus)
+        recipe, found_columns = settle_columns(recipe, sources.corpus, known)
         for line in found_columns:
             notice(line)
         plan = sources.plan(recipe)

@@ -6,7 +6,7 @@ Out:  the same recipe with names for them, which plan and manifest hold as if th
 How:  the first rows say what its columns are. `text` is taken where there is one, as ever; else the only one of `messages`, `conversations`,
       `conversation`, or `prompt` with `completion` (with [generation], `prompt`). Where there are several, the recipe has to say which.
 
-Cost: a hundred rows are read.
+Cost: a hundred rows are read, at the first start of a build.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from builder.corpus.documents import open_hub, open_local
 from builder.corpus.rows import USUAL_NAMES
 from builder.corpus.shapes import looks_like_messages
 from builder.recipe import CorpusRecipe, Recipe
-from builder.sources.resolve import CorpusSource
+from builder.sources.resolve import CorpusSource, KnownSources
 
 CHATS = ("messages", "conversations", "conversation")
 PROMPT, COMPLETION = "prompt", "completion"
@@ -32,8 +32,15 @@ ROWS = 100
 Kind = Literal["text", "chat", "objects", "other", "null"]
 
 
-def settle_columns(recipe: Recipe, source: CorpusSource) -> tuple[Recipe, list[str]]:
+def settle_columns(
+    recipe: Recipe, source: CorpusSource, known: KnownSources
+) -> tuple[Recipe, list[str]]:
     """A recipe that names its columns, and a line on each that was found.
+
+    Args:
+        recipe: which may leave them open.
+        source: of its corpus.
+        known: what an earlier run has found, and what this one does.
 
     Raises:
         ValueError: it cannot be told which columns are meant, or the recipe asks for something that such a corpus does not have.
@@ -45,7 +52,10 @@ def settle_columns(recipe: Recipe, source: CorpusSource) -> tuple[Recipe, list[s
     is_open = [key for key in USUAL_NAMES if getattr(corpus, key) is None]
     if corpus.names_content and not (needs_extras and is_open):
         return recipe, []
-    kinds = _look(corpus, source)
+    key = json.dumps([source.provenance, corpus.config, corpus.split], sort_keys=True)
+    if key not in known.columns:
+        known.columns[key] = _look(corpus, source)
+    kinds = known.columns[key]
     found: dict[str, Any] = {}
     if not corpus.names_content:
         found = _content(kinds, is_generated=recipe.generation is not None)
@@ -65,7 +75,7 @@ def settle_columns(recipe: Recipe, source: CorpusSource) -> tuple[Recipe, list[s
     return recipe.with_columns(found), notices
 
 
-def _content(kinds: dict[str, Kind], *, is_generated: bool) -> dict[str, Any]:
+def _content(kinds: dict[str, str], *, is_generated: bool) -> dict[str, Any]:
     """Names for the columns of texts or chats."""
     if "text" in kinds:
         return {"text_column": "text"}
@@ -87,14 +97,14 @@ def _content(kinds: dict[str, Kind], *, is_generated: bool) -> dict[str, Any]:
     return found[0] if found else {"text_column": "text"}
 
 
-def _is_for_templates(key: str, kind: Kind) -> bool:
+def _is_for_templates(key: str, kind: str) -> bool:
     """Whether a column of a usual name is what that says; what is not, its reader refuses with a line."""
     return key != "documents_column" or kind in ("objects", "null")
 
 
-def _look(corpus: CorpusRecipe, source: CorpusSource) -> dict[str, Kind]:
+def _look(corpus: CorpusRecipe, source: CorpusSource) -> dict[str, str]:
     """What the columns of usual names are, by the first rows; nothing where these cannot be read, which a reader will say better."""
-    kinds: dict[str, Kind] = {}
+    kinds: dict[str, str] = {}
     try:
         for row in itertools.islice(_rows(corpus, source), ROWS):
             for name in USUAL.intersection(row):

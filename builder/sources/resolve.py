@@ -76,6 +76,8 @@ class KnownSources:
     """`repo@revision` → commit."""
     hashes: dict[str, list[Any]] = field(default_factory=dict)
     """Path → [bytes, time of change in ns, sha256]."""
+    columns: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Of a corpus, its columns and what they are."""
 
     def commit(
         self, recipe: CorpusRecipe | TeacherRecipe, repo_type: Literal["dataset", "model"]

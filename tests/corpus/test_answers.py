@@ -301,3 +301,19 @@ def test_what_cannot_be_told_of_a_last_answer_is_refused(tokenizer):
         ValueError, match=r"does not write message 1 behind what it asks the assistant with"
     ):
         rows_of(tokenizer, moves, CHATS["one turn"], learn="last")
+
+
+@pytest.mark.parametrize("learn", ["all", "last"])
+@pytest.mark.parametrize("content", ["a", "assistant", "assistant: a", ":", "s"])
+def test_an_answer_that_looks_like_what_stands_before_it_is_not_taken_for_it(tokenizer, learn, content):  # fmt: skip
+    """Without a generation prompt, only what a message says is certain."""
+    source = "{% for m in messages %}{{ m.role + ': ' + m.content + '<eot>' }}{% endfor %}"
+    with pytest.raises(ValueError, match="no generation prompt, and writes more before message 1"):
+        rows_of(tokenizer, source, [user("Hi"), answer(content)], learn=learn)
+    asks = source + "{{ 'assistant: ' if add_generation_prompt else '' }}"
+    (row,) = rows_of(tokenizer, asks, [user("Hi"), answer(content)], learn=learn)
+    assert said(row).strip() == f"{content}<eot>"
+    bare = "{% for m in messages %}{{ (m.role + ': ' if m.role == 'user' else '') + m.content + '<eot>' }}{% endfor %}"
+    for reply in (content, f"<think>{content}</think>{content}"):
+        (row,) = rows_of(tokenizer, bare, [user("Hi"), answer(reply)], learn=learn)
+        assert said(row) == f"{reply}<eot>"

@@ -36,8 +36,12 @@ def settle(teacher, tmp_path):
         text = recipe_text(teacher, path.name, **changes).replace('id_column = "id"\n', "")
         (tmp_path / "recipe.toml").write_text(text)
         recipe = load_recipe(tmp_path / "recipe.toml")
-        source = resolve_corpus(recipe.corpus, tmp_path, KnownSources())
-        return settle_columns(recipe, source)
+        known = KnownSources()
+        source = resolve_corpus(recipe.corpus, tmp_path, known)
+        found = settle_columns(recipe, source, known)
+        assert settle_columns(recipe, source, known) == found
+        assert settle_columns(found[0], source, known)[0] == found[0]
+        return found
 
     return settled
 
