@@ -3,6 +3,7 @@
 What a run may choose freely (device, output directory, when to stop early) is a flag of the command line and not here.
 """
 
+import datetime
 import difflib
 import json
 import re
@@ -54,8 +55,38 @@ ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_
 Attention = Annotated[str | None, PlainValidator(_attention)]
 TopK = Annotated[int | Literal["all"], PlainValidator(_top_k)]
 
-UNSAID = {"teacher": ("device_map", "tensor_parallel", "config")}
-"""Fields that a plan holds only if the recipe sets them: they are younger than the fingerprints of some datasets."""
+
+def _optional_column(value: Any) -> Any:
+    if value is None or value is False or (isinstance(value, str) and value):
+        return value
+    raise ValueError("expected a column's name, or false where there is none")
+
+
+OptionalColumn = Annotated[str | Literal[False] | None, PlainValidator(_optional_column)]
+
+UNSAID = {
+    "corpus": (
+        *("prompt_column", "tools_column", "documents_column", "chat_template_kwargs_column"),
+    ),
+    "teacher": ("device_map", "tensor_parallel", "config"),
+    "sequences": ("learn", "chat_template_kwargs", "chat_template_date", "drop_unwritten"),
+}
+"""Fields that a plan holds only if the recipe sets them to other values than their defaults: they are younger than the fingerprints of some
+datasets."""
+OF_CHATS = (
+    "learn",
+    "chat_template",
+    "chat_template_kwargs",
+    "chat_template_date",
+    "drop_unwritten",
+)
+"""Fields of sequences that are about chats."""
+CONTENT_COLUMNS = ("text_column", "messages_column", "prompt_column")
+FOUND_COLUMNS = (
+    *CONTENT_COLUMNS,
+    *("tools_column", "documents_column", "chat_template_kwargs_column"),
+)
+"""Fields that are found in the corpus, where the recipe leaves them open."""
 
 
 class _Section(BaseModel):
@@ -94,8 +125,19 @@ class CorpusRecipe(_Source):
     embedded: Literal["python-docs"] | None = None
     """A corpus that every Python brings: the language reference."""
     text_column: str = "text"
+    """Column with the text. Where no column is named, the corpus's own of a usual name is found, and said: `text`, `messages`,
+    `conversations`, or `prompt` and `completion`."""
     messages_column: str | None = None
-    """Column with the messages of a chat, in place of a text: a list of {role, content}."""
+    """Column with the messages of a chat, in place of a text: a list of {role, content}, the same as JSON text or as an object of lists, or
+    ShareGPT's {from, value}."""
+    prompt_column: str | None = None
+    """Column with what comes before the text, or before the messages: these are then its completion, which alone is learned."""
+    tools_column: OptionalColumn = None
+    """Column with the tools of a chat, for its template; `tools`, if there is one; false, if that is not for the teacher."""
+    documents_column: OptionalColumn = None
+    """The same with documents to answer from: `documents`."""
+    chat_template_kwargs_column: OptionalColumn = None
+    """The same with variables of the chat template: `chat_template_kwargs`."""
     id_column: str | None = None
     """Column with the document's id; without one, the id is a hash of the text, or of the messages."""
     text_unit: Literal["file", "line"] = "file"
@@ -116,11 +158,21 @@ class CorpusRecipe(_Source):
             raise ValueError(
                 "give text_column for a corpus of texts, or messages_column for one of chats, not both"
             )
-        if self.messages_column and self.embedded:
-            raise ValueError(
-                "the embedded corpus holds texts and no messages; leave out messages_column"
-            )
+        if (self.messages_column or self.prompt_column) and self.embedded:
+            name = "messages_column" if self.messages_column else "prompt_column"
+            raise ValueError(f"the embedded corpus holds texts and no messages; leave out {name}")
+        if self.names_content and not self.messages_column:
+            for name in FOUND_COLUMNS[len(CONTENT_COLUMNS) :]:
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name} means something only with messages_column; leave it out"
+                    )
         return self
+
+    @property
+    def names_content(self) -> bool:
+        """Whether the recipe says which columns hold the texts or chats; where not, they are found in the corpus."""
+        return bool(self.embedded) or not self.model_fields_set.isdisjoint(CONTENT_COLUMNS)
 
 
 class TeacherRecipe(_Source):
@@ -189,11 +241,31 @@ class SequencesRecipe(_Section):
     """Begin-of-sequence token before each sequence: as the tokenizer does it, always, or never."""
     eos: SpecialToken = "tokenizer"
     """End-of-sequence token after each document's last sequence: as the tokenizer does it, always, or never."""
+    learn: Literal["all", "last"] = "all"
+    """Of a chat, all answers from one row, or each from the conversation up to it, a row each: for templates that write an answer otherwise
+    once the conversation goes on."""
     chat_template: str | None = None
     """A file with the chat template to use in place of the tokenizer's, relative to the recipe."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template, such as enable_thinking = false. A chat's own come before these."""
+    chat_template_date: str | None = None
+    """What a template takes for today, as "2026-01-31", that writes the date."""
+    drop_unwritten: tuple[str, ...] = ()
+    """What of a chat may go that the template does not write, and is counted: keys of messages, "tools", "documents", or "*" for anything."""
     batch_tokens: Positive = 16_384
     """Positions in a batch, padding included; with 1, each sequence runs alone. Part of the recipe, for the shape of a batch changes
     last bits."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.chat_template_date is not None:
+            try:
+                datetime.date.fromisoformat(self.chat_template_date)
+            except ValueError:
+                raise ValueError(
+                    f'chat_template_date is {self.chat_template_date!r}, expected a day such as "2026-01-31"'
+                ) from None
+        return self
 
 
 class GenerationRecipe(_Section):
@@ -319,21 +391,53 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _completions_are_known(self) -> Self:
-        is_of_chats = self.corpus.messages_column is not None
+        corpus = self.corpus
+        if not corpus.names_content:
+            return self  # it is found out later what they are
+        is_of_chats = corpus.messages_column is not None
+        if corpus.prompt_column and self.generation:
+            raise ValueError(
+                "corpus.prompt_column is for completions that the corpus holds, and with [generation] the teacher writes them; name the "
+                "prompts as corpus.text_column or corpus.messages_column"
+            )
         if is_of_chats and self.sequences.eos != "tokenizer":
             raise ValueError(
                 "sequences.eos means nothing with corpus.messages_column, for the chat template ends a chat; leave it out"
             )
-        if self.sequences.chat_template and not is_of_chats:
+        for name in OF_CHATS:
+            if not is_of_chats and getattr(self.sequences, name) != _default(self.sequences, name):
+                raise ValueError(
+                    f"sequences.{name} means something only with corpus.messages_column; leave it out"
+                )
+        if self.sequences.learn == "last" and self.generation:
             raise ValueError(
-                "sequences.chat_template means something only with corpus.messages_column; leave it out"
+                'sequences.learn = "last" is about answers of the corpus, and with [generation] the teacher writes them; leave it out'
             )
-        if self.output.completions_only and not (is_of_chats or self.generation):
+        if self.output.completions_only and not (
+            is_of_chats or corpus.prompt_column or self.generation
+        ):
             raise ValueError(
                 "output.completions_only needs completions: of a corpus of chats (give corpus.messages_column), or by the teacher "
                 "(give [generation])"
             )
         return self
+
+    def with_columns(self, columns: dict[str, Any]) -> "Recipe":
+        """The recipe with names for columns that it leaves open.
+
+        Raises:
+            ValueError: it asks for something that such a corpus does not have.
+        """
+        values = self.model_dump(exclude_unset=True)
+        values["corpus"] |= {
+            name: value
+            for name, value in columns.items()
+            if name in FOUND_COLUMNS and name not in self.corpus.model_fields_set
+        }
+        try:
+            return type(self).model_validate(values)
+        except ValidationError as error:
+            raise ValueError(_problems(error)) from None
 
     def published(self, *, attention: str | None = "sdpa") -> dict[str, Any]:
         """The recipe as plain JSON values for manifest and card, paths that lead elsewhere cut to their last part.
@@ -349,8 +453,9 @@ class Recipe(_Section):
         if self.output.top_k == "all":
             values["output"]["tail_samples"] = 0  # the default of a recipe that says nothing of it
         for section, fields in UNSAID.items():
+            model = getattr(self, section)
             for field in fields:
-                if values[section][field] is None:
+                if getattr(model, field) == _default(model, field):
                     del values[section][field]
         values["corpus"]["files"] = [_portable(path) for path in self.corpus.files]
         for field in ("path", "gguf", "tokenizer", "config"):
@@ -380,8 +485,15 @@ def load_recipe(path: Path) -> Recipe:
         # JSON mode, since TOML and JSON share lists where Recipe has tuples.
         return Recipe.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        problems = "; ".join(_explain(problem) for problem in error.errors(include_url=False))
-        raise ValueError(f"{path}: {problems}") from None
+        raise ValueError(f"{path}: {_problems(error)}") from None
+
+
+def _problems(error: ValidationError) -> str:
+    return "; ".join(_explain(problem) for problem in error.errors(include_url=False))
+
+
+def _default(section: BaseModel, field: str) -> Any:
+    return type(section).model_fields[field].get_default(call_default_factory=True)
 
 
 def read_section(model: type[_AnySection], values: Any, where: str) -> _AnySection:

@@ -17,8 +17,8 @@ document, else the tokenizer's end-of-sequence token. If the tokenizer has none,
 target_logprob is NaN there (the only NaN that is ever stored). Nor is it known what follows a completion that the teacher wrote,
 whether an end-of-sequence token or a limit ended it: target_logprob is NaN at the last position of all such rows.
 
-COMPLETIONS. completion_mask says of each token whether it was written by the assistant of a chat, or by the teacher itself: it
-is about input_ids[t] and not about what follows. So a completion is learned from the distributions at the positions t with
+COMPLETIONS. completion_mask says of each token whether it was written by the assistant of a chat, or by the teacher itself, or
+belongs to the completion of a prompt that the corpus holds: it is about input_ids[t] and not about what follows. So a completion is learned from the distributions at the positions t with
 completion_mask[t+1], which is the loss mask; with one answer in a row, they begin at the last token of its prompt:
 
     t                    0      1          2     3         4       5       6
@@ -200,7 +200,8 @@ class Layout:
             tail_samples=output.get("tail_samples", 0),
             temperatures=tuple(map(float, output.get("temperatures", ()))),
             hidden_states=output.get("hidden_states", False),
-            completion_mask=bool(recipe["corpus"].get("messages_column") or is_generated(recipe)),
+            completion_mask=any(map(recipe["corpus"].get, ("messages_column", "prompt_column")))
+            or is_generated(recipe),
             completions_only=output.get("completions_only", False),
             vocab_size=teacher["vocab_size"],
             hidden_size=teacher.get("hidden_size") or 0,

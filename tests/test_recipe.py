@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from builder.dataset import identity
 from builder.dataset.identity import DESCRIPTIVE, PINNED, differences, fingerprint, row_fingerprint
 from builder.recipe import (
     CorpusRecipe,
@@ -52,6 +51,10 @@ def test_defaults(tmp_path):
             "embedded": None,
             "text_column": "text",
             "messages_column": None,
+            "prompt_column": None,
+            "tools_column": None,
+            "documents_column": None,
+            "chat_template_kwargs_column": None,
             "id_column": None,
             "text_unit": "file",
             "max_documents": None,
@@ -79,7 +82,11 @@ def test_defaults(tmp_path):
             "long_documents": "chunk",
             "bos": "tokenizer",
             "eos": "tokenizer",
+            "learn": "all",
             "chat_template": None,
+            "chat_template_kwargs": {},
+            "chat_template_date": None,
+            "drop_unwritten": (),
             "batch_tokens": 16_384,
         },
         "generation": None,
@@ -113,7 +120,10 @@ def test_shipped_recipes_are_published_as_they_are_written(path):
     recipe = load_recipe(path)
     published = recipe.published(attention=None)
     assert Recipe.model_validate_json(json.dumps(published)) == recipe
-    assert recipe.published() == {**published, "teacher": {**published["teacher"], "attention": "sdpa"}}
+    assert recipe.published() == {
+        **published,
+        "teacher": {**published["teacher"], "attention": "sdpa"},
+    }
 
 
 # --- what is wrong ---------------------------------------------------------------------------------------------------------
@@ -148,6 +158,15 @@ WRONG = {
         rf"full 40-digit commit, not '{COMMIT[:8]}'",
     f"{SMALLEST}[sequences]\nmax_length = 7": r"max_length: Input should be greater than or equal to 8 \(found 7\)",
     f"{SMALLEST}[sequences]\nbos = true": r"bos: Input should be 'tokenizer', 'always' or 'never' \(found True\)",
+    f"{SMALLEST}[sequences]\nlearn = 'first'": r"learn: Input should be 'all' or 'last' \(found 'first'\)",
+    f"{SMALLEST}[sequences]\nchat_template_date = '31 Jan'": r"chat_template_date is '31 Jan', expected a day such as",
+    f'name = "x"\n{FILES}tools_column = true\n{PATH}': r"corpus\.tools_column: expected a column's name, or false .* \(found True\)",
+    f'name = "x"\n{FILES}text_column = "t"\ntools_column = "u"\n{PATH}': r"tools_column means something only with messages_column",
+    f'name = "x"\n{FILES}messages_column = "m"\n{PATH}[sequences]\nlearn = "last"\n[generation]\nmax_new_tokens = 2':
+        r"sequences\.learn = \"last\" is about answers of the corpus",
+    f'name = "x"\n{FILES}prompt_column = "p"\n{PATH}[generation]\nmax_new_tokens = 2':
+        r"corpus\.prompt_column is for completions that the corpus holds",
+    'name = "x"\n[corpus]\nembedded = "python-docs"\nprompt_column = "p"\n' + PATH: r"holds texts and no messages; leave out prompt_column",
     f"{SMALLEST}[output]\ntop_k = 0": r"output\.top_k: expected .* at least 1, or \"all\" \(found 0\)",
     f"{SMALLEST}[output]\ntop_k = 5.0": r"output\.top_k: expected a whole number .* \(found 5\.0\)",
     f"{SMALLEST}[output]\ntop_k = '5'": r"output\.top_k: expected a whole number .* \(found '5'\)",
@@ -219,6 +238,10 @@ OTHER: dict[str, Any] = {
     "corpus.embedded": None,
     "corpus.text_column": "body",
     "corpus.messages_column": "messages",
+    "corpus.prompt_column": "prompt",
+    "corpus.tools_column": "tools",
+    "corpus.documents_column": False,
+    "corpus.chat_template_kwargs_column": "chat_template_kwargs",
     "corpus.id_column": "id",
     "corpus.text_unit": "line",
     "corpus.max_documents": 9,
@@ -234,6 +257,10 @@ OTHER: dict[str, Any] = {
     "sequences.long_documents": "truncate",
     "sequences.bos": "never",
     "sequences.eos": "always",
+    "sequences.learn": "last",
+    "sequences.chat_template_kwargs": {"enable_thinking": False},
+    "sequences.chat_template_date": "2026-01-31",
+    "sequences.drop_unwritten": ("name",),
     "sequences.batch_tokens": 16_383,
     "generation.max_new_tokens": 99,
     "generation.temperature": 0.5,
@@ -303,10 +330,9 @@ def test_only_what_decides_each_row_changes_the_fingerprint_of_rows():
     }
 
 
-def test_the_schema_version_changes_the_fingerprint(monkeypatch):
+def test_the_schema_version_changes_the_fingerprint():
     before = fingerprint(plan(BASE))
-    monkeypatch.setattr(identity, "SCHEMA_VERSION", "9.0.0")
-    assert fingerprint(plan(BASE)) != before
+    assert fingerprint(plan(BASE), "9.0.0") != before
 
 
 def test_a_fingerprint_does_not_depend_on_how_paths_are_spelled(tmp_path, monkeypatch):

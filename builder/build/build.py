@@ -37,6 +37,7 @@ from builder.dataset.manifest import (
     write_json,
 )
 from builder.recipe import Recipe
+from builder.sources.columns import settle_columns
 from builder.sources.resolve import (
     KnownSources,
     Sources,
@@ -107,6 +108,9 @@ def build(
         if outbox:
             outbox.open(output, state, known)
         sources = resolve(recipe, base, known)
+        recipe, found_columns = settle_columns(recipe, sources.corpus, known)
+        for line in found_columns:
+            notice(line)
         plan = sources.plan(recipe)
         state.settle("plan", {**deciding(plan), "schema_version": SCHEMA_VERSION})
         state.remember(known)
@@ -351,8 +355,9 @@ def _recorded(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _published_as(manifest: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """A recipe's plain values, with what was resolved then: the attention, and the branch where it names its commit."""
-    published = recipe.published(attention=manifest["recipe"]["teacher"].get("attention", "sdpa"))
+    """A recipe's plain values, with what was resolved then: attention, columns, and the branch where it names its commit."""
+    attention = manifest["recipe"]["teacher"].get("attention", "sdpa")
+    published = recipe.with_columns(manifest["recipe"]["corpus"]).published(attention=attention)
     for section in ("corpus", "teacher"):
         if published[section]["revision"] == manifest[section].get("commit"):
             published[section]["revision"] = manifest["recipe"][section]["revision"]

@@ -86,8 +86,11 @@ def deliver(
         if not is_branch_of(there.repo, head, read_manifest(output)):
             branch = None  # of another build, which may still be resumed
     else:
-        said = former and former["recipe"]["teacher"].get("attention")  # what this leads to, too
-        _check_tag(there, tag, {"recipe": recipe.published(attention=said or "sdpa")})
+        # What it leaves open, attention and columns, is found later; till then they are what they were.
+        said = former["recipe"] if former else {"corpus": {}, "teacher": {}}
+        attention = said["teacher"].get("attention", "sdpa")
+        published = recipe.with_columns(said["corpus"]).published(attention=attention)
+        _check_tag(there, tag, {"recipe": published})
         _check_count(recipe)
         if pool:
             check_pool(pool, recipe)

@@ -11,6 +11,7 @@ import gc
 import secrets
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -195,6 +196,7 @@ class Worker:
         file = output / task.file
         stream, self._stream = self._stream_for(task), None
         rows, tokens, sums = 0, 0, Sums()
+        converted: Counter[str] = Counter()
         pipeline = self._pipeline()
         generator = self._generator(pipeline)
         if generator:
@@ -215,6 +217,7 @@ class Worker:
                 rows += len(block.sequences)
                 tokens += len(block.distribution["logsumexp"])
                 sums += _sums(block, self.layout)
+                converted.update(note for s in block.sequences for note in s.notes)
             if not rows:
                 raise ValueError(_nothing_in(self._recipe.corpus, stream))
         self._stream = stream
@@ -238,6 +241,7 @@ class Worker:
             else None,
             column_bytes=column_bytes(pq.read_metadata(file)),
             footer_sha256=footer_sha256(file),
+            converted=dict(sorted(converted.items())) or None,
         )
 
     def _pipeline(self) -> Pipeline:

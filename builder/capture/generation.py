@@ -327,6 +327,7 @@ class Generator:
             token_ids=row.token_ids,
             next_token=NO_TOKEN,
             completion_mask=_mask(row, row.num_written),
+            notes=() if row.sample else row.prompt.notes,
         )
 
 

@@ -25,7 +25,7 @@ from builder.dataset.manifest import data_digest, mean_topk_mass, records_of, wr
 from builder.dataset.printable import one_line
 from builder.dataset.shards import atomic_file
 from builder.sources import demo
-from logit_dataset.schema import Layout, card_features, columns, is_generated
+from logit_dataset.schema import Layout, card_features, columns
 
 README = "README.md"
 PICTURES = ("assets/mass.svg", "assets/entropy.svg")
@@ -136,7 +136,9 @@ def _variables(
         "teacher": _teacher_name(teacher),
         "kept": _what_is_kept(manifest, layout),
         "is_whole": layout.top_k == "all",
-        "document": _documents(totals).removesuffix("s"),
+        "document": _documents(manifest).removesuffix("s"),
+        "is_of_chats": bool(recipe["corpus"].get("messages_column")),
+        "turns": sequences.get("learn") == "last",
         "rows": "C" if layout.completions_only else "T",
         "at_wide": "[kept]" if layout.completion_mask and not layout.completions_only else "",
         "layout": layout,
@@ -257,7 +259,7 @@ def _what_is_kept(manifest: dict[str, Any], layout: Layout) -> str:
     if layout.completions_only:
         everything = replace(layout, completions_only=False)
         where = (
-            "in completions" if is_generated(manifest["recipe"]) else "where the assistant speaks"
+            "where the assistant speaks" if _documents(manifest) == "chats" else "in completions"
         )
         return f"{where}, {_what_is_kept(manifest, everything)}"
     if layout.top_k == "all":
@@ -280,7 +282,7 @@ def _statistics(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("tokens", f"{totals['tokens']:,}"),
         *_completions(totals),
-        ("rows", f"{totals['rows']:,}, from {totals['documents']:,} {_documents(totals)}"),
+        ("rows", f"{totals['rows']:,}, from {totals['documents']:,} {_documents(manifest)}"),
         (
             "size",
             f"{totals['bytes'] / 1e6:,.1f} MB, {float(totals['bytes_per_token'])} bytes a token",
@@ -305,10 +307,10 @@ def _completions(totals: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _documents(totals: dict[str, Any]) -> str:
-    if "completions" in totals:
+def _documents(manifest: dict[str, Any]) -> str:
+    if "completions" in manifest["totals"]:
         return "prompts"
-    return "documents" if totals.get("completion_tokens") is None else "chats"
+    return "chats" if manifest["recipe"]["corpus"].get("messages_column") else "documents"
 
 
 def _topk_mass(manifest: dict[str, Any]) -> float:
@@ -339,6 +341,7 @@ def _provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         *_chat_template(manifest),
         ("corpus", ", ".join([_corpus_name(corpus), _pin(corpus), *options])),
+        *_converted(manifest["totals"]),
         (
             "built on",
             f"{devices}, in {manifest['totals']['seconds']:,.0f} s at "
@@ -380,6 +383,16 @@ def _chat_template(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     file = manifest["recipe"]["sequences"].get("chat_template")
     name = plain(file) if file else "the tokenizer’s own"
     return [("chat template", f"{name}, SHA-256 `{plain(digest)}`")]
+
+
+def _converted(totals: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was converted in documents, or left out of them."""
+    found = totals.get("converted") or {}
+    if not found:
+        return []
+    return [
+        ("converted", ", ".join(f"{plain(what)} (in {count:,})" for what, count in found.items()))
+    ]
 
 
 def _pin(source: dict[str, Any]) -> str:

@@ -30,7 +30,10 @@ def recipe_toml(recipe: dict[str, Any], manifest: dict[str, Any]) -> str:
         values = dict(recipe.get(section) or {})
         if commit := manifest.get(section, {}).get("commit"):
             values["revision"] = commit
-        defaults = {name: field.default for name, field in model.model_fields.items()}
+        defaults = {
+            name: field.get_default(call_default_factory=True)
+            for name, field in model.model_fields.items()
+        }
         kept = [
             f"{_key(key)} = {_toml(value)}"
             for key, value in values.items()

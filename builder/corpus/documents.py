@@ -18,7 +18,7 @@ import locale
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,13 +28,8 @@ from datasets import IterableDataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from zstandard import ZstdError
 
-from builder.corpus.messages import (
-    Message,
-    canonical,
-    has_answer,
-    read_messages,
-    without_last_answer,
-)
+from builder.corpus.messages import Message
+from builder.corpus.rows import Columns, NotRead, Said, read_row
 
 PARQUET_BATCH_ROWS = 1000
 """Documents of a local Parquet file in memory at once; by default it would be a row group, however large."""
@@ -49,8 +44,20 @@ class Document:
 
     id: str
     text: str = ""
+    prompt_length: int | None = None
+    """Characters of the text before a completion; None where nothing is one."""
     messages: list[Message] | None = None
     """Of a chat; its text is what a chat template makes of them."""
+    tools: list[Any] | None = None
+    documents: list[Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    """What else a chat gives to its template: see `Chat`."""
+    learn_from: int = 0
+    """Of a chat, the message from which on answers are learned."""
+    checked: int = 0
+    """Messages that were looked at with an earlier turn of the same chat."""
+    notes: tuple[str, ...] = ()
+    """What was converted in it."""
 
 
 def open_local(
@@ -113,10 +120,8 @@ class Corpus:
         self,
         stream: IterableDataset,
         *,
-        text_column: str = "text",
-        messages_column: str | None = None,
+        columns: Columns,
         without_last_answer: bool = False,
-        id_column: str | None,
         format: Literal["hub", "text", "json", "parquet"] = "hub",
         file_names: tuple[str, ...] = (),
         partition: int = 0,
@@ -127,10 +132,8 @@ class Corpus:
 
         Args:
             stream: from `open_local` or `open_hub`.
-            text_column: column of the text.
-            messages_column: column of the messages, if the corpus is one of chats.
+            columns: what columns mean; where there is none of ids, or it is null, these are hashes of the text, or of the chat.
             without_last_answer: end each chat where the assistant is to speak next, so that it is a prompt.
-            id_column: column of the document's id; where it is null or there is none, ids are hashes of the text, or of the messages.
             format: what the stream's rows are; those of `json` are lines, each an object whose keys are the columns.
             file_names: names of the stream's files for messages.
             partition: which of `num_partitions` contiguous ranges of files to read.
@@ -145,10 +148,8 @@ class Corpus:
                 "divide; choose fewer"
             )
         self.stream = stream
-        self._is_of_chats = messages_column is not None
-        self._column = messages_column or text_column
+        self._columns = columns
         self._without_last_answer = without_last_answer
-        self._id_column = id_column
         self._format = format
         self._file_names = file_names
         first_file, self._end_file = (
@@ -184,7 +185,7 @@ class Corpus:
                 if is_first_row:
                     self._check_columns(row)
                     is_first_row = False
-                document = self._chat(row) if self._is_of_chats else self._text(row)
+                document = self._document(row)
                 if document is None:
                     self._skipped += 1
                     continue
@@ -192,30 +193,29 @@ class Corpus:
                 yield document
             self._file, self._row_group = self._file + 1, 0
 
-    def _text(self, row: dict[str, Any]) -> Document | None:
-        text = row.get(self._column)
-        if text is not None and not isinstance(text, str):
-            raise ValueError(
-                f"{self._where_exactly()}: column {self._column!r} holds {type(text).__name__}, expected text; "
-                "set corpus.text_column to a column of strings, or corpus.messages_column to one of chats"
-            )
-        if text is None or not text.strip():
-            return None
-        return Document(id=self._identify(row, text), text=text)
-
-    def _chat(self, row: dict[str, Any]) -> Document | None:
+    def _document(self, row: dict[str, Any]) -> Document | None:
         try:
-            messages = read_messages(row.get(self._column))
-        except ValueError as error:
-            raise ValueError(
-                f"{self._where_exactly()}: column {self._column!r} {error}; mend the corpus, or set "
-                "corpus.messages_column to another column"
-            ) from None
-        if self._without_last_answer:
-            messages = without_last_answer(messages)
-        if not messages or not (self._without_last_answer or has_answer(messages)):
+            said = read_row(
+                row,
+                self._columns,
+                are_prompts=self._without_last_answer,
+                features=False if self._format in ("text", "json") else self.stream.features,
+            )
+        except NotRead as error:
+            raise ValueError(f"{self._where_exactly()}: {error}") from None
+        if said is None:
             return None
-        return Document(id=self._identify(row, canonical(messages)), messages=messages)
+        return Document(
+            id=self._identify(row, said),
+            text=said.text,
+            prompt_length=said.prompt_length,
+            messages=said.messages,
+            tools=said.tools,
+            documents=said.documents,
+            options=said.options,
+            learn_from=said.learn_from,
+            notes=said.notes,
+        )
 
     def _rows_of_file(self) -> Iterator[dict[str, Any]]:
         """The rows of the current file from the current place on."""
@@ -255,19 +255,19 @@ class Corpus:
                 return row
             reason = f"a JSON {type(row).__name__}"
         raise ValueError(
-            f"{self._where_exactly()} is {reason}; expected one JSON object a line, with the key {self._column!r}"
+            f"{self._where_exactly()} is {reason}; expected one JSON object a line, with the key {self._columns.needed[0]!r}"
         )
 
-    def _identify(self, row: dict[str, Any], text: str) -> str:
-        """The document's id, once it is known that it and the text (or messages) can be written as UTF-8."""
-        own = row.get(self._id_column) if self._id_column else None
+    def _identify(self, row: dict[str, Any], said: Said) -> str:
+        """The document's id, once it is known that it and what the row says can be written as UTF-8."""
+        own = row.get(self._columns.id) if self._columns.id else None
         if not isinstance(own, str | int | None) or isinstance(own, bool):
             raise ValueError(
-                f"{self._where_exactly()}: column {self._id_column!r} holds {type(own).__name__}, expected text or a whole "
+                f"{self._where_exactly()}: column {self._columns.id!r} holds {type(own).__name__}, expected text or a whole "
                 "number; set corpus.id_column to another column, or leave it out to have hashes of the text as ids"
             )
         try:
-            content = text.encode()
+            content = said.content.encode()
             str(own).encode()
         except UnicodeEncodeError as error:
             raise ValueError(
@@ -277,7 +277,7 @@ class Corpus:
         return hashlib.sha256(content).hexdigest()[:16] if own in (None, "") else str(own)
 
     def _check_columns(self, row: dict[str, Any]) -> None:
-        for name in filter(None, (self._column, self._id_column)):
+        for name in self._columns.needed:
             if name not in row:
                 raise ValueError(f"{self._where()} {_no_column(name, row)}")
 

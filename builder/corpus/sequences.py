@@ -12,8 +12,8 @@ How:  a document is tokenized once and whole; chunks are slices of that. A cut n
 import json
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -40,6 +40,8 @@ class Sequence:
     """The token after the last one: the document's, where it was cut, else end-of-sequence, else NO_TOKEN."""
     completion_mask: list[bool] | None = None
     """Which tokens are the completion's; None in a corpus of texts."""
+    notes: tuple[str, ...] = ()
+    """Of the first sequence of a document: what was converted in that, or left out of it."""
 
     @property
     def targets(self) -> list[int]:
@@ -61,6 +63,18 @@ class Tokens:
     offsets: list[tuple[int, int]]
     """Where in the text each token stands."""
     completion_mask: list[bool] | None = None
+    notes: tuple[str, ...] = ()
+    """What was converted, or left out."""
+
+
+class Chats(Protocol):
+    """What makes tokens of chats."""
+
+    def turns(self, document: Document) -> list[Document]:
+        """The documents of which rows are made."""
+
+    def __call__(self, document: Document) -> Tokens:
+        """The tokens of one of them."""
 
 
 class Encoder:
@@ -74,7 +88,7 @@ class Encoder:
         long_documents: Literal["chunk", "truncate"],
         bos: Literal["tokenizer", "always", "never"] = "tokenizer",
         eos: Literal["tokenizer", "always", "never"] = "tokenizer",
-        chats: Callable[[Document], Tokens] | None = None,
+        chats: Chats | None = None,
     ) -> None:
         """Prepare a fast transformers tokenizer.
 
@@ -104,12 +118,25 @@ class Encoder:
         self._truncate = long_documents == "truncate"
 
     def encode(self, document: Document) -> list[Sequence]:
-        """The sequences of one document; none if it has no tokens, or is a chat that is truncated before its first answer.
+        """The sequences of one document; none if it has no tokens, or is truncated before anything that is to be learned.
 
         Raises:
             ValueError: it is a chat of which no tokens, or no mask, can be made.
         """
-        tokens = self.chats(document) if self.chats else self._tokens(document.text)
+        if self.chats is None:
+            return self._sequences(document, self._tokens(document))
+        found: list[Sequence] = []
+        notes = dict.fromkeys(document.notes)
+        for turn in self.chats.turns(document):
+            tokens = self.chats(turn)
+            if sequences := self._sequences(turn, tokens):
+                found += sequences
+                notes |= dict.fromkeys(tokens.notes)
+        if found and notes:
+            found[0] = replace(found[0], notes=tuple(notes))
+        return found
+
+    def _sequences(self, document: Document, tokens: Tokens) -> list[Sequence]:
         ids, ends = tokens.ids, _character_ends(tokens.offsets)
         sequences: list[Sequence] = []
         start, text_start = 0, 0
@@ -122,6 +149,7 @@ class Encoder:
             mask = None
             if tokens.completion_mask is not None:
                 mask = [False] * len(prefix) + tokens.completion_mask[start:end]
+                mask += [True] * len(self.suffix) if is_last else []  # it ends the completion
             sequences.append(
                 Sequence(
                     document_id=document.id,
@@ -135,7 +163,8 @@ class Encoder:
             if self._truncate:
                 break
             start, text_start = end, text_end
-        if self.chats and self._truncate and not (sequences and sequences[0].loss_positions):
+        is_learned = any(sequence.loss_positions for sequence in sequences[:1])
+        if self._truncate and tokens.completion_mask is not None and not is_learned:
             return []
         return sequences
 
@@ -145,7 +174,7 @@ class Encoder:
         Raises:
             ValueError: it is a chat of which no tokens can be made.
         """
-        tokens = self.chats(document) if self.chats else self._tokens(document.text)
+        tokens = self.chats(document) if self.chats else self._tokens(document)
         if not tokens.ids:
             return None
         return Sequence(
@@ -154,11 +183,20 @@ class Encoder:
             text=tokens.text,
             token_ids=[*([] if self.chats else self.prefix), *tokens.ids],
             next_token=NO_TOKEN,
+            notes=tuple(dict.fromkeys((*document.notes, *tokens.notes))),
         )
 
-    def _tokens(self, text: str) -> Tokens:
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        return Tokens(text=text, ids=encoding.ids, offsets=encoding.offsets)
+    def _tokens(self, document: Document) -> Tokens:
+        encoding = self._backend.encode(document.text, add_special_tokens=False)
+        mask = None
+        if document.prompt_length is not None:  # a token across the border is the completion's
+            mask = [end > document.prompt_length for _, end in encoding.offsets]
+        return Tokens(
+            text=document.text,
+            ids=encoding.ids,
+            offsets=encoding.offsets,
+            completion_mask=mask,
+        )
 
 
 def length_sorted_batches(

@@ -74,6 +74,7 @@ def describe(directory: Path) -> str:
         "corpus": f"{corpus_name} @ {corpus_pin}",
         "size": f"{totals['tokens']:,} tokens in {totals['rows']:,} rows of {totals['documents']:,} documents{skipped}",
         **_completions(totals),
+        **_converted(totals),
         **({"written": written} if written else {}),
         "disk": f"{totals['bytes'] / 1e6:,.1f} MB in {summary['shards']} files, {totals['bytes_per_token']} bytes a token",
         "stored": _stored(layout),
@@ -114,6 +115,12 @@ def _completions(totals: dict[str, Any]) -> dict[str, str]:
         return {}
     count = totals["completion_tokens"]
     return {"of these": f"{count:,} tokens in completions, {count / totals['tokens']:.1%}"}
+
+
+def _converted(totals: dict[str, Any]) -> dict[str, str]:
+    found = totals.get("converted") or {}
+    listed = ", ".join(f"{what} (in {count:,})" for what, count in found.items())
+    return {"converted": listed} if listed else {}
 
 
 def _share(summary: dict[str, Any]) -> dict[str, str]:

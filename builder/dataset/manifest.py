@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
@@ -27,7 +28,7 @@ DATA_FILE = re.compile(r"data/[A-Za-z0-9_][A-Za-z0-9._-]*\.parquet")
 """Names that a manifest, which may come from anywhere, may use for a data file."""
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
 
-UNSAID = ("completions", "offset_before", "column_bytes", "footer_sha256")
+UNSAID = ("completions", "offset_before", "column_bytes", "footer_sha256", "converted")
 """Fields of records that are left out where they are None."""
 
 FORMER_KEYS = {"position_before": "offset_before", "position_after": "offset_after"}
@@ -113,6 +114,8 @@ class ShardRecord:
     """Compressed, of each column; None in a dataset of a schema before 1.2."""
     footer_sha256: str | None = None
     """Of the Parquet footer; None of a file whose pages have no checksums, as all were once."""
+    converted: dict[str, int] | None = None
+    """In how many documents something was converted or left out, by what; None where nothing was."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any], *, where: str = "") -> Self:
@@ -236,6 +239,14 @@ def mean_topk_mass(records: Iterable[ShardRecord]) -> float:
     return mass / max(positions, 1)
 
 
+def converted_of(records: Iterable[ShardRecord]) -> dict[str, int]:
+    """In how many documents something was converted or left out, by what."""
+    totals: Counter[str] = Counter()
+    for record in records:
+        totals.update(record.converted or {})
+    return dict(sorted(totals.items()))
+
+
 def data_digest(manifest: dict[str, Any]) -> str:
     """SHA-256 of names and hashes of all data files: it stands for the data, whatever is said about them."""
     listing = [[shard["file"], shard["sha256"]] for shard in manifest["shards"]]
@@ -325,6 +336,7 @@ def totals_of(records: list[ShardRecord]) -> dict[str, Any]:
     nll = sums.target_nll / sums.targets if sums.targets else None
     last = {record.partition: record.offset_after for record in records}
     written = [record.completions for record in records if record.completions]
+    converted = converted_of(records)
     return {
         "documents": sum(offset["documents"] for offset in last.values()),
         "documents_skipped": sum(offset["skipped"] for offset in last.values()),
@@ -341,4 +353,5 @@ def totals_of(records: list[ShardRecord]) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "tokens_per_second": round(tokens / max(seconds, 1e-3), 1),
         **({"completions": asdict(sum(written, Completions()))} if written else {}),
+        **({"converted": converted} if converted else {}),
     }

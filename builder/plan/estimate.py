@@ -22,6 +22,7 @@ from builder.corpus.documents import Corpus, Document
 from builder.corpus.sequences import Encoder
 from builder.plan.plan import bytes_per_token, count_parameters
 from builder.recipe import Recipe
+from builder.sources.columns import settle_columns
 from builder.sources.opening import make_encoder, open_corpus
 from builder.sources.resolve import (
     CorpusSource,
@@ -60,6 +61,7 @@ def estimate(recipe: Recipe, base: Path, *, device: str) -> Estimate:
         ValueError: as `build`, for what can be seen before the teacher is loaded.
     """
     sources = resolve(recipe, base, KnownSources())
+    recipe, _ = settle_columns(recipe, sources.corpus, KnownSources())
     tokens, per_token = expect(recipe, sources)
     parameters = _count_parameters(sources.teacher)
     rate = _tokens_per_second(parameters, recipe.teacher.dtype, device) if parameters else None
@@ -80,6 +82,7 @@ def expect(recipe: Recipe, sources: Sources) -> tuple[int | None, float | None]:
     Raises:
         ValueError: as `build`, for what can be seen before the teacher is loaded.
     """
+    recipe, _ = settle_columns(recipe, sources.corpus, KnownSources())
     tokens, kept_share = _count_tokens(recipe, sources)
     if not recipe.output.completions_only:
         kept_share = 1.0

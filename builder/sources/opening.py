@@ -1,9 +1,11 @@
 """A recipe's sections and its resolved sources → the things themselves, which know nothing of recipes: documents, an encoder, a teacher."""
 
+import datetime
 from typing import Any
 
 from builder.corpus.chats import ChatTemplate
 from builder.corpus.documents import Corpus, Offset, open_hub, open_local
+from builder.corpus.rows import Columns
 from builder.corpus.sequences import Encoder
 from builder.recipe import CorpusRecipe, Recipe, TeacherRecipe
 from builder.sources.resolve import CorpusSource, TeacherSource
@@ -21,8 +23,7 @@ def open_corpus(
     start: Offset | None = None,
 ) -> Corpus:
     """The documents of one partition of a resolved corpus, from an offset on."""
-    id_column = "id" if corpus.embedded else corpus.id_column
-    content_column = corpus.messages_column or corpus.text_column
+    columns = columns_of(corpus)
     if source.format == "hub":
         assert corpus.repo
         assert source.commit
@@ -32,19 +33,30 @@ def open_corpus(
             source.files,
             format=source.format,
             text_unit=corpus.text_unit,
-            columns=tuple(dict.fromkeys(filter(None, (content_column, id_column)))),
+            columns=columns.all,
         )
     return Corpus(
         rows,
-        text_column=corpus.text_column,
-        messages_column=corpus.messages_column,
+        columns=columns,
         without_last_answer=are_prompts,
-        id_column=id_column,
         format=source.format,
         file_names=tuple(path.name for path in source.files),
         partition=partition,
         num_partitions=num_partitions,
         start=start,
+    )
+
+
+def columns_of(corpus: CorpusRecipe) -> Columns:
+    """What the columns of a recipe's corpus mean."""
+    return Columns(
+        text=corpus.text_column,
+        messages=corpus.messages_column,
+        prompt=corpus.prompt_column,
+        tools=corpus.tools_column,
+        documents=corpus.documents_column,
+        options=corpus.chat_template_kwargs_column,
+        id="id" if corpus.embedded else corpus.id_column,
     )
 
 
@@ -57,7 +69,16 @@ def make_encoder(recipe: Recipe, tokenizer: Any, template: str | None = None) ->
     sequences, is_of_prompts = recipe.sequences, recipe.generation is not None
     chats = None
     if recipe.corpus.messages_column:
-        chats = ChatTemplate(tokenizer, template, is_of_prompts=is_of_prompts)
+        date = sequences.chat_template_date
+        chats = ChatTemplate(
+            tokenizer,
+            template,
+            is_of_prompts=is_of_prompts,
+            learn=sequences.learn,
+            options=sequences.chat_template_kwargs,
+            date=datetime.date.fromisoformat(date) if date else None,
+            let_go=sequences.drop_unwritten,
+        )
     return Encoder(
         tokenizer,
         max_length=sequences.max_length,

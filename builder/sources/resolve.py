@@ -84,6 +84,8 @@ class KnownSources:
     """Path → [bytes, time of change in ns, sha256]."""
     attentions: dict[str, str] = field(default_factory=dict)
     """Teacher, pinned → its attention where the recipe leaves it open, so that a newer transformers does not choose another one."""
+    columns: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Of a corpus, its columns and what they are."""
 
     def commit(
         self, recipe: CorpusRecipe | TeacherRecipe, repo_type: Literal["dataset", "model"]

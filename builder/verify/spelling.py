@@ -14,7 +14,7 @@ from typing import Any
 
 from builder.capture.generation import spell_completion
 from builder.corpus.documents import Document
-from builder.corpus.sequences import Encoder, backend_copy
+from builder.corpus.sequences import Encoder, Tokens, backend_copy
 from builder.recipe import SequencesRecipe
 from logit_dataset.schema import is_generated
 
@@ -61,7 +61,7 @@ class Speller:
             long_documents=sequences.long_documents,
             bos=sequences.bos,
             eos="never" if self._is_generated else sequences.eos,
-            chats=_no_chat if self._is_of_chats else None,
+            chats=_NoChats() if self._is_of_chats else None,
         )
         self._prefix, self._suffix = self._encoder.prefix, self._encoder.suffix
         for name, found in (("prefix_ids", self._prefix), ("suffix_ids", self._suffix)):
@@ -174,5 +174,13 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def _no_chat(_: Document) -> Any:
-    raise AssertionError("chats are not rendered again: their messages are not in the dataset")
+class _NoChats:
+    """Stands for the chat template: messages are not in a dataset, so that nothing is rendered."""
+
+    def turns(self, document: Document) -> list[Document]:
+        """None."""
+        raise AssertionError
+
+    def __call__(self, document: Document) -> Tokens:
+        """None."""
+        raise AssertionError

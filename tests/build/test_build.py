@@ -275,7 +275,7 @@ def test_a_nan_names_the_document_and_leaves_no_shard(
     shutil.copytree(tiny_teacher_dir, teacher)
     weights = load_file(teacher / "model.safetensors")
     token = tiny_tokenizer.encode("!")[0]
-    weights["model.embed_tokens.weight"][token] = torch.nan
+    weights["model.embed_tokens.weight"][token] = 3e38  # whose square is not finite
     save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
     write_jsonl(
         corpus_file, [{"id": "fine", "text": "all is well"}, {"id": "sick", "text": "no! not"}]

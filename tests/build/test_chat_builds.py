@@ -407,7 +407,10 @@ def test_every_format_gives_the_same_chats(chat_teacher, tmp_path):
     found = {}
     for name in ("c.jsonl", "c.parquet"):
         recipe = tmp_path / "recipe.toml"
-        recipe.write_text(recipe_text(chat_teacher, name, corpus=f"{CORPUS}\nid_column = 'id'"))
+        let_go = 'drop_unwritten = ["name", "reasoning"]'
+        recipe.write_text(
+            recipe_text(chat_teacher, name, corpus=f"{CORPUS}\nid_column = 'id'", sequences=let_go)
+        )
         run(recipe, tmp_path / name.replace(".", "-"))
         output = tmp_path / name.replace(".", "-")
         found[name] = [
@@ -417,7 +420,9 @@ def test_every_format_gives_the_same_chats(chat_teacher, tmp_path):
         totals = read_manifest(output)["totals"]
         assert (totals["documents"], totals["documents_skipped"]) == (2, 3)
         # Without a column of ids, these are hashes of the messages, whatever the format.
-        recipe.write_text(recipe_text(chat_teacher, name, corpus=CORPUS).replace('id_column = "id"\n', ""))  # fmt: skip
+        assert totals["converted"] == {"name left out": 1, "reasoning left out": 1}
+        text = recipe_text(chat_teacher, name, corpus=CORPUS, sequences=let_go)
+        recipe.write_text(text.replace('id_column = "id"\n', ""))
         run(recipe, tmp_path / f"{output.name}-hashed")
         found[name].append([row["id"] for row in read_rows(tmp_path / f"{output.name}-hashed")])
     assert found["c.jsonl"] == found["c.parquet"]
@@ -437,9 +442,9 @@ WRONG = {
     "another role": (chat({"role": "human", "content": "x"}), r"message 0 has the role 'human', expected one of"),
     "a role that is no text": (chat({"role": 3, "content": "x"}), r"message 0 has the role 3"),
     "a role that is none": (chat({"role": "<|im_end|>", "content": "x"}), r"has the role '<\|im_end\|>'"),
-    "keys of another kind": (chat({"from": "human", "value": "x"}), r"message 0 has no role"),
+    "another speaker": (chat({"from": "narrator", "value": "x"}), r"message 0 is from 'narrator', expected one of human"),
     "no content": (chat({"role": "user"}), r"message 0 has no content, expected text"),
-    "parts": (chat({"role": "user", "content": [{"type": "text", "text": "x"}]}), r"message 0 has list as its content, expected text"),
+    "an image": (chat({"role": "user", "content": [{"type": "image", "image": "x"}]}), r"message 0 has a part of content with the type 'image'"),
     "half a character": (chat(*GOOD["messages"], {"role": "user", "content": "\ud800"}), r"holds '\\ud800', half of a surrogate pair"),
     "no such column": ({"id": "x", "text": "x"}, r"has no column 'messages'; its columns are id, text; set .*corpus\.messages_column"),
 }  # fmt: skip
@@ -499,12 +504,18 @@ def test_a_recipe_that_cannot_be_is_refused(changes, message, recipe_of, tmp_pat
     ("changes", "message"),
     [
         ({"output": "completions_only = true"}, r"completions_only needs completions: of a corpus of chats"),
-        ({"sequences": 'chat_template = "x"'}, r"chat_template means something only with corpus\.messages_column"),
+        ({"sequences": 'chat_template_date = "2026-01-31"'}, r"chat_template_date means something only with corpus\.messages_column"),
+        ({"sequences": 'learn = "last"'}, r"learn means something only with corpus\.messages_column"),
+        ({"sequences": 'drop_unwritten = ["name"]'}, r"drop_unwritten means something only with corpus\.messages_column"),
     ],
 )  # fmt: skip
-def test_what_needs_chats_is_refused_without(changes, message, make_recipe):
+def test_what_needs_chats_is_refused_without(changes, message, make_recipe, tmp_path):
+    """At once where the recipe names its column, else as soon as the corpus has been looked at."""
     with pytest.raises(ValueError, match=message):
-        load_recipe(make_recipe(**changes))
+        load_recipe(make_recipe(corpus='text_column = "text"', **changes))
+    with pytest.raises(ValueError, match=message):
+        run(make_recipe(**changes), tmp_path / "out")
+    assert not list((tmp_path / "out" / "data").glob("*"))
 
 
 def test_a_teacher_without_a_chat_template_is_one_line(cli, tiny_teacher_dir, tmp_path):

@@ -322,37 +322,37 @@ CUT = "columns are cut together or not at all"
         (
             lambda rows: [{"input_ids": row["input_ids"]} for row in rows],
             "set|remove_unused_columns=False",
-        ),  # fmt: skip
+        ),
         (lambda rows: [], "there are no rows"),
         (lambda rows: [rows[0], {**rows[1], "more": 1}], "some rows have more and others have not"),
         (
             lambda rows: [rows[0], {**rows[1], "input_ids": rows[1]["input_ids"][:9]}],
             f"row 1 of .* {CUT}",
-        ),  # fmt: skip
+        ),
         (
             lambda rows: [{**row, "entropy": row["entropy"][:4]} for row in rows],
             f"4 positions in entropy, expected .*{CUT}",
-        ),  # fmt: skip
+        ),
         (
             lambda rows: [{k: v[:0] if np.ndim(v) else v for k, v in row.items()} for row in rows],
             "a row has no tokens",
-        ),  # fmt: skip
+        ),
         (
             lambda rows: [rows[0], {**rows[1], "topk_indices": rows[1]["topk_indices"] + 440}],
             r"topk_indices holds the id 8\d\d, expected 0 to 447",
-        ),  # fmt: skip
+        ),
         (
             lambda rows: [rows[0], {**rows[1], "tail_indices": rows[1]["tail_indices"] - 999}],
             "tail_indices holds the id -9[0-9]+, expected 0 to 447",
-        ),  # fmt: skip
+        ),
         (
             lambda rows: [rows[0], {**rows[1], "topk_logprobs": rows[1]["topk_logprobs"][:, :4]}],
             "topk_logprobs has 4, 5 values a position, expected 5",
-        ),  # fmt: skip
+        ),
         (
             lambda rows: [{**rows[0], "topk_logprobs": [[1.0], [1.0, 2.0]]}],
             "does not have the same number of values at every",
-        ),  # fmt: skip
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(load, opened, change, message):

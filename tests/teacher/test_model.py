@@ -72,6 +72,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": GROUPED,
 }
 
+
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     """Models this small only wait for a second thread, for long where the cores are shared."""
