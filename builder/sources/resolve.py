@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from builder.checkpoint.checkpoint import refuse_adapter
 from builder.recipe import CorpusRecipe, Recipe, SequencesRecipe, TeacherRecipe
 from builder.sources import demo
 from builder.teacher.attention import best_attention
-from builder.teacher.checkpoint import refuse_adapter
 
 CorpusFormat = Literal["hub", "text", "json", "parquet"]
 

@@ -2,5 +2,5 @@
 
 In:    where a checkpoint is, and how to load it.
 Out:   a `Teacher`, which yields logits or hidden states of sequences.
-First: model.py; loading.py makes one from a checkpoint, ranks.py one over several processes, tokenizer.py its token ids.
+First: model.py; loading.py makes one from a checkpoint, ranks.py one over several processes.
 """

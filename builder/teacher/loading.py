@@ -13,7 +13,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from builder.teacher import arrival, checkpoint, gguf
+from builder.checkpoint import arrival, checkpoint, gguf
+from builder.checkpoint.checkpoint import named
+from builder.checkpoint.quantisation import describe, method_of
 from builder.teacher.attention import (
     best_attention,
     check_attention,
@@ -21,11 +23,9 @@ from builder.teacher.attention import (
     is_kernel,
     without_kernels_from_the_hub,
 )
-from builder.teacher.checkpoint import named
 from builder.teacher.model import Teacher, Together, is_spread
-from builder.teacher.quantisation import describe, method_of
-from builder.teacher.tokenizer import Origin, load, note_origin
-from builder.teacher.tokenizer_files import TokenizerError
+from builder.tokenizer.files import TokenizerError
+from builder.tokenizer.tokenizer import Origin, load, note_origin
 
 FAITHFUL_GGUF_PRETOKENIZERS = ("gpt-2", "smollm")
 """Values of `tokenizer.ggml.pre` for which the tokenizer rebuilt from a GGUF file is known to be right."""

@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from builder.checkpoint.quantisation import count_parameters
 from builder.teacher.head import body_of, head_of
 from builder.teacher.lengths import forgetting, reach_of
-from builder.teacher.quantisation import count_parameters
-from builder.teacher.tokenizer import origin_of
+from builder.tokenizer.tokenizer import origin_of
 
 CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES = 64 * 2**20, 256 * 2**20
 """Logits that exist at once, however large V is: enough rows for a matrix product at full speed, few enough to fit anywhere."""

@@ -194,8 +194,8 @@ def test_a_teacher_that_runs_packed_has_the_parameters_that_it_stands_for(write)
 
 
 def test_what_is_recorded_of_a_configuration_names_no_path():
-    from builder.teacher.checkpoint import Stored
-    from builder.teacher.quantisation import describe
+    from builder.checkpoint.checkpoint import Stored
+    from builder.checkpoint.quantisation import describe
 
     said = {
         **{

@@ -17,7 +17,7 @@ from builder.corpus.sequences import Encoder, backend_copy
 from builder.dataset.manifest import read_manifest, write_json
 from builder.teacher import loading
 from builder.teacher.loading import load_teacher, load_tokenizer
-from builder.teacher.tokenizer_rules import differing_parts
+from builder.tokenizer.rules import differing_parts
 from logit_dataset import load_logits
 from tests.conftest import write_jsonl
 from tests.teacher.test_model import make_model, write_gguf

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from builder.teacher.gguf_metadata import Metadata, epsilon, no_home, rope_parameters, whole
+from builder.checkpoint.gguf_metadata import Metadata, epsilon, no_home, rope_parameters, whole
 
 SIZES = {
     "context_length": "max_position_embeddings",

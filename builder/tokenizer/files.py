@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import get_fast_tokenizer_file
 
-from builder.teacher.tokenizer_rules import at_rest
+from builder.tokenizer.rules import at_rest
 
 FILE, CONFIG, FORMER_ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 

@@ -23,9 +23,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils.quantization_config import GgufConfig
 
-from builder.teacher.checkpoint import named
-from builder.teacher.gguf_config import architecture, make_config
-from builder.teacher.gguf_metadata import ALWAYS, FACTORS, LONG, SHORT, Metadata
+from builder.checkpoint.checkpoint import named
+from builder.checkpoint.gguf_config import architecture, make_config
+from builder.checkpoint.gguf_metadata import ALWAYS, FACTORS, LONG, SHORT, Metadata
 
 PLAIN = ("F64", "F32", "F16", "BF16")
 """Types of tensors whose numbers are stored as such."""

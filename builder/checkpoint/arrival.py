@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.modeling_rope_utils import RopeParameters
 
-from builder.teacher.checkpoint import Stored
+from builder.checkpoint.checkpoint import Stored
 
 HARMLESS = re.compile(
     r"(^|\.)(original_)?inv_freq$"  # compared with what config.json makes, below

@@ -36,15 +36,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from builder.corpus.sequences import added_around
-from builder.teacher.precedence import (
-    add_named,
-    forget_unknown,
-    mistral,
-    prefix_space,
-    settle_around,
-    without_dropout,
-)
-from builder.teacher.tokenizer_files import (
+from builder.tokenizer.files import (
     CONFIG,
     FILE,
     TokenizerError,
@@ -56,7 +48,15 @@ from builder.teacher.tokenizer_files import (
     readable,
     tokenizer_file,
 )
-from builder.teacher.tokenizer_rules import (
+from builder.tokenizer.precedence import (
+    add_named,
+    forget_unknown,
+    mistral,
+    prefix_space,
+    settle_around,
+    without_dropout,
+)
+from builder.tokenizer.rules import (
     at_rest,
     differing_parts,
     example,

@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from builder.corpus.sequences import added_around
-from builder.teacher.tokenizer_files import CONFIG, FILE, check_id
-from builder.teacher.tokenizer_rules import adds_prefix_space
+from builder.tokenizer.files import CONFIG, FILE, check_id
+from builder.tokenizer.rules import adds_prefix_space
 
 Around = tuple[list[int], list[int]]
 """The ids that stand before and behind a text."""

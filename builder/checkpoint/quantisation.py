@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from builder.teacher.arrival import quantisation_of
-from builder.teacher.checkpoint import Stored
+from builder.checkpoint.arrival import quantisation_of
+from builder.checkpoint.checkpoint import Stored
 
 ESSENTIALS = (
     *("bits", "group_size", "sym", "desc_act", "zero_point", "version", "format", "checkpoint_format"),
