@@ -62,6 +62,7 @@ class RecipeCorpus(_Section):
     files: list[str]
     embedded: str | None = None
     messages_column: str | None = None
+    prompt_column: str | None = None
     id_column: str | None = None
     max_documents: Count | None = None
     max_tokens: Count | None = None
@@ -268,7 +269,10 @@ class Manifest(_Section):
             raise ValueError(f"recipe.output.top_k is {top_k}, teacher.vocab_size only {size}")
         if self.recipe.output.hidden_states and self.teacher.hidden_size is None:
             raise ValueError("recipe.output.hidden_states is true, but there is no teacher.hidden_size")  # fmt: skip
-        has_completions = self.recipe.corpus.messages_column or self.recipe.generation
+        corpus = self.recipe.corpus
+        has_completions = (
+            corpus.messages_column or corpus.prompt_column or self.recipe.generation
+        )
         if self.recipe.output.completions_only and not has_completions:
             raise ValueError("recipe.output.completions_only is true, but there are no completions")
         if self.recipe.generation and not self.totals.completions:

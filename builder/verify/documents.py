@@ -48,6 +48,7 @@ class Documents:
         self._max_length: int = recipe["sequences"]["max_length"]
         self._shortest_chunk = self._max_length - len(teacher["suffix_ids"]) - MAX_CHARACTER_TOKENS
         self._are_prompts = is_generated(recipe)
+        self._are_turns = recipe["sequences"].get("learn") == "last"
         self._shortest_cut = shortest_cut(manifest)
         self._ids_are_hashes = ids_are_hashes(recipe)
         self._place: tuple[int, int] | None = None
@@ -111,8 +112,8 @@ class Documents:
         ends_within = "chunk" in record.offset_after
         if record.exhausted and ends_within:
             self._text = None  # the rest of the last document was left out
-        if self._begun is None or not self._is_whole or self._are_prompts:
-            return
+        if self._begun is None or not self._is_whole or self._are_prompts or self._are_turns:
+            return  # a document may have several rows that are none of each other's chunks
         expected = record.offset_after.get("documents")
         # One that goes on in the next file is counted where it ends.
         begun = self._begun - ends_within

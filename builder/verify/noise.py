@@ -192,9 +192,12 @@ class Noise:
         """
         lengths = [len(row.input_ids) for row in self._rows]
         found: dict[int, dict[str, Errors]] = {}
-        for batch in length_sorted_batches(lengths, batch_tokens):
+        for batch in length_sorted_batches(lengths, batch_tokens, teacher.reach):
             ids = [self._rows[i].input_ids for i in batch]
-            filling = [ids[0][: len(ids[0]) // 2 + 1]] if len(batch) == 1 else []
+            filling = []
+            if len(batch) == 1:
+                half = ids[0][: len(ids[0]) // 2 + 1]
+                filling = [half if teacher.reach(len(half)) == teacher.reach(len(ids[0])) else ids[0]]
             parts = _of_each(teacher.logits([*ids, *filling]), [len(one) for one in ids])
             for i, pieces in zip(batch, parts, strict=True):
                 found[i] = self._against(self._rows[i], pieces, self._alone[i])
