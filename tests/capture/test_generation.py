@@ -24,7 +24,8 @@ from tests.conftest import REPOSITORY, TRAINING_TEXT, write_jsonl
 from tests.end_to_end.test_kill import check_kept, finished_shards, killer  # noqa: F401
 from tests.hub.test_publish import build_dataset
 from tests.loopback_hub import Client, serve
-from tests.verify.test_verify import Row, forge, problems
+from tests.verify.forging import Row, forge
+from tests.verify.test_verify import problems
 
 GREEDY = "temperature = 0\nmax_new_tokens = 24"
 DRAWN = "max_new_tokens = 24"
