@@ -38,17 +38,17 @@ LOADED = (
 """Of a manifest's teacher, what loading it has shown; the rest is of the plan."""
 
 
-def fingerprint(plan: dict[str, Any], schema_version: str = SCHEMA_VERSION) -> str:
+def fingerprint(plan: dict[str, Any], schema_version: str | None = None) -> str:
     """SHA-256 of everything that decides the data: the recipe, and the exact corpus and teacher behind it."""
-    return _sha256({**deciding(plan), "schema_version": schema_version})
+    return _sha256({**deciding(plan), "schema_version": schema_version or SCHEMA_VERSION})
 
 
-def row_fingerprint(plan: dict[str, Any], schema_version: str = SCHEMA_VERSION) -> str:
+def row_fingerprint(plan: dict[str, Any], schema_version: str | None = None) -> str:
     """SHA-256 of what decides each row: as `fingerprint`, but the same for any number of rows.
 
     It stands in every Parquet file, so that a dataset that goes on where a smaller one stopped shares its files with it.
     """
-    return _sha256({**deciding_rows(plan), "schema_version": schema_version})
+    return _sha256({**deciding_rows(plan), "schema_version": schema_version or SCHEMA_VERSION})
 
 
 def plans_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:

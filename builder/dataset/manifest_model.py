@@ -270,9 +270,7 @@ class Manifest(_Section):
         if self.recipe.output.hidden_states and self.teacher.hidden_size is None:
             raise ValueError("recipe.output.hidden_states is true, but there is no teacher.hidden_size")  # fmt: skip
         corpus = self.recipe.corpus
-        has_completions = (
-            corpus.messages_column or corpus.prompt_column or self.recipe.generation
-        )
+        has_completions = corpus.messages_column or corpus.prompt_column or self.recipe.generation
         if self.recipe.output.completions_only and not has_completions:
             raise ValueError("recipe.output.completions_only is true, but there are no completions")
         if self.recipe.generation and not self.totals.completions:

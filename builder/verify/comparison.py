@@ -170,9 +170,13 @@ def read(
             _add_raw(found, stored, now)
         if layout.top_k == "all":
             now["logprobs"] = now["logprobs"].gather(1, entries_CE[there])
-        own_CK, best_CK, at_CK, first_C = _best(
-            logprobs_TV[mask_T], stored, None if reference is None else reference.own_ids_CK[there]
-        )
+        kept_CV = logprobs_TV[mask_T]
+        best_CK, at_CK = _best(stored, kept_CV)
+        own_CK = kept_CV.topk(best_CK.shape[1]).indices
+        first_C = at_CK[:, 0] if layout.top_k == "all" else now["topk_logprobs"][:, 0]
+        if reference is not None:
+            at_CK = kept_CV.gather(1, reference.own_ids_CK[there])
+            first_C, at_CK = at_CK[:, 0], at_CK.sort(-1, descending=True).values
         for name, values in now.items():
             parts[name].append(values)
         parts["own"].append(own_CK)
@@ -292,25 +296,16 @@ def _errors(
     return found
 
 
-def _best(
-    logprobs_CV: Tensor, stored: dict[str, Tensor], reference_CK: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The teacher's own top K, its log-probabilities of these, of those of a reference or the stored ones by rank, and of the first of these.
-
-    Where all are stored, of the first: several may be that once they are rounded, and any of them will do.
-    """
-    whole = "logprobs" in stored
-    count = 1 if whole else stored["topk_indices"].shape[1]
-    best_CK, own_CK = logprobs_CV.topk(count)
-    if reference_CK is not None:
-        at_CK = logprobs_CV.gather(1, reference_CK)
-    elif whole:
-        stored_CV = stored["logprobs"]
-        first_CV = stored_CV == stored_CV.amax(-1, keepdim=True)
-        at_CK = logprobs_CV.masked_fill(~first_CV, -torch.inf).amax(-1, keepdim=True)
-    else:
-        at_CK = logprobs_CV.gather(1, stored["topk_indices"])
-    return own_CK, best_CK, at_CK.sort(-1, descending=True).values, at_CK[:, 0]
+def _best(stored: dict[str, Tensor], logprobs_TV: Tensor) -> tuple[Tensor, Tensor]:
+    """The teacher's log-probabilities of its own top K and of the stored one, by rank; where all are stored, of the first."""
+    if "logprobs" in stored:
+        stored_TV = stored["logprobs"]
+        # Several may be the first once they are rounded.
+        first_TV = logprobs_TV.masked_fill(stored_TV < stored_TV.amax(-1, keepdim=True), -torch.inf)
+        return logprobs_TV.amax(-1, keepdim=True), first_TV.amax(-1, keepdim=True)
+    indices_TK = stored["topk_indices"]
+    best_TK = logprobs_TV.topk(indices_TK.shape[1]).values
+    return best_TK, logprobs_TV.gather(1, indices_TK).sort(-1, descending=True).values
 
 
 def _add_raw(found: Reading, stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

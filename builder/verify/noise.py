@@ -197,7 +197,9 @@ class Noise:
             filling = []
             if len(batch) == 1:
                 half = ids[0][: len(ids[0]) // 2 + 1]
-                filling = [half if teacher.reach(len(half)) == teacher.reach(len(ids[0])) else ids[0]]
+                filling = [
+                    half if teacher.reach(len(half)) == teacher.reach(len(ids[0])) else ids[0]
+                ]
             parts = _of_each(teacher.logits([*ids, *filling]), [len(one) for one in ids])
             for i, pieces in zip(batch, parts, strict=True):
                 found[i] = self._against(self._rows[i], pieces, self._alone[i])

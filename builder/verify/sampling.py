@@ -184,7 +184,8 @@ def former_tail_distances(
 
     Numbers below the candidates' share of the tail point at one of these, the others at the rest of the vocabulary, by id.
     """
-    probs_CV = logits_CV.softmax(-1).scatter(1, topk_CK, 0)
+    # Relative to the tail's own largest: next to the head it may be nothing, in float64 too.
+    probs_CV = logits_CV.scatter(1, topk_CK, -torch.inf).softmax(-1)
     is_candidate_CV = candidates(logits_CV, topk_CK.shape[1])
     beyond_C1 = (probs_CV * is_candidate_CV).sum(-1, keepdim=True)
     rest_CV = probs_CV.masked_fill(is_candidate_CV, 0)
