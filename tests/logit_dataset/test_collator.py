@@ -1,5 +1,6 @@
 """Rows of `load_dataset`, collated, are the batches of the reader: in every format, through every loader, to the last bit."""
 
+import copy
 import pickle
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from datasets import interleave_datasets, load_dataset
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 
 from builder.build.build import build
 from builder.recipe import load_recipe
@@ -20,7 +22,7 @@ from logit_dataset import (
     load_logits,
 )
 from logit_dataset.divergences import LOSSES
-from logit_dataset.rows import NO_TARGET
+from logit_dataset.rows import NO_TARGET, Rows
 from tests import loopback_hub as stand_in
 from tests.chats import chatty, chatty_teacher, sample_chats
 from tests.conftest import TRAINING_TEXT, recipe_text, write_jsonl
@@ -163,9 +165,7 @@ def sequences(batches):
             for number in range(int(ids.max()) + 1):
                 (where,) = (ids == number).nonzero(as_tuple=True)
                 values = {name: column[row][where] for name, column in batch.items()}
-                key = (*values["input_ids"].tolist(), *values["logsumexp"].tolist())
-                assert key not in found
-                found[key] = values
+                found[*values["input_ids"].tolist(), *values["logsumexp"].tolist()] = values
     return found
 
 
@@ -250,6 +250,45 @@ def test_what_libraries_do_with_rows_is_theirs_to_do(load, datasets, opened):
         assert sequences(loader).keys() == whole.keys()
 
 
+class Distilling(Trainer):
+    """All that a `Trainer` needs."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+        )
+        loss = distillation_loss(outputs.logits, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("name", ["whole", "kept"])
+def test_the_trainer_of_transformers_trains_and_evaluates(load, opened, tiny_model, tmp_path, name):
+    """The teacher itself is the student: the loss is that of rounding, in training and evaluation, and from another student it is not."""
+    parts = load(name).train_test_split(test_size=4, seed=0)
+    other = copy.deepcopy(tiny_model)
+    other.lm_head.weight.data.mul_(0.5)
+    losses = []
+    for model, columns in ((copy.deepcopy(tiny_model), False), (other, False), (other, True)):
+        arguments = TrainingArguments(
+            tmp_path, max_steps=3, per_device_train_batch_size=3, learning_rate=0.0, logging_steps=1, use_cpu=True,
+            report_to=[], save_strategy="no", disable_tqdm=True, remove_unused_columns=columns,
+        )  # fmt: skip
+        trainer = Distilling(
+            model=model, args=arguments, train_dataset=parts["train"], eval_dataset=parts["test"],
+            data_collator=LogitCollator.of(opened(name)),
+        )  # fmt: skip
+        if columns:
+            with pytest.raises(ValueError, match="unless remove_unused_columns=False"):
+                trainer.train()
+            continue
+        trainer.train()
+        trained = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+        assert len(trained) == 3
+        losses.append([*trained, trainer.evaluate()["eval_loss"]])
+    assert max(map(abs, losses[0])) < 1e-3
+    assert min(losses[1]) > 0.05
+
+
 def test_a_collator_is_made_of_whatever_tells_of_a_dataset(load, datasets, opened):
     data = opened("kept")
     expected = LogitCollator.of(data)
@@ -313,6 +352,27 @@ def test_a_batch_without_completions_has_no_distribution(load, opened):
         LogitCollator()([{**row, **{n: [] for n in ("topk_indices", "topk_logprobs")}} for row in empty])  # fmt: skip
 
 
+class Nothing:
+    """A projection that finds no row that it can tell."""
+
+    vocab_size, fingerprint = 448, ""
+
+    def __call__(self, rows):
+        columns = {name: values[:0] for name, values in rows.columns.items()}
+        return Rows(lengths_R=rows.lengths_R[:0], columns=columns)
+
+
+@pytest.mark.parametrize("options", [{}, {"packed": True}, {"length": 9, "split_long": True}])
+def test_a_batch_of_which_a_projection_leaves_nothing_is_padding(load, options):
+    collate = LogitCollator(projection=Nothing(), **options)
+    batch = collate([load("plain")[i] for i in range(3)])
+    assert batch["input_ids"].shape == (1, options.get("length", 1))
+    assert not batch["mask"].any()
+    assert (batch["labels"] == NO_TARGET).all()
+    logits = torch.zeros(*batch["input_ids"].shape, 448, requires_grad=True)
+    assert distillation_loss(logits, batch) == 0
+
+
 CUT = "columns are cut together or not at all"
 
 
@@ -321,7 +381,7 @@ CUT = "columns are cut together or not at all"
     [
         (
             lambda rows: [{"input_ids": row["input_ids"]} for row in rows],
-            "set|remove_unused_columns=False",
+            "no tail_logprob, topk_indices, .* unless remove_unused_columns=False",
         ),
         (lambda rows: [], "there are no rows"),
         (lambda rows: [rows[0], {**rows[1], "more": 1}], "some rows have more and others have not"),

@@ -321,7 +321,7 @@ def test_the_readme_trains_a_student(tmp_path, monkeypatch):
     (tmp_path / "out" / "smollm2-135m-python-docs").symlink_to((DATASETS / "plain").resolve())
     monkeypatch.chdir(tmp_path)
     snippets = (HERE / "README.md").read_text(encoding="utf-8").split("```python\n")[1:]
-    (training,) = [s.split("```")[0] for s in snippets if "from logit_dataset import" in s]
+    (training,) = [s.split("```")[0] for s in snippets if "load_logits(" in s]
     exec(compile(training, "README.md", "exec"), {})
 
 
