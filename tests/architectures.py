@@ -107,9 +107,12 @@ def check(name: str, directory: Path) -> Result:
 
 
 def _alone(model: Any, ids: list[int]) -> torch.Tensor:
-    """[T, V] of one document, of a model that has seen no other."""
-    options = {"use_cache": False} if model.config.model_type == "blt" else {}  # it cannot make one
-    logits: torch.Tensor = copy.deepcopy(model)(torch.tensor([ids]), **options).logits[0]
+    """[T, V] of one document, of a model that has seen no other, called as anyone would."""
+    try:
+        output = copy.deepcopy(model)(torch.tensor([ids]))
+    except (AttributeError, RuntimeError, ValueError):  # some cannot make the cache for themselves
+        output = copy.deepcopy(model)(torch.tensor([ids]), use_cache=False)
+    logits: torch.Tensor = output.logits[0]
     return logits
 
 
@@ -140,10 +143,14 @@ def in_a_process(name: str) -> Result:
     if child == 0:
         os.close(read)
         signal.alarm(TIMEOUT_SECONDS)
-        with tempfile.TemporaryDirectory() as directory, os.fdopen(write, "w") as pipe:
-            result = check(name, Path(directory) / "teacher")
-            csv.writer(pipe).writerow(asdict(result).values())
-        os._exit(0)
+        status = 1
+        try:
+            with tempfile.TemporaryDirectory() as directory, os.fdopen(write, "w") as pipe:
+                result = check(name, Path(directory) / "teacher")
+                csv.writer(pipe).writerow(asdict(result).values())
+            status = 0
+        finally:
+            os._exit(status)  # nothing else of this process happens twice
     os.close(write)
     with os.fdopen(read) as pipe:
         rows = list(csv.reader(pipe))

@@ -202,7 +202,7 @@ def tiny_model(config: PreTrainedConfig) -> Any:
     model = AutoModelForCausalLM.from_config(config)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            std = float(parameter.float().std())
+            std = float(parameter.detach().float().std())
             if parameter.ndim > 1 and 0 < std < 0.1:
                 parameter.data.normal_(0, 0.3)
     return model.eval()

@@ -108,22 +108,17 @@ def forgetting(model: nn.Module) -> Callable[[], None]:
 
     def forget() -> None:
         for module in kept:
+            # There may be several, each for a kind of layers, by which its name begins.
             for name, original in list(module.named_buffers(recurse=False)):
-                if name.endswith(ORIGINAL):
-                    prefix = name.removesuffix(ORIGINAL)
-                    module.register_buffer(f"{prefix}inv_freq", original.clone(), persistent=False)
-                    setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+                if name.endswith("original_inv_freq"):
+                    kind = name.removesuffix("original_inv_freq")
+                    module.register_buffer(f"{kind}inv_freq", original.clone(), persistent=False)
+                    setattr(module, f"{kind}max_seq_len_cached", module.original_max_seq_len)
 
     return forget
 
 
-ORIGINAL = "original_inv_freq"
-
-
 def _is_dynamic(module: nn.Module) -> bool:
     kinds = getattr(module, "rope_type", None)
-    if not hasattr(module, "original_max_seq_len"):
-        return False
-    return any(
-        "dynamic" in str(k) for k in (kinds.values() if isinstance(kinds, dict) else [kinds])
-    )
+    named = kinds.values() if isinstance(kinds, dict) else [kinds]
+    return hasattr(module, "original_max_seq_len") and any("dynamic" in str(k) for k in named)
