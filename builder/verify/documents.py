@@ -195,6 +195,7 @@ def ids_are_hashes(recipe: Mapping[str, Any]) -> bool:
         corpus.get("id_column")
         or corpus.get("embedded")
         or corpus.get("messages_column")
+        or corpus.get("prompt_column")  # of prompt and completion apart
         or is_generated(recipe)
         or not recipe["output"]["text"]
     )
