@@ -114,7 +114,7 @@ def _look(corpus: CorpusRecipe, source: CorpusSource) -> dict[str, str]:
             for path in source.files[1:]:
                 for name in USUAL.intersection(pq.read_schema(path).names):
                     kinds.setdefault(name, "null")
-    except (ValueError, OSError):
+    except Exception:  # whatever a damaged file comes to
         return {}
     return kinds
 

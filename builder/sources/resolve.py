@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from builder.checkpoint.checkpoint import refuse_adapter
 from builder.recipe import CorpusRecipe, Recipe, SequencesRecipe, TeacherRecipe
 from builder.sources import demo
-from builder.teacher.attention import best_attention
 
 CorpusFormat = Literal["hub", "text", "json", "parquet"]
 
@@ -120,6 +118,8 @@ class KnownSources:
             return recipe.attention
         key = " ".join([location, *map(str, provenance.values())])
         if key not in self.attentions:
+            from builder.teacher.attention import best_attention  # which loads transformers
+
             self.attentions[key] = best_attention(
                 location,
                 commit=provenance.get("commit"),
@@ -190,6 +190,8 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
         location, provenance = str(directory), {"kind": "package", **package}
     elif recipe.path:
         directory = _existing(base, recipe.path, "teacher.path", "directory")
+        from builder.checkpoint.checkpoint import refuse_adapter  # which loads torch
+
         refuse_adapter(str(directory))
         location, sha256 = str(directory), _tree_sha256(directory, known)
         provenance = {"kind": "directory", "name": directory.name, "sha256": sha256}

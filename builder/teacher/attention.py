@@ -27,10 +27,18 @@ def best_attention(
     """The best attention that a teacher's class supports, by its config.json alone; arguments as for `load_teacher`.
 
     Where the class cannot be found, it is that of most classes: what loads the teacher says what is wrong with it.
+
+    Raises:
+        ValueError: the Hub cannot be reached.
     """
     try:
         found = class_of(location, commit=commit, trust_remote_code=trust_remote_code)
-    except Exception:  # whatever reading a stranger's file, or running its code, comes to
+    except Exception as error:  # whatever reading a stranger's file, or running its code, comes to
+        if "couldn't connect" in str(error):  # what loads would wait as long for each of its files
+            raise ValueError(
+                f"teacher {location}: it is not in the cache, and the Hub cannot be reached to fetch it; check the network, or use "
+                "teacher.path"
+            ) from None
         return "sdpa"
     return "sdpa" if found._supports_sdpa else "eager"
 

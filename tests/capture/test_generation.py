@@ -249,19 +249,24 @@ def test_draws_of_completions_and_draws_from_the_tail_use_different_numbers(make
     """With the same seed; otherwise a drawn token would tell what was drawn from the tail behind it."""
     from builder.capture.draws import uniforms
 
-    used = defaultdict(int)
-    real = uniforms
+    used = {"generation": defaultdict(int), "pipeline": defaultdict(int)}
 
-    def spying(seed, document_id, chunk_index, **sizes):
-        used[seed, document_id, chunk_index] += 1
-        return real(seed, document_id, chunk_index, **sizes)
+    def spy_on(module):
+        def spying(seed, document_id, chunk_index, **sizes):
+            used[module][seed, document_id, chunk_index] += 1
+            return uniforms(seed, document_id, chunk_index, **sizes)
+
+        return spying
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("builder.capture.generation.uniforms", spying)
-        patch.setattr("builder.capture.pipeline.uniforms", spying)
+        for module in used:
+            patch.setattr(f"builder.capture.{module}.uniforms", spy_on(module))
         run(make_recipe(generation=DRAWN), tmp_path / "out")
-    assert len(used) == 28
-    assert set(used.values()) == {1}
+    written, captured = used.values()
+    assert len(written) == len(captured) == 14
+    assert not written.keys() & captured.keys()
+    assert set(written.values()) == {1}
+    assert set(captured.values()) <= {1, 2}  # a row that is run alone, too, is drawn for again
 
 
 def test_only_completions_that_were_drawn_from_what_is_stored_are_as_surprising_as_it_says(

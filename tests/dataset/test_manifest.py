@@ -48,7 +48,7 @@ def record(index: int, partition: int = 0, **changes: Any) -> ShardRecord:
 RECIPE = Recipe(
     name="x",
     corpus=CorpusRecipe(embedded="python-docs"),
-    teacher=TeacherRecipe(embedded="smollm2-135m-instruct"),
+    teacher=TeacherRecipe(embedded="smollm2-135m-instruct", attention="sdpa"),
 )
 PLAN = {
     "recipe": RECIPE.published(),

@@ -626,7 +626,7 @@ def test_the_version_follows_from_the_manifests(small, large):
         ("teacher.tokenizer_sha256", "0", "teacher.tokenizer_sha256: "),
         ("teacher.dtype", "bfloat16", 'teacher.dtype: "float32" → "bfloat16"'),
         ("schema_version", "2.0.0", f'schema_version: "{SCHEMA_VERSION}" → "2.0.0"'),
-        ("shards.0.sha256", "0", "data/train-000-00000.parquet has other content"),
+        ("shards.0.sha256", "0" * 64, "data/train-000-00000.parquet has other content"),
     ):
         changed = json.loads(json.dumps(new))
         *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
@@ -634,7 +634,7 @@ def test_the_version_follows_from_the_manifests(small, large):
         for key in parents:
             at = at[key]
         at[last] = value
-        changed["shards"][0]["sha256"] = "0"
+        changed["shards"][0]["sha256"] = "0" * 64
         step, reasons = compare(old, changed)
         assert step == "major"
         assert reason in reasons[0]

@@ -386,7 +386,24 @@ def test_an_adapter_on_the_hub_is_refused(write, tmp_path, monkeypatch):
     shutil.copytree(write(make_model("llama")), snapshot)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(cache))
+    missing = (
+        cache / "models--org--tiny" / ".no_exist" / commit
+    )  # what the Hub was asked for in vain
+    missing.mkdir(parents=True)
+    for name in (
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "tokenizer.model",
+        "vocab.json",
+        "merges.txt",
+        "vocab.txt",
+        "chat_template.jinja",
+        "adapter_config.json",
+    ):
+        if not (snapshot / name).exists():
+            (missing / name).touch()
     assert load_teacher("org/tiny", commit=commit).head_only
+    (missing / "adapter_config.json").unlink()
     (snapshot / "adapter_config.json").write_text('{"base_model_name_or_path": "/home/me/base"}')
     with pytest.raises(
         ValueError, match=r'teacher org/tiny: .* adapter.*from_pretrained\("base"\)'
