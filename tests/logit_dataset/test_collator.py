@@ -265,10 +265,10 @@ class Distilling(Trainer):
 def test_the_trainer_of_transformers_trains_and_evaluates(load, opened, tiny_model, tmp_path, name):
     """The teacher itself is the student: the loss is that of rounding, in training and evaluation, and from another student it is not."""
     parts = load(name).train_test_split(test_size=4, seed=0)
-    other = copy.deepcopy(tiny_model)
+    same, other = (copy.deepcopy(tiny_model).requires_grad_(True) for _ in range(2))
     other.lm_head.weight.data.mul_(0.5)
     losses = []
-    for model, columns in ((copy.deepcopy(tiny_model), False), (other, False), (other, True)):
+    for model, columns in ((same, False), (other, False), (other, True)):
         arguments = TrainingArguments(
             tmp_path, max_steps=3, per_device_train_batch_size=3, learning_rate=0.0, logging_steps=1, use_cpu=True,
             report_to=[], save_strategy="no", disable_tqdm=True, remove_unused_columns=columns,
