@@ -14,7 +14,8 @@ from benchmarks import sample
 from builder.build.build import build
 from builder.capture import distribution, pipeline
 from builder.corpus.documents import Corpus
-from builder.corpus.sequences import Encoder, Sequence, length_sorted_batches
+from builder.corpus.encoder import Encoder
+from builder.corpus.sequences import Sequence, length_sorted_batches
 from builder.dataset.manifest import read_manifest
 from builder.dataset.shards import ShardWriter
 from builder.plan.estimate import product_flops

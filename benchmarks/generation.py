@@ -12,7 +12,8 @@ import torch
 from benchmarks import sample
 from builder.build.build import build
 from builder.corpus.documents import Document
-from builder.corpus.sequences import Encoder, length_sorted_batches
+from builder.corpus.encoder import Encoder
+from builder.corpus.sequences import length_sorted_batches
 from builder.dataset.manifest import read_manifest
 from builder.recipe import Recipe
 from builder.sources import demo

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from builder.build.stream import SequenceStream, make_encoder
-from builder.corpus.sequences import Encoder, Sequence
+from builder.corpus.encoder import Encoder
+from builder.corpus.sequences import Sequence
 from builder.dataset.manifest import environment
 from builder.recipe import Recipe
 from builder.sources import demo

@@ -14,7 +14,7 @@ from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -23,21 +23,13 @@ from builder.dataset.identity import differences
 from builder.dataset.manifest import LIBRARIES, ShardRecord
 from builder.dataset.shards import file_sha256
 from builder.recipe import Recipe
+from builder.sources.changes import Seen, hash_file
 from builder.sources.resolve import (
     KnownSources,
     Sources,
     resolve_corpus,
     resolve_teacher,
 )
-
-
-class Seen(NamedTuple):
-    """A local file, as the driver sees it."""
-
-    size: int
-    changed_ns: int
-    sha256: str | None
-    """None for one that decides nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +61,7 @@ def make_order(recipe: Recipe, sources: Sources, output: Path, known: KnownSourc
         output=output.resolve(),
         files={
             str(plan_file): _seen(plan_file, file_sha256(plan_file)),
-            **{str(path): _seen(path, known.hashes.get(str(path), [None])[-1]) for path in paths},
+            **{str(path): known.seen.get(str(path)) or _seen(path, None) for path in paths},
         },
         software=_software(),
     )
@@ -112,10 +104,11 @@ class Actor:
                 f"a worker runs other software ({'; '.join(changes)}), which could change the data; install the same "
                 "versions on all machines"
             )
-        _check_files(order.files)
+        seen, sources = _check_files(order.files), _sources_here(order)
         return Worker(
             order.recipe,
-            _sources_here(order),
+            sources,
+            watch=sources.watch(seen),
             device=self._device,
             progress=self._count,
             notice=self._notices.append,
@@ -159,13 +152,15 @@ def _packages() -> list[Path]:
     return [Path(spec.origin).parent for spec in specs if spec and spec.origin]
 
 
-def _check_files(files: dict[str, Seen]) -> None:
+def _check_files(files: dict[str, Seen]) -> dict[str, Seen]:
+    """See that files are here what they are for the driver: those that decide the data, as they were seen here."""
+    seen: dict[str, Seen] = {}
     for name, there in files.items():
         path = Path(name)
         try:
             here = _seen(path, there.sha256)
             if here.size == there.size and here != there and there.sha256:
-                here = _seen(path, file_sha256(path))
+                here = hash_file(path)
         except OSError as error:
             raise ValueError(
                 f"a worker does not see {name} ({error.strerror}); corpus, teacher and --output must be at paths that all "
@@ -179,8 +174,11 @@ def _check_files(files: dict[str, Seen]) -> None:
             )
             raise ValueError(
                 f"a worker sees another {name} ({found}); corpus, teacher and --output must be at paths that all machines of "
-                "the cluster share"
+                "the cluster share, and may not change while a build runs"
             )
+        if here.sha256:
+            seen[name] = here
+    return seen
 
 
 def _sources_here(order: Order) -> Sources:

@@ -37,6 +37,7 @@ from builder.dataset.manifest import (
     write_json,
 )
 from builder.recipe import Recipe
+from builder.sources.changes import SourceChangedError
 from builder.sources.columns import settle_columns
 from builder.sources.resolve import (
     KnownSources,
@@ -119,7 +120,14 @@ def build(
         planned(plan, sources, not state.has_shards())
         chains = _Chains(state, recipe, outbox, max_shards=max_shards, found=found, notice=notice)
         if pool is None:
-            worker = Worker(recipe, sources, device=device, progress=progress, notice=notice)
+            worker = Worker(
+                recipe,
+                sources,
+                watch=sources.watch(known.seen),
+                device=device,
+                progress=progress,
+                notice=notice,
+            )
             computed = _compute_here(worker, output, chains)
         else:
             from builder.build import workers
@@ -136,8 +144,9 @@ def build(
             raise chains.failure
         if chains.stopped:
             return BuildResult(status="stopped early", shards_built=chains.built, manifest=None)
-        state.sweep()
         records = chains.records()
+        _check_sources(recipe, sources, known, records, state, outbox, notice)
+        state.sweep()
         state.sweep_strays(records)
         manifest = make_manifest(plan, state.read("teacher"), records)
         if outbox and not all((output / record.file).exists() for record in records):
@@ -223,7 +232,7 @@ class _Chains:
 
         Raises:
             ValueError: it does not fit those that are there.
-            OSError: the disk is full, which no other partition would survive either.
+            SourceChangedError, OSError: a file has changed or the disk is full, which no other partition would survive either.
         """
         self._under_way -= 1
         if isinstance(outcome, ShardRecord):
@@ -235,6 +244,8 @@ class _Chains:
             self._follow(outcome)
             return
         if isinstance(outcome, OSError) and outcome.errno in DISK_FULL:
+            raise outcome
+        if isinstance(outcome, SourceChangedError):
             raise outcome
         if self.failure is None:
             self.failure = outcome
@@ -273,6 +284,52 @@ def _check_follows(record: ShardRecord, task: Task) -> None:
             f"{record.file} starts elsewhere in the corpus than the shard before it ends, which was built again (on other hardware, "
             "or with other libraries?); start anew in another directory, and without the shards of this build's branch"
         )
+
+
+def _check_sources(
+    recipe: Recipe,
+    sources: Sources,
+    known: KnownSources,
+    records: list[ShardRecord],
+    state: BuildState,
+    outbox: Outbox | None,
+    notice: Notice,
+) -> None:
+    """Read all local files again, to see that they are what the manifest will say.
+
+    Shards that may be of other content than that, because a file was changed without a trace, are deleted with their records: so what
+    resumes cannot mix them with others.
+
+    Raises:
+        SourceChangedError: a file is another one.
+    """
+    look = sources.watch(known.seen).read_again(notice)
+    if look.error is None:
+        return
+    unknown, num_files = set(look.unknown_corpus), len(sources.corpus.files)
+    doubtful = [
+        record
+        for record in records
+        if look.is_teacher_unknown or unknown & _files_read(record, recipe, num_files)
+    ]
+    if doubtful:
+        if outbox:
+            outbox.discard(doubtful)
+        state.discard(doubtful)
+        notice(
+            f"{len(doubtful)} finished shards are deleted, for it is not known when it changed: its size and time of change are the same"
+        )
+    for path in (*sources.corpus.files, *sources.teacher.files):
+        known.forget(path)
+    state.remember(known)
+    raise look.error
+
+
+def _files_read(record: ShardRecord, recipe: Recipe, num_files: int) -> set[int]:
+    """The numbers of the corpus files that a shard may have been read from."""
+    first, end = (num_files * p // recipe.output.partitions for p in (record.partition, record.partition + 1))  # fmt: skip
+    before = record.offset_before or {}
+    return set(range(before.get("file", first), min(record.offset_after["file"] + 1, end)))
 
 
 def _compute_here(worker: Worker, output: Path, chains: _Chains) -> Generator[Computed]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from threading import Condition, Thread
 from typing import Any, NamedTuple
 
-from huggingface_hub import CommitOperationAdd
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 from builder.build.state import DISK_FULL, BuildState
 from builder.card.charts import Curves, Measured, curves_of, measure_file
@@ -224,6 +224,23 @@ class Outbox:
         with self._changed:
             self._abandoned = True
             self._changed.notify_all()
+
+    def discard(self, records: Iterable[ShardRecord]) -> None:
+        """Delete shards from the branch, when all that was handed over is there: their records count for nothing without them.
+
+        Raises:
+            ValueError: the Hub refuses.
+        """
+        files = [record.file for record in records]
+        for start in range(0, len(files), FILES_PER_COMMIT):
+            part = files[start : start + FILES_PER_COMMIT]
+            self._head = self.repo.commit(
+                BRANCH,
+                [CommitOperationDelete(file) for file in part],
+                message=f"{len(part)} shards deleted, for a source has changed",
+                parent=self._head,
+                landed=lambda tree: not tree.keys() & set(part),  # noqa: B023 – called at once
+            )
 
     def curves(self, records: Iterable[ShardRecord]) -> Curves:
         """What the card's pictures show of shards that are on the branch."""

@@ -190,6 +190,12 @@ class BuildState:
                 )
         write_json(path, record.to_json())
 
+    def discard(self, records: Iterable[ShardRecord]) -> None:
+        """Have shards not exist any more."""
+        for record in records:
+            self._record_path(record.partition, record.index).unlink(missing_ok=True)
+            (self._output / record.file).unlink(missing_ok=True)
+
     def sweep(self) -> None:
         """Delete what killed processes left half-written. One that still writes there fails when it is done."""
         for partial in (self._output / "data").glob(".*.partial"):

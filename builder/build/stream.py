@@ -1,13 +1,18 @@
-"""A recipe and its corpus → the sequences of one partition of its corpus, cut into shards at the ends of documents."""
+"""A recipe and its corpus → the sequences of one partition of its corpus, cut into shards.
+
+A shard ends with the document that reaches `shard_tokens`. Only a document of more than that by itself is cut: with the row with which the
+shard holds `shard_tokens` of that document; it goes on in the next shard. So no shard has more than twice that, and a row.
+"""
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 from builder.capture.generation import Generator
 from builder.capture.pipeline import Notice
 from builder.corpus.documents import Offset
-from builder.corpus.sequences import Encoder, Sequence
+from builder.corpus.encoder import Encoder
+from builder.corpus.sequences import Place, Rows, Sequence
 from builder.dataset.shards import Block
 from builder.recipe import Recipe
 from builder.sources.opening import open_corpus
@@ -25,8 +30,28 @@ class _Prompt:
     """Documents just before it that leave no room for a completion."""
 
 
+@dataclass(slots=True, kw_only=True)
+class _Document:
+    """A document of which there are sequences left."""
+
+    rows: Rows
+    ahead: Sequence | None
+    """The next sequence, where it was looked at."""
+    is_begun: bool
+    """Whether an earlier shard holds its beginning."""
+    offset: Offset
+    """Of the corpus, to read it again."""
+
+    def sequences(self) -> Iterator[Sequence]:
+        """Those that are left."""
+        if self.ahead:
+            sequence, self.ahead = self.ahead, None
+            yield sequence
+        yield from self.rows
+
+
 class SequenceStream:
-    """The sequences of one partition, cut into shards at document boundaries."""
+    """The sequences of one partition, cut into shards."""
 
     def __init__(
         self,
@@ -36,6 +61,7 @@ class SequenceStream:
         partition: int,
         start: Offset | None,
         *,
+        opening: Callable[[int], None] = lambda _: None,
         reach: Callable[[int], int] = lambda _: sys.maxsize,
         notice: Notice = lambda _: None,
     ) -> None:
@@ -47,6 +73,7 @@ class SequenceStream:
             encoder: makes sequences of documents.
             partition: of the corpus.
             start: offset in it; None for its beginning.
+            opening: told the number of each file before it is opened.
             reach: how long what begins with a prompt of some length may become (`Teacher.reach`).
             notice: told of the first prompt that leaves no room for a completion.
         """
@@ -69,9 +96,13 @@ class SequenceStream:
             partition=partition,
             num_partitions=partitions,
             start=start,
+            opening=opening,
         )
+        self._first_file: int = self._corpus.offset["file"]
         self._documents = iter(self._corpus)
-        self._pending: list[Sequence] | None = None
+        self._pending: _Document | None = None
+        self._place = _place_in(start)
+        """At which the first document goes on, where one does."""
         self._encoder = encoder
         self.is_of_prompts = recipe.generation is not None
         self._max_length, self._reach = recipe.sequences.max_length, reach
@@ -82,18 +113,28 @@ class SequenceStream:
         self.prompts_too_long = 0
         """In the last shard of prompts."""
 
+    @property
+    def files_read(self) -> tuple[int, int]:
+        """The numbers of the first and the last file that the last shard was read from, or that were looked into behind it."""
+        return self._first_file, self._corpus.offset["file"]
+
     def shard_sequences(self) -> Iterator[Sequence]:
         """The sequences of the next shard; afterwards `offset` and `exhausted` say where it ended."""
-        shard_end = self._tokens + self._shard_tokens
-        while self._tokens < shard_end and not self._limit_reached():
-            sequences = self._pending or self._next_document()
-            self._pending = None
-            if sequences is None:
+        shard_end, self._first_file = self._tokens + self._shard_tokens, self._corpus.offset["file"]
+        while self._tokens < shard_end:
+            document, self._pending = self._pending, None
+            if document is None and (self._place or not self._limit_reached()):
+                document = self._next_document()
+            if document is None:
                 break
-            self._num_documents += 1
-            for sequence in sequences:
+            self._num_documents += not document.is_begun
+            document_end = self._tokens + self._shard_tokens
+            for sequence in document.sequences():
                 self._tokens += len(sequence.token_ids)
                 yield sequence
+                if self._tokens >= document_end and (place := document.rows.place):
+                    self._go_on(document, place)
+                    return
         self.offset = self._offset()
         # Look one document ahead, so that the last shard knows that it is the last and no empty one follows. The
         # recorded offset is the one before the look, unless there was nothing to see.
@@ -103,11 +144,25 @@ class SequenceStream:
             self.exhausted = True
             self.offset = self._offset()
 
-    def _next_document(self) -> list[Sequence] | None:
-        """The sequences of the next document that has any; None at the end of the corpus."""
+    def _go_on(self, document: _Document, place: Place) -> None:
+        """End the shard within a document, of which there is more, and begin the next one with that."""
+        document.is_begun = True
+        self._pending = document
+        self.offset = {**document.offset, "tokens": self._tokens, **asdict(place)}
+        self.exhausted = self._has_tokens()
+
+    def _next_document(self) -> _Document | None:
+        """The next document that has sequences; None at the end of the corpus."""
         for document in self._documents:
-            if sequences := self._encoder.encode(document):
-                return sequences
+            place, self._place = self._place, None
+            rows = self._encoder.sequences(document, place)
+            if first := next(rows, None):
+                return _Document(
+                    rows=rows,
+                    ahead=first,
+                    is_begun=place is not None,
+                    offset=self._offset(self._corpus.offset_of_last),
+                )
             self._without_rows += 1
         return None
 
@@ -117,6 +172,7 @@ class SequenceStream:
         Prompts are completed a window at a time, and a shard ends with the window that reaches its tokens.
         """
         shard_end, self.prompts_too_long = self._tokens + self._shard_tokens, 0
+        self._first_file = self._corpus.offset["file"]
         while self._tokens < shard_end and not self._limit_reached():
             left = None if self._max_tokens is None else self._max_tokens - self._tokens
             window = self._window(generator, left)
@@ -159,7 +215,7 @@ class SequenceStream:
             document = next(self._documents, None)
             if document is None:
                 break
-            sequence = self._encoder.encode_prompt(document)
+            sequence = self._encoder.encode_prompt(document, self._max_length)
             if sequence and self._end(sequence) <= self._limit(sequence):
                 self._pending_prompt = _Prompt(
                     sequence=sequence, offset=self._offset(), too_long=self._too_long_ahead
@@ -169,7 +225,7 @@ class SequenceStream:
             self._without_rows += 1
             if sequence:
                 self._too_long_ahead += 1
-                self._tell_too_long(sequence)
+                self._tell_too_long(sequence, is_all=document.length <= len(sequence.text))
         return None
 
     def _end(self, prompt: Sequence) -> int:
@@ -180,12 +236,12 @@ class SequenceStream:
         """Where it has to end."""
         return min(self._max_length, self._reach(len(prompt.token_ids)))
 
-    def _tell_too_long(self, prompt: Sequence) -> None:
+    def _tell_too_long(self, prompt: Sequence, *, is_all: bool) -> None:
         if self._has_told:
             return
         self._has_told = True
         length, limit = len(prompt.token_ids), self._limit(prompt)
-        found = f"document {prompt.document_id!r} has {length:,} tokens"
+        found = f"document {prompt.document_id!r} has {length:,} tokens{'' if is_all else ' or more'}"
         if limit == self._max_length:
             most = self._max_length - self._max_new_tokens
             why = f"{found}, and with sequences.max_length and generation.max_new_tokens as they are, a prompt has {most:,} at most"
@@ -196,8 +252,8 @@ class SequenceStream:
             )
         self._notice(f"{why}: such documents are skipped and counted")
 
-    def _offset(self) -> Offset:
-        offset = self._corpus.offset
+    def _offset(self, offset: Offset | None = None) -> Offset:
+        offset = offset or self._corpus.offset
         moved = self._without_rows  # from those that the corpus yielded to those that were skipped
         counts = {
             "documents": offset["documents"] - moved,
@@ -206,10 +262,19 @@ class SequenceStream:
         return {**offset, **counts, "tokens": self._tokens}
 
     def _limit_reached(self) -> bool:
-        documents, tokens = self._max_documents, self._max_tokens
-        return (documents is not None and self._num_documents >= documents) or (
-            tokens is not None and self._tokens >= tokens
-        )
+        documents = self._max_documents
+        return self._has_tokens() or (documents is not None and self._num_documents >= documents)
+
+    def _has_tokens(self) -> bool:
+        """Whether the limit of tokens is reached, which also holds within a document."""
+        return self._max_tokens is not None and self._tokens >= self._max_tokens
+
+
+def _place_in(offset: Offset | None) -> Place | None:
+    """Where a document goes on at an offset of the corpus; None where one begins."""
+    if not offset or "chunk" not in offset:
+        return None
+    return Place(**{field.name: offset[field.name] for field in fields(Place)})
 
 
 def _share(limit: int, partition: int, partitions: int) -> int:

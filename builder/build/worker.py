@@ -27,7 +27,7 @@ from builder.capture.guard import Guard
 from builder.capture.pipeline import Notice, Pipeline, Progress
 from builder.corpus.chats import ChatTemplate
 from builder.corpus.documents import Offset
-from builder.corpus.sequences import Encoder
+from builder.corpus.encoder import Encoder
 from builder.dataset.identity import row_fingerprint
 from builder.dataset.manifest import Completions, ShardRecord, Sums, data_file, environment
 from builder.dataset.shards import (
@@ -40,6 +40,7 @@ from builder.dataset.shards import (
     footer_sha256,
 )
 from builder.recipe import CorpusRecipe, Recipe
+from builder.sources.changes import Watch
 from builder.sources.opening import make_encoder, open_teacher
 from builder.sources.resolve import Sources, template_provenance
 from builder.teacher.model import Teacher
@@ -91,6 +92,7 @@ class Worker:
         recipe: Recipe,
         sources: Sources,
         *,
+        watch: Watch,
         device: str,
         progress: Progress,
         notice: Notice,
@@ -100,12 +102,14 @@ class Worker:
         Args:
             recipe: what is built.
             sources: of the recipe.
+            watch: over their local files.
             device: a torch device.
             progress: told of captured tokens.
             notice: told, in a line, of what the user should know.
         """
         self._recipe = recipe
         self._sources = sources
+        self._watch = watch
         self._device = device
         self._progress = progress
         self._notice = notice
@@ -119,7 +123,9 @@ class Worker:
     @cached_property
     def teacher(self) -> Teacher:
         """The teacher, loaded when first needed."""
+        self._watch.check_teacher()
         teacher = open_teacher(self._recipe.teacher, self._sources.teacher, device=self._device)
+        self._watch.check_teacher()
         _check_fit(self._recipe, teacher)
         for line in teacher.notices:
             self._notice(line)
@@ -130,7 +136,9 @@ class Worker:
     @cached_property
     def encoder(self) -> Encoder:
         """The way from documents to sequences of the recipe and the teacher's tokenizer."""
-        return make_encoder(self._recipe, self.teacher.tokenizer, self._sources.template)
+        return make_encoder(
+            self._recipe, self.teacher.tokenizer, self._sources.template, notice=self._notice
+        )
 
     @cached_property
     def layout(self) -> Layout:
@@ -218,6 +226,9 @@ class Worker:
                 tokens += len(block.distribution["logsumexp"])
                 sums += _sums(block, self.layout)
                 converted.update(note for s in block.sequences for note in s.notes)
+            # Before the file counts: what was read for it was what was hashed.
+            self._watch.check_corpus(*stream.files_read)
+            self._watch.check_teacher()
             if not rows:
                 raise ValueError(_nothing_in(self._recipe.corpus, stream))
         self._stream = stream
@@ -284,6 +295,7 @@ class Worker:
             self.encoder,
             task.partition,
             task.start,
+            opening=self._watch.check_corpus_file,
             reach=self.teacher.reach,
             notice=self._notice,
         )

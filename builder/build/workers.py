@@ -33,6 +33,7 @@ from builder.build.actor import Actor, Order, Status
 from builder.build.worker import Computed, Pool, Task
 from builder.capture.pipeline import Notice, Progress
 from builder.dataset.manifest import ShardRecord
+from builder.sources.changes import SourceChangedError
 
 RETRIES = 2
 """How often a shard is tried again after its worker died or it failed: enough for a lost machine, few for a bad shard."""
@@ -123,7 +124,9 @@ class _Crew:
                     idle.insert(0, worker)  # it has the place open at which its partition continues
                 if task is None:
                     self._take_loaded(chains, f"worker {worker}", outcome)
-                elif isinstance(outcome, ShardRecord) or not self._try_again(task, outcome):
+                elif isinstance(outcome, ShardRecord | SourceChangedError) or not self._try_again(
+                    task, outcome
+                ):
                     yield task, outcome
             while idle and (task := self._next_task(chains)):
                 worker = idle.pop(0)

@@ -23,7 +23,7 @@ from builder.corpus.calls import Arguments
 from builder.corpus.documents import Document
 from builder.corpus.messages import ASSISTANT, REASONING, Chat, split_reasoning
 from builder.corpus.rendering import Renderer, Span, TooLarge
-from builder.corpus.sequences import Tokens
+from builder.corpus.encoder import Tokens
 from builder.corpus.special_tokens import SpecialTokens
 from builder.corpus.unwritten import Unwritten
 

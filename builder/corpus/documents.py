@@ -3,20 +3,19 @@
 In:   local files, or a Hub dataset at a commit; never loaded whole.
 Out:  Documents, in the corpus's order, and at any time the offset after the last one.
 
-How:  `datasets` streams. An offset is a file, a row group in it (the only one, but in Parquet) and a row in that. So resuming
-      opens only the file in which it stopped, and reads a row group of it, or a file of lines, again up to the place. It is
-      not the library's own state, which differs between a run that was resumed and one that was not.
-      Local JSON lines are streamed as lines and parsed here: `datasets` would guess one type a column from the first file, so
-      that an id like "2024-01-01" becomes a date, and a column that is null or of another type elsewhere ends the build.
+How:  `datasets` streams Parquet files and the Hub's datasets, `text.files` all others. An offset is a file, a row group in it (the only one,
+      but in Parquet) and a row in that; within a long document also a place in it (`sequences`). So resuming opens only the file in which
+      it stopped, and reads a row group of it, or a file of lines, again up to the place. It is not the library's own state, which
+      differs between a run that was resumed and one that was not.
+      JSON lines are parsed here: `datasets` would guess one type a column from the first file, so that an id like "2024-01-01" becomes
+      a date, and a column that is null or of another type elsewhere ends the build.
 """
 
-import codecs
 import hashlib
 import itertools
 import json
-import locale
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,12 +29,14 @@ from zstandard import ZstdError
 
 from builder.corpus.messages import Message
 from builder.corpus.rows import Columns, NotRead, Said, read_row
+from builder.text.files import PART, LongText, TextFiles
 
 PARQUET_BATCH_ROWS = 1000
 """Documents of a local Parquet file in memory at once; by default it would be a row group, however large."""
 
 Offset = dict[str, Any]
-"""Numbers of file, row group and row to read next, and documents and skipped, the counts so far."""
+"""Numbers of file, row group and row to read next, and documents and skipped, the counts so far. Where a document goes on, its row is read
+again: then there is the place in it, too (`sequences.Place`), and it is counted already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,20 @@ class Document:
     """Messages that were looked at with an earlier turn of the same chat."""
     notes: tuple[str, ...] = ()
     """What was converted in it."""
+    long_text: LongText | None = None
+    """Of a text that is too long to be held."""
+
+    @property
+    def length(self) -> int:
+        """Of the text, in characters."""
+        return len(self.text) if self.long_text is None else self.long_text.length
+
+    def parts(self) -> Iterator[str]:
+        """The text, part by part."""
+        if self.long_text is not None:
+            return self.long_text.parts()
+        starts = range(0, len(self.text), PART)
+        return (self.text[start : start + PART] for start in starts)
 
 
 def open_local(
@@ -66,27 +81,22 @@ def open_local(
     format: Literal["text", "json", "parquet"],
     text_unit: Literal["file", "line"],
     columns: tuple[str, ...],
-) -> IterableDataset:
+) -> IterableDataset | TextFiles:
     """Local files as a stream with one shard a file: JSON lines as lines of text, of Parquet files only `columns`.
 
     Raises:
-        ValueError: the first Parquet file cannot be read or lacks a column, or compressed files would be read in another
-            encoding than UTF-8.
+        ValueError: the first Parquet file cannot be read or lacks a column.
     """
-    options: dict[str, Any]
-    if format == "parquet":
-        _check_parquet(files[0], columns)
-        options = {"columns": list(columns), "batch_size": PARQUET_BATCH_ROWS}
-    else:
-        _check_encoding(files)
-        whole_files = format == "text" and text_unit == "file"
-        options = {"sample_by": "document" if whole_files else "line"}
+    if format != "parquet":
+        return TextFiles(files=files, unit=text_unit if format == "text" else "line")
+    _check_parquet(files[0], columns)
     return load_dataset(
-        "parquet" if format == "parquet" else "text",
+        "parquet",
         data_files={"train": [str(path) for path in files]},
         split="train",
         streaming=True,
-        **options,
+        columns=list(columns),
+        batch_size=PARQUET_BATCH_ROWS,
     )
 
 
@@ -118,7 +128,7 @@ class Corpus:
 
     def __init__(
         self,
-        stream: IterableDataset,
+        stream: IterableDataset | TextFiles,
         *,
         columns: Columns,
         without_last_answer: bool = False,
@@ -127,6 +137,7 @@ class Corpus:
         partition: int = 0,
         num_partitions: int = 1,
         start: Offset | None = None,
+        opening: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Prepare to read; nothing is opened yet.
 
@@ -138,6 +149,7 @@ class Corpus:
             file_names: names of the stream's files for messages.
             partition: which of `num_partitions` contiguous ranges of files to read.
             start: an offset that an earlier Corpus of the same stream reported.
+            opening: told the number of each file before it is opened; what it raises ends the reading.
 
         Raises:
             ValueError: there are fewer files than partitions.
@@ -159,8 +171,10 @@ class Corpus:
         self._file: int = start.get("file", first_file)
         self._row_group: int = start["row_group"]
         self._row: int = start["row"]
-        self._documents: int = start["documents"]
+        # A document that goes on was counted, and is counted again when it is read again.
+        self._documents: int = start["documents"] - ("chunk" in start)
         self._skipped: int = start["skipped"]
+        self._opening = opening
 
     @property
     def offset(self) -> Offset:
@@ -172,6 +186,11 @@ class Corpus:
             "documents": self._documents,
             "skipped": self._skipped,
         }
+
+    @property
+    def offset_of_last(self) -> Offset:
+        """Where to read the last document that was yielded again."""
+        return {**self.offset, "row": self._row - 1}
 
     def __iter__(self) -> Iterator[Document]:
         """Yield documents that are not empty; of chats those with an answer, or with something to be answered.
@@ -194,12 +213,15 @@ class Corpus:
             self._file, self._row_group = self._file + 1, 0
 
     def _document(self, row: dict[str, Any]) -> Document | None:
+        text = row.get("text")
+        if isinstance(text, LongText):
+            return None if text.is_blank else Document(id=text.sha256[:16], long_text=text)
         try:
             said = read_row(
                 row,
                 self._columns,
                 are_prompts=self._without_last_answer,
-                features=False if self._format in ("text", "json") else self.stream.features,
+                features=False if isinstance(self.stream, TextFiles) else self.stream.features,
             )
         except NotRead as error:
             raise ValueError(f"{self._where_exactly()}: {error}") from None
@@ -220,7 +242,7 @@ class Corpus:
     def _rows_of_file(self) -> Iterator[dict[str, Any]]:
         """The rows of the current file from the current place on."""
         for row in self._stream_of_file():
-            if self._format in ("text", "json") and self._row == 1:
+            if self._row == 1 and isinstance(self.stream, TextFiles) and self.stream.unit == "line":
                 row["text"] = row["text"].removeprefix("\ufeff")  # a byte order mark is no text
             if self._format != "json":
                 yield row
@@ -228,22 +250,28 @@ class Corpus:
                 yield self._parse(line)
 
     def _stream_of_file(self) -> Iterator[dict[str, Any]]:
+        self._opening(self._file)
+        if isinstance(self.stream, TextFiles):
+            yield from self._rest_of(iter(self.stream.rows(self._file)))
+            self._row = 0
+            return
         with _readable(self._where(), self._advice()):
             row_groups = self.stream.shard(self.stream.num_shards, self._file).reshard()
         while self._row_group < row_groups.num_shards:
-            rows = iter(row_groups.shard(row_groups.num_shards, self._row_group))
-            with _readable(self._where(), self._advice()):
-                next(
-                    itertools.islice(rows, self._row, self._row), None
-                )  # what an earlier run has read
-            while True:
-                with _readable(self._where(), self._advice()):
-                    row: dict[str, Any] | None = next(rows, None)
-                if row is None:
-                    break
-                self._row += 1
-                yield row
+            yield from self._rest_of(iter(row_groups.shard(row_groups.num_shards, self._row_group)))
             self._row_group, self._row = self._row_group + 1, 0
+
+    def _rest_of(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The rows of a file or row group from the current place on."""
+        with _readable(self._where(), self._advice()):
+            next(itertools.islice(rows, self._row, self._row), None)  # what an earlier run has read
+        while True:
+            with _readable(self._where(), self._advice()):
+                row = next(rows, None)
+            if row is None:
+                return
+            self._row += 1
+            yield row
 
     def _parse(self, line: str) -> dict[str, Any]:
         try:
@@ -317,17 +345,6 @@ def _readable(where: str, advice: str = "mend it or leave it out") -> Iterator[N
     except (pa.ArrowException, ValueError, OSError, EOFError, zlib.error, ZstdError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{where} cannot be read ({reason}); {advice}") from None
-
-
-def _check_encoding(files: tuple[Path, ...]) -> None:
-    encoding = locale.getpreferredencoding(do_setlocale=False)
-    is_compressed = any(path.suffix in (".gz", ".zst") for path in files)
-    if is_compressed and codecs.lookup(encoding).name != "utf-8":
-        # `datasets` forgets the encoding of compressed files, so that of the system would silently apply.
-        raise ValueError(
-            f"compressed files would be read as {encoding}, the encoding of this system; run again with PYTHONUTF8=1 "
-            "in the environment"
-        )
 
 
 def _check_parquet(path: Path, columns: tuple[str, ...]) -> None:

@@ -1,31 +1,29 @@
-"""Documents → sequences of token ids for the teacher, and batches of sequences of like length.
+"""Pieces of a document with their tokens → sequences for the teacher, and batches of sequences of like length.
 
-In:   a document and the teacher's fast tokenizer; for chats, what makes tokens of one (`chats`).
-Out:  one sequence, or several chunks of at most max_length tokens. Together their texts are the document again.
+In:   the pieces of a document (`text.pieces`), or a chat as one.
+Out:  one sequence, or several chunks of at most max_length tokens, one after the other; together their texts are the document again. At any
+      time, the place in the document at which the next one starts.
 
-How:  a document is tokenized once and whole; chunks are slices of that. A cut never falls inside a character (one code point
-      may be several tokens), so each chunk's text is exactly what its tokens spell. Text in a document that looks like a
-      special token is tokenized as the plain text that it is: a document cannot end itself.
+How:  a cut never falls inside a character (one code point may be several tokens), so each chunk's text is exactly what its tokens spell.
       Of a chat, the first chunk starts as the template starts it; later ones start with what the tokenizer puts before a text.
+      A place is a function of the document alone: the last seam (`text.seams`) before the sequence, and the tokens from there to it. So
+      going on reads a text up to there again, and tokenizes next to nothing again.
 """
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 
 from builder.corpus.documents import Document
+from builder.text.pieces import Piece
+from builder.text.seams import Seams
 from logit_dataset.schema import loss_mask
 
 NO_TOKEN = -1
 """Stands for the next token where nothing follows."""
-NO_ID = 2**32 - 1
-"""The largest that the `tokenizers` library can hold: the id of no token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,149 +52,202 @@ class Sequence:
         return np.flatnonzero(loss_mask(self.completion_mask or [])).tolist()
 
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tokens:
-    """A whole document, tokenized."""
+class Form:
+    """What sequences are like."""
 
-    text: str
-    ids: list[int]
-    offsets: list[tuple[int, int]]
-    """Where in the text each token stands."""
-    completion_mask: list[bool] | None = None
-    notes: tuple[str, ...] = ()
-    """What was converted, or left out."""
-
-
-class Chats(Protocol):
-    """What makes tokens of chats."""
-
-    def turns(self, document: Document) -> list[Document]:
-        """The documents of which rows are made."""
-
-    def __call__(self, document: Document) -> Tokens:
-        """The tokens of one of them."""
+    max_length: int
+    """In tokens, special ones included."""
+    prefix: list[int]
+    """Special tokens before each sequence."""
+    suffix: list[int]
+    """Special tokens behind each document."""
+    eos: int
+    """What follows a document; NO_TOKEN where nothing does."""
+    truncates: bool
+    """Whether a document is its first sequence only."""
+    are_chats: bool
+    """Whether a document brings its own prefix."""
+    seams: Callable[[], Seams]
+    """Of the tokenizer."""
 
 
-class Encoder:
-    """Turns documents into sequences."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where in a document one of its sequences starts."""
+
+    document: str
+    """Its `document_id`."""
+    chunk: int
+    """Its `chunk_index`."""
+    sequence: int
+    """Sequences of the document before it."""
+    character: int
+    """A place in the text, at it or before it, from which on the document can be tokenized without what is before."""
+    token: int
+    """Tokens from there to the sequence."""
+
+
+class Rows(Protocol):
+    """The sequences of a document, one after the other."""
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """The sequences that are left."""
+
+    def __next__(self) -> Sequence:
+        """The next one."""
+
+    @property
+    def place(self) -> Place | None:
+        """Where the next one starts; None if there is none."""
+
+
+class Turns:
+    """The sequences of a chat."""
+
+    def __init__(self, sequences: list[Sequence], start: Place | None) -> None:
+        self._sequences = sequences
+        self._at = start.sequence if start else 0
+        if start and self.place != start:
+            raise ValueError(_no_place(start))
+
+    def __iter__(self) -> "Turns":
+        return self
+
+    def __next__(self) -> Sequence:
+        if self._at == len(self._sequences):
+            raise StopIteration
+        self._at += 1
+        return self._sequences[self._at - 1]
+
+    @property
+    def place(self) -> Place | None:
+        """Where the next one starts."""
+        if self._at >= len(self._sequences):
+            return None
+        first = self._sequences[self._at]
+        return Place(
+            document=first.document_id,
+            chunk=first.chunk_index,
+            sequence=self._at,
+            character=0,
+            token=0,
+        )
+
+
+class Chunks:
+    """The sequences of a text, or of a chat as one text, cut from the pieces of it."""
 
     def __init__(
-        self,
-        tokenizer: Any,
-        *,
-        max_length: int,
-        long_documents: Literal["chunk", "truncate"],
-        bos: Literal["tokenizer", "always", "never"] = "tokenizer",
-        eos: Literal["tokenizer", "always", "never"] = "tokenizer",
-        chats: Chats | None = None,
+        self, form: Form, document: Document, pieces: Iterator[Piece], start: Place | None
     ) -> None:
-        """Prepare a fast transformers tokenizer.
+        self._form, self._document, self._pieces = form, document, pieces
+        self._parts: list[Piece] = []
+        """Pieces, of which the first holds the next sequence's first token."""
+        self._held: Piece | None = None
+        """All of them in one."""
+        self._at, self._number, self._text_at = 0, 0, 0
+        self._is_all = False
+        """Whether the document ends with what is held."""
+        if start is None:
+            return
+        self._at, self._number, self._text_at = start.token, start.chunk, start.character
+        self._fill(1)
+        # The first piece holds it, for there is no seam between the place and the sequence.
+        is_there = self._held and self._at == start.token and len(self._held.ids) > start.token
+        if document.id != start.document or not is_there:
+            raise ValueError(_no_place(start))
+        if start.token:
+            assert self._held
+            self._text_at = int(self._held.ends[start.token - 1])
 
-        Args:
-            tokenizer: the teacher's.
-            max_length: longest sequence in tokens, special tokens included.
-            long_documents: cut longer documents into chunks, or keep their beginning only.
-            bos: whether each sequence starts with the begin-of-sequence token.
-            eos: whether each document ends with the end-of-sequence token.
-            chats: what makes tokens of a document, where documents are chats; it puts special tokens around them.
+    def __iter__(self) -> "Chunks":
+        return self
 
-        Raises:
-            ValueError: a special token is asked for that the tokenizer does not have, or the special tokens
-                leave no room for text.
-        """
-        self._backend = backend_copy(tokenizer, match_special=False)
-        self.chats = chats
-        own_prefix, own_suffix = added_around(self._backend)
-        self.prefix = _choose("bos", bos, own_prefix, tokenizer.bos_token_id)
-        self.suffix = [] if chats else _choose("eos", eos, own_suffix, tokenizer.eos_token_id)
-        self._eos = NO_TOKEN if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
-        self._max_length, num_special = max_length, len(self.prefix) + len(self.suffix)
-        if num_special >= max_length:
-            raise ValueError(
-                f"sequences.max_length is {max_length}, but special tokens alone take {num_special}"
-            )
-        self._truncate = long_documents == "truncate"
+    def __next__(self) -> Sequence:
+        form, number = self._form, self._number
+        prefix = [] if form.are_chats and number == 0 else form.prefix
+        room = form.max_length - len(prefix) - len(form.suffix)
+        self._fill(room + 1)
+        held, start = self._held, self._at
+        if held is None or start >= len(held.ids):
+            raise StopIteration
+        end = _cut(start, start + room, held)
+        is_last = end == len(held.ids)
+        text_end = held.start + len(held.text) if is_last else int(held.ends[end - 1])
+        suffix = form.suffix if is_last else []
+        sequence = Sequence(
+            document_id=self._document.id,
+            chunk_index=number,
+            text=held.text[self._text_at - held.start : text_end - held.start],
+            token_ids=[*prefix, *held.ids[start:end].tolist(), *suffix],
+            next_token=form.eos if is_last else int(held.ids[end]),
+            completion_mask=self._mask(slice(start, end), len(prefix), len(suffix)),
+        )
+        self._at, self._number, self._text_at = end, number + 1, text_end
+        if form.truncates:
+            self._pieces, self._held, self._is_all = iter(()), None, True
+            if sequence.completion_mask is not None and not sequence.loss_positions:
+                raise StopIteration
+        return sequence
 
-    def encode(self, document: Document) -> list[Sequence]:
-        """The sequences of one document; none if it has no tokens, or is truncated before anything that is to be learned.
-
-        Raises:
-            ValueError: it is a chat of which no tokens, or no mask, can be made.
-        """
-        if self.chats is None:
-            return self._sequences(document, self._tokens(document))
-        found: list[Sequence] = []
-        notes = dict.fromkeys(document.notes)
-        for turn in self.chats.turns(document):
-            tokens = self.chats(turn)
-            if sequences := self._sequences(turn, tokens):
-                found += sequences
-                notes |= dict.fromkeys(tokens.notes)
-        if found and notes:
-            found[0] = replace(found[0], notes=tuple(notes))
-        return found
-
-    def _sequences(self, document: Document, tokens: Tokens) -> list[Sequence]:
-        ids, ends = tokens.ids, _character_ends(tokens.offsets)
-        sequences: list[Sequence] = []
-        start, text_start = 0, 0
-        while start < len(ids):
-            prefix = [] if self.chats and start == 0 else self.prefix
-            room = self._max_length - len(prefix) - len(self.suffix)
-            end = _cut(start, start + room, tokens.offsets, ends)
-            is_last = end == len(ids)
-            text_end = len(tokens.text) if is_last else ends[end - 1]
-            mask = None
-            if tokens.completion_mask is not None:
-                mask = [False] * len(prefix) + tokens.completion_mask[start:end]
-                mask += [True] * len(self.suffix) if is_last else []  # it ends the completion
-            sequences.append(
-                Sequence(
-                    document_id=document.id,
-                    chunk_index=len(sequences),
-                    text=tokens.text[text_start:text_end],
-                    token_ids=[*prefix, *ids[start:end], *(self.suffix if is_last else [])],
-                    next_token=self._eos if is_last else ids[end],
-                    completion_mask=mask,
-                )
-            )
-            if self._truncate:
-                break
-            start, text_start = end, text_end
-        is_learned = any(sequence.loss_positions for sequence in sequences[:1])
-        if self._truncate and tokens.completion_mask is not None and not is_learned:
-            return []
-        return sequences
-
-    def encode_prompt(self, document: Document) -> Sequence | None:
-        """A document as it stands before its completion: whole, and not ended; None if it has no tokens.
-
-        Raises:
-            ValueError: it is a chat of which no tokens can be made.
-        """
-        tokens = self.chats(document) if self.chats else self._tokens(document)
-        if not tokens.ids:
+    def _mask(self, where: slice, before: int, behind: int) -> list[bool] | None:
+        """Which tokens are the completion's; those that end a text end its completion, too."""
+        held, prompt_length = self._held, self._document.prompt_length
+        assert held
+        if held.completion_mask is not None:
+            mask = held.completion_mask[where]
+        elif prompt_length is not None:  # a token across the border is the completion's
+            mask = held.stops[where] > prompt_length
+        else:
             return None
-        return Sequence(
-            document_id=document.id,
-            chunk_index=0,
-            text=tokens.text,
-            token_ids=[*([] if self.chats else self.prefix), *tokens.ids],
-            next_token=NO_TOKEN,
-            notes=tuple(dict.fromkeys((*document.notes, *tokens.notes))),
+        return [False] * before + mask.tolist() + [True] * behind
+
+    @property
+    def place(self) -> Place | None:
+        """Where the next one starts."""
+        self._fill(1)
+        if self._held is None or self._at >= len(self._held.ids):
+            return None
+        # What decides a seam is the two characters behind it, too.
+        while self._text_at + 2 > self._held.start + len(self._held.text) and self._take():
+            pass
+        token = self._held.last_seam(self._at, self._form.seams()) or 0
+        return Place(
+            document=self._document.id,
+            chunk=self._number,
+            sequence=self._number,
+            character=int(self._held.ends[token - 1]) if token else self._held.start,
+            token=self._at - token,
         )
 
-    def _tokens(self, document: Document) -> Tokens:
-        encoding = self._backend.encode(document.text, add_special_tokens=False)
-        mask = None
-        if document.prompt_length is not None:  # a token across the border is the completion's
-            mask = [end > document.prompt_length for _, end in encoding.offsets]
-        return Tokens(
-            text=document.text,
-            ids=encoding.ids,
-            offsets=encoding.offsets,
-            completion_mask=mask,
-        )
+    def _fill(self, count: int) -> None:
+        """Hold so many tokens from the next sequence's first one on, as far as there are more."""
+        while self._held is None or len(self._held.ids) < self._at + count:
+            if not self._take():
+                return
+
+    def _take(self) -> bool:
+        """Hold one more piece, and let go those before the next sequence; whether there was one more."""
+        piece = None if self._is_all else next(self._pieces, None)
+        if piece is None:
+            self._is_all = True
+            return False
+        self._parts.append(piece)
+        while len(self._parts) > 1 and self._at >= len(self._parts[0].ids):
+            self._at -= len(self._parts.pop(0).ids)
+        self._held = self._parts[0]
+        for part in self._parts[1:]:
+            self._held = self._held.then(part)
+        return True
+
+
+def _no_place(place: Place) -> str:
+    return (
+        f"document {place.document!r} has no chunk {place.chunk} any more where it had one; the corpus or a library has changed: start "
+        "anew in another directory"
+    )
 
 
 def length_sorted_batches(
@@ -224,84 +275,13 @@ def length_sorted_batches(
     return batches
 
 
-def _cut(start: int, limit: int, offsets: list[tuple[int, int]], ends: list[int]) -> int:
+def _cut(start: int, limit: int, piece: Piece) -> int:
     """Where the chunk that starts at token `start` ends: at most `limit`, and not inside a character."""
-    if limit >= len(offsets):
-        return len(offsets)
+    if limit >= len(piece.ids):
+        return len(piece.ids)
     end = limit
-    while end > start and offsets[end][0] < ends[end - 1]:
+    while end > start and piece.starts[end] < piece.ends[end - 1]:
         end -= 1
     return end if end > start else limit  # a single character longer than a chunk has to be cut
 
 
-def _character_ends(offsets: list[tuple[int, int]]) -> list[int]:
-    """For each token, the end of the text that all tokens up to it have touched."""
-    ends, furthest = [], 0
-    for _, end in offsets:
-        furthest = max(furthest, end)
-        ends.append(furthest)
-    return ends
-
-
-def backend_copy(
-    tokenizer: Any, *, match_special: bool, renamed: Mapping[str, str] | None = None
-) -> Tokenizer:
-    """A copy of a fast tokenizer's backend that reports untrimmed offsets, and neither pads nor truncates.
-
-    Args:
-        tokenizer: a fast transformers tokenizer.
-        match_special: whether special tokens in a text are these, or the text that they are.
-        renamed: other strings for which some of its added tokens are to stand; their ids change, too.
-    """
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    _keep_spaces(description)
-    for token in description["added_tokens"]:
-        token["content"] = (renamed or {}).get(token["content"], token["content"])
-    copy = Tokenizer.from_str(json.dumps(description))
-    copy.encode_special_tokens = not match_special
-    copy.no_padding()
-    copy.no_truncation()
-    return copy
-
-
-def _keep_spaces(node: Any) -> None:
-    """`trim_offsets` only moves reported offsets off the spaces that a token holds; it never changes an id."""
-    if isinstance(node, dict):
-        if "trim_offsets" in node:
-            node["trim_offsets"] = False
-        node = list(node.values())
-    if isinstance(node, list):
-        for child in node:
-            _keep_spaces(child)
-
-
-def added_around(backend: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer's post-processor puts before a text, and those behind it.
-
-    Raises:
-        ValueError: it leaves the text out, or repeats it.
-    """
-    if backend.post_processor is None:
-        return [], []
-    # A tokenizer with one word, to which it does what it does to all others; no vocabulary needs to have a certain letter for that.
-    probe = Tokenizer(WordLevel({"a": NO_ID}, unk_token="a"))
-    probe.post_processor = backend.post_processor
-    ids: list[int] = probe.encode("a").ids
-    if ids.count(NO_ID) != 1:
-        raise ValueError(
-            f"the tokenizer's post-processor writes a text {ids.count(NO_ID)} times into a sequence, expected once; mend tokenizer.json"
-        )
-    place = ids.index(NO_ID)
-    return ids[:place], ids[place + 1 :]
-
-
-def _choose(name: str, wish: str, own: list[int], token_id: int | None) -> list[int]:
-    if wish == "tokenizer":
-        return own
-    if wish == "never":
-        return []
-    if token_id is None:
-        raise ValueError(
-            f"sequences.{name} is 'always', but the teacher's tokenizer has no {name} token"
-        )
-    return [int(token_id)]

@@ -318,5 +318,5 @@ def _find_row(
     """A row, and the token that follows each of its positions."""
     file, number = file_of_row(directory, row)
     values = read_row(directory / file, number)
-    last, _ = what_follows(manifest, directory / file, number, values)
+    last, _ = what_follows(manifest, file, number, values, lambda name: directory / name)
     return values, [*values["input_ids"][1:], last]

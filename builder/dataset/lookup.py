@@ -1,5 +1,6 @@
 """A finished dataset → one of its rows, the token that follows it, and its teacher: what looking at single rows needs."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +102,36 @@ def _row_values(table: pa.Table) -> dict[str, Any]:
 
 
 def what_follows(
-    manifest: dict[str, Any], file: Any, number: int, row: dict[str, Any]
+    manifest: dict[str, Any],
+    name: str,
+    number: int,
+    row: dict[str, Any],
+    open_file: Callable[[str], Any],
 ) -> tuple[int, bool]:
     """The token after the last one of a row, and whether the document certainly ends with the row.
 
     The token is NO_TOKEN where nothing follows, or where it is not known because the document may have been cut short.
+
+    Args:
+        manifest: of the dataset.
+        name: of the data file that holds the row.
+        number: of the row in it.
+        row: from `read_row`.
+        open_file: a data file's name → its path, or the open file.
     """
+    columns = ["id", "chunk_index", "input_ids"]
     try:
-        following = read_row(file, number + 1, columns=["id", "chunk_index", "input_ids"])
-    except IndexError:  # a file ends with a document
-        following = None
+        following = read_row(open_file(name), number + 1, columns)
+    except IndexError:
+        records = records_of(manifest)
+        record = next(record for record in records if record.file == name)
+        if record.ends_within is None:
+            return follow(manifest, row, None)
+        place = record.partition, record.index + 1
+        rest = [other.file for other in records if (other.partition, other.index) == place]
+        if not rest:  # a limit of the corpus was reached within the document
+            return follow(manifest, row, None, is_cut_off=True)
+        following = read_row(open_file(rest[0]), 0, columns)
     return follow(manifest, row, following)
 
 

@@ -97,7 +97,8 @@ class ShardRecord:
     partition: int
     index: int
     offset_after: dict[str, Any]
-    """Corpus offset at which the next shard of this partition starts."""
+    """Corpus offset at which the next shard of this partition starts. Where a document goes on there, it names the place in it: the id and
+    `chunk_index` of the next row, as `document` and `chunk`, among others."""
     exhausted: bool
     """Whether this is the last shard of its partition."""
     sums: Sums
@@ -116,6 +117,16 @@ class ShardRecord:
     """Of the Parquet footer; None of a file whose pages have no checksums, as all were once."""
     converted: dict[str, int] | None = None
     """In how many documents something was converted or left out, by what; None where nothing was."""
+
+    @property
+    def begins_within(self) -> tuple[str, int] | None:
+        """Id and chunk of the row with which the shard begins, if that is the rest of a document."""
+        return _rest(self.offset_before)
+
+    @property
+    def ends_within(self) -> tuple[str, int] | None:
+        """Id and chunk of the row that follows the shard, if that is the rest of a document."""
+        return _rest(self.offset_after)
 
     @classmethod
     def from_json(cls, values: dict[str, Any], *, where: str = "") -> Self:
@@ -137,6 +148,14 @@ class ShardRecord:
         if record.completions is not None:
             counts = Completions(**_known(Completions, values["completions"]))
             record = replace(record, completions=counts)
+        for offset in (record.offset_before, record.offset_after):
+            if offset and "chunk" in offset:
+                place = offset["chunk"], offset.get("document")
+                if tuple(map(type, place)) != (int, str):
+                    raise ValueError(
+                        f"not a shard record: {where or 'it'} names the chunk and document {one_line(repr(place), limit=80)} at an offset, "
+                        "expected a number and a text"
+                    )
         if not isinstance(record.file, str) or not DATA_FILE.fullmatch(record.file):
             name = one_line(repr(record.file), limit=80)
             place = f"{where}.file: " if where else ""
@@ -149,6 +168,13 @@ class ShardRecord:
         return {
             name: value for name, value in values.items() if name not in UNSAID or value is not None
         }
+
+
+def _rest(offset: dict[str, Any] | None) -> tuple[str, int] | None:
+    """Of a chat, the next row may be one of its own."""
+    if not offset or not offset.get("chunk"):
+        return None
+    return offset["document"], offset["chunk"]
 
 
 def _known(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:

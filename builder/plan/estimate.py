@@ -19,7 +19,8 @@ import torch
 import zstandard
 
 from builder.corpus.documents import Corpus, Document
-from builder.corpus.sequences import Encoder
+from builder.text.files import TextFiles
+from builder.corpus.encoder import Encoder
 from builder.plan.plan import bytes_per_token, count_parameters
 from builder.recipe import Recipe
 from builder.sources.columns import settle_columns
@@ -34,6 +35,8 @@ from builder.sources.resolve import (
 from builder.teacher.loading import load_tokenizer
 
 SAMPLE_DOCUMENTS = 50
+SAMPLE_TOKENS = 200_000
+"""Of a longer document, no more are counted."""
 SAMPLE_BYTES = 8 * 2**20
 """How much of a compressed file is read to learn how well it is compressed."""
 EFFICIENCY = 0.6
@@ -130,11 +133,16 @@ def _tokens_of(document: Document, encoder: Encoder, recipe: Recipe) -> tuple[in
     """Tokens of the rows of a document, and positions in the loss mask among them; at most, where the teacher completes it."""
     how = recipe.generation
     if how is None:
-        sequences = encoder.encode(document)
-        return sum(len(s.token_ids) for s in sequences), sum(
-            len(s.loss_positions) for s in sequences
-        )
-    prompt = encoder.encode_prompt(document)
+        tokens = kept = characters = 0
+        for sequence in encoder.sequences(document):
+            tokens += len(sequence.token_ids)
+            kept += len(sequence.loss_positions)
+            characters += len(sequence.text)
+            if tokens >= SAMPLE_TOKENS and not (document.messages or encoder.truncates):
+                share = characters / document.length
+                return round(tokens / share), round(kept / share)
+        return tokens, kept
+    prompt = encoder.encode_prompt(document, recipe.sequences.max_length)
     if prompt is None or (len(prompt.token_ids) + how.max_new_tokens > recipe.sequences.max_length):
         return 0, 0
     length = len(prompt.token_ids) + how.max_new_tokens
@@ -145,7 +153,7 @@ def _share_of_corpus(
     num_rows: int, documents: Corpus, recipe: Recipe, source: CorpusSource
 ) -> float | None:
     """Which part of the corpus its first rows are; None where the Hub does not say how many there are."""
-    if source.format == "hub":
+    if not isinstance(documents.stream, TextFiles) and source.format == "hub":
         splits = documents.stream.info.splits or {}
         examples: int | None = getattr(splits.get(recipe.corpus.split), "num_examples", None)
         return num_rows / examples if examples else None

@@ -1,12 +1,13 @@
 """A recipe's sections and its resolved sources → the things themselves, which know nothing of recipes: documents, an encoder, a teacher."""
 
 import datetime
+from collections.abc import Callable
 from typing import Any
 
 from builder.corpus.chats import ChatTemplate
 from builder.corpus.documents import Corpus, Offset, open_hub, open_local
 from builder.corpus.rows import Columns
-from builder.corpus.sequences import Encoder
+from builder.corpus.encoder import Encoder
 from builder.recipe import CorpusRecipe, Recipe, TeacherRecipe
 from builder.sources.resolve import CorpusSource, TeacherSource
 from builder.teacher import ranks
@@ -21,6 +22,7 @@ def open_corpus(
     partition: int = 0,
     num_partitions: int = 1,
     start: Offset | None = None,
+    opening: Callable[[int], None] = lambda _: None,
 ) -> Corpus:
     """The documents of one partition of a resolved corpus, from an offset on."""
     columns = columns_of(corpus)
@@ -44,6 +46,7 @@ def open_corpus(
         partition=partition,
         num_partitions=num_partitions,
         start=start,
+        opening=opening,
     )
 
 
@@ -60,7 +63,13 @@ def columns_of(corpus: CorpusRecipe) -> Columns:
     )
 
 
-def make_encoder(recipe: Recipe, tokenizer: Any, template: str | None = None) -> Encoder:
+def make_encoder(
+    recipe: Recipe,
+    tokenizer: Any,
+    template: str | None = None,
+    *,
+    notice: Callable[[str], None] = lambda _: None,
+) -> Encoder:
     """The encoder that a recipe asks for, with the chat template that it names, if any.
 
     Raises:
@@ -86,6 +95,7 @@ def make_encoder(recipe: Recipe, tokenizer: Any, template: str | None = None) ->
         bos=sequences.bos,
         eos="never" if is_of_prompts else sequences.eos,
         chats=chats,
+        notice=notice,
     )
 
 

@@ -8,12 +8,14 @@ Cost: a local file is hashed once (about 1 GB/s); a later run of the same build 
 
 import glob
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from builder.recipe import CorpusRecipe, Recipe, SequencesRecipe, TeacherRecipe
 from builder.sources import demo
+from builder.sources.changes import Seen, Watch, deciding_files, hash_file
 
 CorpusFormat = Literal["hub", "text", "json", "parquet"]
 
@@ -51,6 +53,10 @@ class TeacherSource:
     """A config.json that decides for a GGUF file."""
     attention: str
     """As the recipe says, else the best that the teacher's class supports."""
+    files: tuple[Path, ...] = ()
+    """Local files that make it what it is."""
+    directories: tuple[Path, ...] = ()
+    """Local directories of which all such files are among them."""
     provenance: dict[str, Any]
 
 
@@ -62,6 +68,12 @@ class Sources:
     teacher: TeacherSource
     template: str | None
     """Text of the chat template that the recipe names, if any."""
+
+    def watch(self, seen: Mapping[str, Seen]) -> Watch:
+        """A watch over the local files among them, which were seen like this when they were hashed."""
+        return Watch(
+            self.corpus.files, self.teacher.files, seen, directories=self.teacher.directories
+        )
 
     def plan(self, recipe: Recipe) -> dict[str, Any]:
         """What is built, as plain values: the recipe, and the exact corpus and teacher behind it."""
@@ -104,13 +116,19 @@ class KnownSources:
 
     def sha256(self, path: Path) -> str:
         """The hash of a file's content."""
-        stat = path.stat()
         known = self.hashes.get(str(path))
-        if known is None or known[:2] != [stat.st_size, stat.st_mtime_ns]:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            self.hashes[str(path)] = known = [stat.st_size, stat.st_mtime_ns, digest]
+        if known is None or not Seen(*known).is_same(path.stat()):
+            self.hashes[str(path)] = known = list(hash_file(path))
         return str(known[2])
+
+    @property
+    def seen(self) -> dict[str, Seen]:
+        """The files that were hashed, by their paths."""
+        return {path: Seen(*values) for path, values in self.hashes.items()}
+
+    def forget(self, path: Path) -> None:
+        """Have a file hashed again, whatever its size and time of change say."""
+        self.hashes.pop(str(path), None)
 
     def attention(self, recipe: TeacherRecipe, location: str, provenance: dict[str, Any]) -> str:
         """What computes a teacher's attention: what the recipe says, else the best that its class supports."""
@@ -180,6 +198,8 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
         ValueError: no such directory or file, it holds an adapter, or the Hub does not know the model.
     """
     commit = tokenizer = config = None
+    files: list[Path] = []
+    directories: list[Path] = []
     provenance: dict[str, Any]
     if recipe.repo:
         _check_not_here(recipe.repo, "teacher.path")
@@ -193,21 +213,25 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
         from builder.checkpoint.checkpoint import refuse_adapter  # which loads torch
 
         refuse_adapter(str(directory))
+        directories.append(directory)
         location, sha256 = str(directory), _tree_sha256(directory, known)
         provenance = {"kind": "directory", "name": directory.name, "sha256": sha256}
     else:
         assert recipe.gguf
         file = _existing(base, recipe.gguf, "teacher.gguf", "file")
+        files.append(file)
         location = str(file)
         provenance = {"kind": "gguf", "name": file.name, "sha256": known.sha256(file)}
         if recipe.tokenizer:
             beside = _existing(base, recipe.tokenizer, "teacher.tokenizer", "directory")
+            directories.append(beside)
             tokenizer = str(beside)
             provenance["tokenizer_files_sha256"] = _tree_sha256(beside, known)
         if recipe.config:
             is_directory = (base / expand_home(recipe.config)).is_dir()
             path = f"{recipe.config}/config.json" if is_directory else recipe.config
             original = _existing(base, path, "teacher.config", "file")
+            files.append(original)
             config = str(original)
             provenance["config_sha256"] = known.sha256(original)
     return TeacherSource(
@@ -216,6 +240,8 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
         tokenizer=tokenizer,
         config=config,
         attention=known.attention(recipe, location, provenance),
+        files=(*files, *(file for directory in directories for file in deciding_files(directory))),
+        directories=tuple(directories),
         provenance=provenance,
     )
 
@@ -341,9 +367,8 @@ def _existing(base: Path, path: str, key: str, kind: Literal["file", "directory"
 def _tree_sha256(directory: Path, known: KnownSources) -> str:
     """One hash of the names and contents of the files that make a model: configuration, weights, tokenizer."""
     digest = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
-        if path.suffix in (".json", ".safetensors", ".model", ".txt", ".jinja", ".py"):
-            digest.update(f"{path.name} {known.sha256(path)}\n".encode())
+    for path in deciding_files(directory):
+        digest.update(f"{path.name} {known.sha256(path)}\n".encode())
     return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from builder.corpus.sequences import added_around
+from builder.corpus.encoder import added_around
 from builder.tokenizer.files import CONFIG, FILE, check_id
 from builder.tokenizer.rules import adds_prefix_space
 

@@ -35,7 +35,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from builder.corpus.sequences import added_around
+from builder.corpus.encoder import added_around
 from builder.tokenizer.files import (
     CONFIG,
     FILE,

@@ -88,7 +88,7 @@ class _Rows:
         after = self._neighbour(place, number + 1)
         is_last = after is None and number + 1 == record.rows
         next_token, is_end = follow(
-            self._manifest, values, after, is_cut_off=is_last and "chunk" in record.offset_after
+            self._manifest, values, after, is_cut_off=is_last and record.ends_within is not None
         )
         stored = StoredRow(
             where=f"{record.file} row {number}",

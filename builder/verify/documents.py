@@ -56,6 +56,8 @@ class Documents:
         self._previous: tuple[str, int] | None = None
         self._follows = False
         """Whether `_previous`, or the beginning of a partition, is what stands before the next row."""
+        self._rest: tuple[str, int] | None = None
+        """Document and chunk of the next row, where the manifest says that one goes on with it."""
         self._begun: int | None = 0
         """Documents of the partition that have begun; None where a file of it was not seen."""
         self._text: Any = None
@@ -75,6 +77,7 @@ class Documents:
         self._follows = self._is_whole and (follows or record.index == 0)
         self._place = record.partition, record.index
         self._file = record.file
+        self._rest = record.begins_within
 
     def check(self, table: pa.Table, lengths: npt.NDArray[np.int64], first: int, add: Add) -> None:
         """Look at some rows of the file, in their order.
@@ -90,6 +93,12 @@ class Documents:
         for row, current in enumerate(zip(ids, chunks, strict=True)):
             if texts is not None:
                 self._hash(current, texts[row], int(lengths[row]), first + row)
+            if self._rest and self._rest != current:
+                document, chunk = self._rest
+                add(row, f"is not chunk {chunk} of {_short(document)}, with which the manifest says that a document goes on here")
+            elif not self._rest and current[1] != 0 and self._previous is None and not self._follows:
+                add(row, f"chunk {current[1]} of {_short(current[0])} stands where the manifest says that a document begins")
+            self._rest = None
             if current[1] != 0 and self._follows and self._previous != (current[0], current[1] - 1):
                 add(row, f"chunk {current[1]} of {_short(current[0])} does not follow chunk {current[1] - 1}")  # fmt: skip
             self._previous, self._follows = current, True
@@ -109,17 +118,18 @@ class Documents:
 
     def end(self, record: ShardRecord) -> None:
         """Come to the end of a file of which all rows were seen."""
-        ends_within = "chunk" in record.offset_after
-        if record.exhausted and ends_within:
+        if (rest := record.ends_within) and self._previous != (rest[0], rest[1] - 1):
+            self.problems.append(
+                f"{record.file}: does not end with chunk {rest[1] - 1} of {_short(rest[0])}, of which the manifest says that it goes on"
+            )
+        if record.exhausted and rest:
             self._text = None  # the rest of the last document was left out
         if self._begun is None or not self._is_whole or self._are_prompts or self._are_turns:
             return  # a document may have several rows that are none of each other's chunks
         expected = record.offset_after.get("documents")
-        # One that goes on in the next file is counted where it ends.
-        begun = self._begun - ends_within
-        if expected != begun:
+        if expected != self._begun:
             self.problems.append(
-                f"{record.file}: up to its end the partition has {begun:,} documents, the manifest's offset says {expected}"
+                f"{record.file}: up to its end the partition has {self._begun:,} documents, the manifest's offset says {expected}"
             )
             self._begun = None
 

@@ -76,7 +76,9 @@ def check_shard(
     """
     layout = Layout.of(manifest["recipe"], manifest["teacher"])
     path = directory / record.file
-    documents = documents or Documents(manifest, is_whole=False)
+    alone = None if documents else Documents(manifest, is_whole=False)
+    documents = documents or alone
+    assert documents
     documents.begin(record)
     checker = _RowChecker(record.file, manifest, layout, documents)
     try:
@@ -106,6 +108,7 @@ def check_shard(
     report.tokens += checker.tokens
     report.problems += checker.problems
     report.measured += checker.measured
+    report.problems += alone.problems if alone else []
     return checker.has_all_rows
 
 

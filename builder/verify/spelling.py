@@ -14,7 +14,7 @@ from typing import Any
 
 from builder.capture.generation import spell_completion
 from builder.corpus.documents import Document
-from builder.corpus.sequences import Encoder, Tokens, backend_copy
+from builder.corpus.encoder import Encoder, Tokens, backend_copy
 from builder.recipe import SequencesRecipe
 from logit_dataset.schema import is_generated
 

@@ -11,6 +11,7 @@ import torch
 
 from builder.build.build import build
 from builder.build.worker import Worker
+from builder.text.files import TextFiles
 from builder.dataset.manifest import read_manifest
 from builder.recipe import load_recipe
 from logit_dataset.schema import Layout, arrow_schema
@@ -144,17 +145,13 @@ def test_resuming_opens_only_the_file_in_which_it_stopped(make_recipe, tmp_path,
     last = max((tmp_path / "out" / ".build" / "records").iterdir())
     stopped_in = json.loads(last.read_text())["offset_after"]["file"]
     assert stopped_in >= 2
-    from datasets.packaged_modules.text.text import Text
+    opened, original = [], TextFiles.rows
 
-    opened = []
-    original = Text._generate_tables
+    def spy(self, file):
+        opened.append(self.files[file].name)
+        return original(self, file)
 
-    def spy(self, base_files, *args, **kwargs):
-        for key, table in original(self, base_files, *args, **kwargs):
-            opened.append(Path(base_files[key.original_shard_id]).name)
-            yield key, table
-
-    monkeypatch.setattr(Text, "_generate_tables", spy)
+    monkeypatch.setattr(TextFiles, "rows", spy)
     run(recipe, tmp_path / "out")
     assert opened == [f"part-{i}.jsonl" for i in range(stopped_in, 6)]
 

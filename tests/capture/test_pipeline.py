@@ -8,7 +8,8 @@ from builder.capture.distribution import Distribution, capture
 from builder.capture.draws import uniforms
 from builder.capture.pipeline import Pipeline, pack, unpack
 from builder.corpus.documents import Document
-from builder.corpus.sequences import Encoder, Sequence
+from builder.corpus.encoder import Encoder
+from builder.corpus.sequences import Sequence
 from builder.teacher.model import Teacher
 from logit_dataset.schema import Layout
 from tests.conftest import sample_documents

@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 
 from builder.corpus.chats import ChatTemplate
 from builder.corpus.documents import Document
-from builder.corpus.sequences import Encoder, Tokens
+from builder.corpus.encoder import Encoder, Tokens
 from tests.chats import CHATML, chatty
 from tests.corpus.test_chats import INJECTED, many
 from tests.templates import ANSWERS_MARKED, EXTRA_TOKENS, MOVING, STEADY

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from builder.corpus.chats import ChatTemplate
 from builder.corpus.documents import Document
-from builder.corpus.sequences import NO_TOKEN, Encoder, Tokens, backend_copy
+from builder.corpus.encoder import Encoder, Tokens, backend_copy
+from builder.corpus.sequences import NO_TOKEN
 from tests.chats import CHATML, GEMMA, LLAMA_3, MARKED, MISTRAL, SYSTEM_DEFAULT, add_markers, chatty
 from tests.corpus.test_sequences import llama_metaspace, llama_normalizer
 

@@ -19,7 +19,8 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from builder.corpus.documents import Document
-from builder.corpus.sequences import NO_TOKEN, Encoder, Sequence, length_sorted_batches
+from builder.corpus.encoder import Encoder
+from builder.corpus.sequences import NO_TOKEN, Sequence, length_sorted_batches
 
 TRAINING_TEXT = [
     "The quick brown fox jumps over the lazy dog. A dataset of distributions, token by token.",

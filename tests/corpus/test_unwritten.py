@@ -8,7 +8,7 @@ from tokenizers import AddedToken
 
 from builder.corpus.chats import ChatTemplate
 from builder.corpus.documents import Document
-from builder.corpus.sequences import Encoder, Tokens
+from builder.corpus.encoder import Encoder, Tokens
 from tests.chats import CHATML, add_markers, chatty
 from tests.templates import ASKS_TO_THINK, CHANNELS, EXTRA_TOKENS, SORTS, THINKS, THINKS_FIRST
 

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as AsItIs
 
-from builder.corpus.sequences import Encoder, backend_copy
+from builder.corpus.encoder import Encoder, backend_copy
 from builder.dataset.manifest import read_manifest, write_json
 from builder.teacher import loading
 from builder.teacher.loading import load_teacher, load_tokenizer

@@ -1,0 +1,153 @@
+"""A local file of texts or of lines → its rows, in bounded memory.
+
+In:   .txt files, of which each is a text or each line is one, and files of JSON lines; both also as .gz or .zst.
+Out:  rows {"text": …}: of a line, or of a whole file; a file of more than HELD_CHARACTERS is a LongText, which is read again for its parts.
+
+How:  UTF-8, and line ends are \\n, whatever the system's are. A long text is read once for its hash and its length, then from its beginning
+      whenever its parts are asked for. Compressed files are read to their very end: one that was cut off is an error, also where its
+      decompressor would be content, and .zst files of several frames are read whole.
+
+Cost: 300 MB/s, and 0.1 ms a file.
+"""
+
+import codecs
+import gzip
+import hashlib
+import io
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, cast
+
+import zstandard
+
+PART = 2**16
+"""Characters of a part of a text."""
+HELD_CHARACTERS = 2**21
+"""Texts of whole files are held up to this length."""
+BLOCK_BYTES = 2**18
+"""That are read at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LongText:
+    """The text of a large file."""
+
+    parts: Callable[[], Iterator[str]]
+    """Reads it from its beginning, part by part."""
+    sha256: str
+    """Of its UTF-8."""
+    length: int
+    """In characters."""
+    is_blank: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextFiles:
+    """Local files as a stream of rows."""
+
+    files: tuple[Path, ...]
+    unit: Literal["file", "line"]
+    """What a row is."""
+
+    @property
+    def num_shards(self) -> int:
+        """Files."""
+        return len(self.files)
+
+    def rows(self, file: int) -> Iterator[dict[str, str | LongText]]:
+        """The rows of one file.
+
+        Raises:
+            OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError: it cannot be read.
+        """
+        if self.unit == "file":
+            yield {"text": _whole_text(self.files[file])}
+            return
+        with io.TextIOWrapper(_open(self.files[file]), encoding="utf-8") as lines:
+            for line in lines:
+                yield {"text": line.removesuffix("\n")}
+
+
+def _whole_text(path: Path) -> str | LongText:
+    with closing(_parts(path)) as parts:
+        held, length = [], 0
+        for part in parts:
+            held.append(part)
+            length += len(part)
+            if length > HELD_CHARACTERS:
+                break
+        else:
+            return "".join(held)
+        digest, is_blank = hashlib.sha256(), True
+        for part in held:
+            digest.update(part.encode())
+            is_blank = is_blank and not part.strip()
+        held.clear()
+        for part in parts:
+            digest.update(part.encode())
+            is_blank = is_blank and not part.strip()
+            length += len(part)
+    return LongText(
+        parts=lambda: _parts(path),
+        sha256=digest.hexdigest(),
+        length=length,
+        is_blank=is_blank,
+    )
+
+
+def _parts(path: Path) -> Generator[str]:
+    """The text of a file without a byte order mark, which is no text."""
+    decoder = io.IncrementalNewlineDecoder(
+        codecs.getincrementaldecoder("utf-8-sig")(), translate=True
+    )
+    with _open(path) as file:
+        while content := file.read(BLOCK_BYTES):
+            if text := decoder.decode(content):
+                yield text
+    if text := decoder.decode(b"", final=True):
+        yield text
+
+
+def _open(path: Path) -> BinaryIO:
+    if path.suffix == ".gz":
+        return cast(BinaryIO, gzip.open(path))
+    if path.suffix == ".zst":
+        return cast(BinaryIO, io.BufferedReader(_Frames(path.open("rb")), BLOCK_BYTES))
+    return path.open("rb")
+
+
+class _Frames(io.RawIOBase):
+    """The content of all frames of a .zst file; the decompressor's own reader stops at the first one, and where a file was cut off."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._left = b""
+        """Of the file, not decompressed."""
+        self._content = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "memoryview[int]") -> int:  # type: ignore[override]
+        while not self._content:
+            block = self._left or self._raw.read(BLOCK_BYTES)
+            self._left = b""
+            if not block:
+                if self._frame is not None:
+                    raise EOFError("the compressed file ends before its end-of-stream marker")
+                return 0
+            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._content = memoryview(self._frame.decompress(block))
+            if self._frame.eof:
+                self._left, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._content))
+        buffer[:count] = self._content[:count]
+        self._content = self._content[count:]
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
