@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 ROOMS = [
-    *["logit_dataset", "builder.recipe", "builder.corpus", "builder.tokenizer"],
+    *["logit_dataset", "builder.recipe", "builder.text", "builder.corpus", "builder.tokenizer"],
     *["builder.checkpoint", "builder.teacher", "builder.sources"],
     *["builder.dataset", "builder.capture", "builder.card", "builder.verify", "builder.hub"],
     *["builder.plan", "builder.build", "builder.cli"],

@@ -241,7 +241,9 @@ class SequenceStream:
             return
         self._has_told = True
         length, limit = len(prompt.token_ids), self._limit(prompt)
-        found = f"document {prompt.document_id!r} has {length:,} tokens{'' if is_all else ' or more'}"
+        found = (
+            f"document {prompt.document_id!r} has {length:,} tokens{'' if is_all else ' or more'}"
+        )
         if limit == self._max_length:
             most = self._max_length - self._max_new_tokens
             why = f"{found}, and with sequences.max_length and generation.max_new_tokens as they are, a prompt has {most:,} at most"

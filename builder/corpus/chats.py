@@ -21,9 +21,9 @@ from typing import Any, Literal
 from builder.corpus.answers import ADVICE, USER, Answers, Written
 from builder.corpus.calls import Arguments
 from builder.corpus.documents import Document
+from builder.corpus.encoder import Tokens
 from builder.corpus.messages import ASSISTANT, REASONING, Chat, split_reasoning
 from builder.corpus.rendering import Renderer, Span, TooLarge
-from builder.corpus.encoder import Tokens
 from builder.corpus.special_tokens import SpecialTokens
 from builder.corpus.unwritten import Unwritten
 

@@ -52,7 +52,6 @@ class Sequence:
         return np.flatnonzero(loss_mask(self.completion_mask or [])).tolist()
 
 
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
     """What sequences are like."""
@@ -197,12 +196,12 @@ class Chunks:
         held, prompt_length = self._held, self._document.prompt_length
         assert held
         if held.completion_mask is not None:
-            mask = held.completion_mask[where]
+            mask: list[bool] = held.completion_mask[where].tolist()
         elif prompt_length is not None:  # a token across the border is the completion's
-            mask = held.stops[where] > prompt_length
+            mask = (held.stops[where] > prompt_length).tolist()
         else:
             return None
-        return [False] * before + mask.tolist() + [True] * behind
+        return [False] * before + mask + [True] * behind
 
     @property
     def place(self) -> Place | None:
@@ -283,5 +282,3 @@ def _cut(start: int, limit: int, piece: Piece) -> int:
     while end > start and piece.starts[end] < piece.ends[end - 1]:
         end -= 1
     return end if end > start else limit  # a single character longer than a chunk has to be cut
-
-

@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+from builder.corpus.encoder import backend_copy
 from builder.corpus.messages import Chat
 from builder.corpus.rendering import Span
-from builder.corpus.encoder import backend_copy
 
 OPEN, CLOSE = "\U000f0000", "\U000f0001"
 """Around what looks like a special token in a message; one alone keeps what stands on both sides apart."""

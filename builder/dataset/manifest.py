@@ -150,10 +150,10 @@ class ShardRecord:
             record = replace(record, completions=counts)
         for offset in (record.offset_before, record.offset_after):
             if offset and "chunk" in offset:
-                place = offset["chunk"], offset.get("document")
-                if tuple(map(type, place)) != (int, str):
+                within = offset["chunk"], offset.get("document")
+                if tuple(map(type, within)) != (int, str):
                     raise ValueError(
-                        f"not a shard record: {where or 'it'} names the chunk and document {one_line(repr(place), limit=80)} at an offset, "
+                        f"not a shard record: {where or 'it'} names the chunk and document {one_line(repr(within), limit=80)} at an offset, "
                         "expected a number and a text"
                     )
         if not isinstance(record.file, str) or not DATA_FILE.fullmatch(record.file):

@@ -19,7 +19,6 @@ import torch
 import zstandard
 
 from builder.corpus.documents import Corpus, Document
-from builder.text.files import TextFiles
 from builder.corpus.encoder import Encoder
 from builder.plan.plan import bytes_per_token, count_parameters
 from builder.recipe import Recipe
@@ -33,6 +32,7 @@ from builder.sources.resolve import (
     resolve,
 )
 from builder.teacher.loading import load_tokenizer
+from builder.text.files import TextFiles
 
 SAMPLE_DOCUMENTS = 50
 SAMPLE_TOKENS = 200_000

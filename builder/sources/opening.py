@@ -6,8 +6,8 @@ from typing import Any
 
 from builder.corpus.chats import ChatTemplate
 from builder.corpus.documents import Corpus, Offset, open_hub, open_local
-from builder.corpus.rows import Columns
 from builder.corpus.encoder import Encoder
+from builder.corpus.rows import Columns
 from builder.recipe import CorpusRecipe, Recipe, TeacherRecipe
 from builder.sources.resolve import CorpusSource, TeacherSource
 from builder.teacher import ranks

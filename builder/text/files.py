@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, cast
 
 import zstandard
 
@@ -56,8 +56,13 @@ class TextFiles:
         """Files."""
         return len(self.files)
 
-    def rows(self, file: int) -> Iterator[dict[str, str | LongText]]:
-        """The rows of one file.
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The rows of all files; errors as for `rows`."""
+        for file in range(self.num_shards):
+            yield from self.rows(file)
+
+    def rows(self, file: int) -> Iterator[dict[str, Any]]:
+        """The rows of one file: each `text` is a str, or a LongText.
 
         Raises:
             OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError: it cannot be read.

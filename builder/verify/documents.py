@@ -95,9 +95,17 @@ class Documents:
                 self._hash(current, texts[row], int(lengths[row]), first + row)
             if self._rest and self._rest != current:
                 document, chunk = self._rest
-                add(row, f"is not chunk {chunk} of {_short(document)}, with which the manifest says that a document goes on here")
-            elif not self._rest and current[1] != 0 and self._previous is None and not self._follows:
-                add(row, f"chunk {current[1]} of {_short(current[0])} stands where the manifest says that a document begins")
+                add(
+                    row,
+                    f"is not chunk {chunk} of {_short(document)}, with which the manifest says that a document goes on here",
+                )
+            elif (
+                not self._rest and current[1] != 0 and self._previous is None and not self._follows
+            ):
+                add(
+                    row,
+                    f"chunk {current[1]} of {_short(current[0])} stands where the manifest says that a document begins",
+                )
             self._rest = None
             if current[1] != 0 and self._follows and self._previous != (current[0], current[1] - 1):
                 add(row, f"chunk {current[1]} of {_short(current[0])} does not follow chunk {current[1] - 1}")  # fmt: skip

@@ -175,7 +175,9 @@ def test_other_formats(make_recipe, tmp_path, meanwhile, cli, suffix):
     assert_one_line(cli("build", recipe, "--output", tmp_path / "out"), f"corpus file {path.name} has changed since")  # fmt: skip
 
 
-def test_a_file_that_changes_before_it_is_opened(make_recipe, tmp_path, meanwhile, cli):
+def test_a_file_that_changes_before_it_is_opened(
+    make_recipe, tmp_path, meanwhile, cli, monkeypatch
+):
     """Its shard is not computed first."""
     for number in range(3):
         write_jsonl(tmp_path / f"p-{number}.jsonl", sample_documents(24)[number * 8 :][:8])
@@ -188,7 +190,7 @@ def test_a_file_that_changes_before_it_is_opened(make_recipe, tmp_path, meanwhil
         documents.append(1)
         return original(self)
 
-    SequenceStream._next_document = count
+    monkeypatch.setattr(SequenceStream, "_next_document", count)
     assert_one_line(cli("build", recipe, "--output", tmp_path / "out"), "corpus file p-2.jsonl has changed since")  # fmt: skip
     assert len(documents) == 17
 
@@ -340,7 +342,7 @@ def test_a_file_that_joins_the_teacher(make_recipe, corpus_file, teacher, tmp_pa
     original = worker.open_teacher
 
     def load(*args: Any, **kwargs: Any) -> Any:
-        (teacher / "adapter_config.json").write_text("{}")
+        (teacher / "notes.json").write_text("{}")
         loaded = original(*args, **kwargs)
         return loaded
 
@@ -349,7 +351,7 @@ def test_a_file_that_joins_the_teacher(make_recipe, corpus_file, teacher, tmp_pa
     recipe = make_recipe(teacher=teacher)
     assert_one_line(
         cli("build", recipe, "--output", tmp_path / "out"),
-        "teacher file adapter_config.json was not there when this build began",
+        "teacher file notes.json was not there when this build began",
     )
 
 

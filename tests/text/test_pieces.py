@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from builder.text import pieces
 from builder.corpus.documents import Document
-from builder.text.pieces import Pieces
-from builder.text.seams import Seams, _stands_alone
 from builder.corpus.encoder import Encoder, backend_copy
 from builder.corpus.sequences import Place
+from builder.text import pieces
+from builder.text.pieces import Pieces
+from builder.text.seams import Seams, _stands_alone
 from tests.text.kinds_of_tokenizers import CUT, WHOLE
 
 WORDS = [
