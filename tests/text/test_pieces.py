@@ -3,6 +3,7 @@
 import re
 import sys
 import unicodedata
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,6 @@ from tokenizers import Tokenizer
 
 from builder.corpus.documents import Document
 from builder.corpus.encoder import Encoder, backend_copy
-from builder.corpus.sequences import Place
 from builder.text import pieces
 from builder.text.pieces import Pieces
 from builder.text.seams import Seams, _stands_alone
@@ -33,7 +33,7 @@ TEXTS = st.lists(
     max_size=40,
 ).map("".join)
 any_text = settings(
-    max_examples=12,
+    max_examples=20,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -206,7 +206,9 @@ def encoder_of(backend: Tokenizer, max_length: int) -> Encoder:
         eos_token_id=None,
         encode=lambda text, add_special_tokens: backend.encode(text, add_special_tokens=False).ids,
     )
-    return Encoder(tokenizer, max_length=max_length, long_documents="chunk")
+    return Encoder(
+        tokenizer, max_length=max_length, long_documents="chunk", bos="never", eos="never"
+    )
 
 
 @pytest.mark.parametrize("name", [*CUT, "scripts"])
@@ -245,5 +247,5 @@ def test_a_place_that_is_none_any_more_is_refused(backends):
         ValueError, match=r"no place between two tokens at character 602, .* before"
     ):
         encoder.sequences(
-            Document(id="x", text=" quick" * 500), Place(chunk=3, character=602, token=0)
+            Document(id="x", text=" quick" * 500), replace(places[5], character=602, token=0)
         )
