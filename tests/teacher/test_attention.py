@@ -41,7 +41,8 @@ def test_unset_is_the_best_that_the_class_supports_and_stands_in_plan_and_manife
     assert "with eager attention" in (tmp_path / "out" / "README.md").read_text()
     report = verify(tmp_path / "out", recompute=5, teacher_path=gemma2)
     assert not report.problems
-    # Saying it makes no other dataset, and what is finished stays so.
+    assert run(recipe, tmp_path / "out").status == "already complete"
+    # Saying it makes no other dataset.
     said = make_recipe(teacher=gemma2, teacher_options='attention = "eager"')
     assert run(said, tmp_path / "out").status == "already complete"
     run(said, tmp_path / "said")
