@@ -4,9 +4,8 @@ How:  the class of the model says whether it takes torch's `scaled_dot_product_a
       ("eager"), faster and smaller. transformers would choose in the same way. It is asked here, before any weight is loaded, so that the
       choice is in the plan of a build.
 
-      What runs is what the recipe says, and no other code. Left alone, transformers puts a kernel from the Hub in the place of a flash
-      attention that is not installed, or that a class does not list, and in the place of functions of Mamba's kind, wherever the
-      package `kernels` happens to be installed. That is refused, or switched off.
+      What runs is what the recipe says, and no other code. Where the package `kernels` happens to be installed, transformers puts a
+      kernel from the Hub in the place of a flash attention that is not installed, or that a class does not list. That is refused.
 
 Cost: reading config.json, which is in the cache when the teacher is loaded.
 """
@@ -96,8 +95,3 @@ def check_attention(attention: str, model_class: Any) -> None:
 def is_kernel(attention: str) -> bool:
     """Whether an attention is a kernel of the Hub."""
     return bool(hub_kernels.is_kernel(attention))
-
-
-def without_kernels_from_the_hub() -> None:
-    """Keep transformers from fetching and running kernels that no recipe names, as it does for Mamba's kind where it finds `kernels`."""
-    hub_kernels._kernels_enabled = False
