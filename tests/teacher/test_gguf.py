@@ -419,6 +419,7 @@ def test_a_build_by_a_gguf_teacher_with_a_config(
     assert status == 0, err
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["recipe"]["teacher"]["config"] == "original"
+    assert manifest["teacher"]["architecture"] == "MistralForCausalLM"
     assert len(manifest["teacher"]["config_sha256"]) == 64
     assert manifest["teacher"]["quantisation"] == {
         **{"method": "gguf", "stored_as": ["Q8_0"]},
