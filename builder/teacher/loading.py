@@ -63,7 +63,7 @@ def load_teacher(
     torch_dtype: torch.dtype = getattr(torch, dtype)
     without_kernels_from_the_hub()
     code: dict[str, Any] = {"commit": commit, "trust_remote_code": trust_remote_code}
-    attention = attention or best_attention(location, **code)
+    attention = attention or best_attention(location, config=config, **code)
     if location.endswith(".gguf"):
         model, loaded_tokenizer, quantisation = _load_gguf(
             Path(location),
