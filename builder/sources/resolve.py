@@ -112,7 +112,13 @@ class KnownSources:
             self.hashes[str(path)] = known = [stat.st_size, stat.st_mtime_ns, digest]
         return str(known[2])
 
-    def attention(self, recipe: TeacherRecipe, location: str, provenance: dict[str, Any]) -> str:
+    def attention(
+        self,
+        recipe: TeacherRecipe,
+        location: str,
+        config: str | None,
+        provenance: dict[str, Any],
+    ) -> str:
         """What computes a teacher's attention: what the recipe says, else the best that its class supports."""
         if recipe.attention:
             return recipe.attention
@@ -124,6 +130,7 @@ class KnownSources:
                 location,
                 commit=provenance.get("commit"),
                 trust_remote_code=recipe.trust_remote_code and recipe.repo is not None,
+                config=config,
             )
         return self.attentions[key]
 
@@ -215,7 +222,7 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
         commit=commit,
         tokenizer=tokenizer,
         config=config,
-        attention=known.attention(recipe, location, provenance),
+        attention=known.attention(recipe, location, config, provenance),
         provenance=provenance,
     )
 

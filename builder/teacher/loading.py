@@ -61,7 +61,7 @@ def load_teacher(
     """
     torch_dtype: torch.dtype = getattr(torch, dtype)
     code: dict[str, Any] = {"commit": commit, "trust_remote_code": trust_remote_code}
-    attention = attention or best_attention(location, **code)
+    attention = attention or best_attention(location, config=config, **code)
     if location.endswith(".gguf"):
         model, loaded_tokenizer, quantisation = _load_gguf(
             Path(location),
