@@ -71,7 +71,7 @@ def check_shard(
             report.problems.append(f"{record.file}: its columns are not those of the schema")
             return
         found = (file.schema_arrow.metadata or {}).get(b"logit_dataset.row_fingerprint", b"")
-        if found.decode() != manifest.get("row_fingerprint"):
+        if found.decode(errors="replace") != manifest.get("row_fingerprint"):
             report.problems.append(
                 f"{record.file}: is of another recipe, source or schema (its row_fingerprint is not the manifest's)"
             )
@@ -83,7 +83,7 @@ def check_shard(
             report.rows += table.num_rows
             progress(len(nested_values(table["input_ids"])))
         checker.finish(record)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         report.problems.append(f"{record.file}: cannot be read ({str(error).splitlines()[0]})")
         return
     report.tokens += checker.tokens

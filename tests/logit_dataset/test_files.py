@@ -205,6 +205,17 @@ def test_pyarrow_never_sees_a_wrong_footer(copy, monkeypatch):
             load_logits(dataset)
 
 
+def test_verify_tells_of_any_wrong_footer(copy):
+    dataset = copy("kept")
+    path = only_file(dataset)
+    content = path.read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    for bit in range(8 * footer, 8 * len(content), 1511):
+        path.write_bytes(flipped(content, bit))
+        assert all(path.name in line and "\n" not in line for line in verify(dataset).problems)
+        assert verify(dataset).problems
+
+
 def test_verify_compares_footers_too(copy):
     dataset = copy("kept")
     manifest = json.loads((dataset / "manifest.json").read_text())
