@@ -503,7 +503,8 @@ def read_section(model: type[_AnySection], values: Any, where: str) -> _AnySecti
         ValueError: it asks for something that this version does not know; names the key.
     """
     try:
-        return model.model_validate(values)
+        # JSON mode, since a manifest has lists where a recipe has tuples.
+        return model.model_validate_json(json.dumps(values))
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         path = ".".join([where, *map(str, problem["loc"])])

@@ -156,6 +156,8 @@ WRONG = {
     f'name = "x"\n{FILES}[teacher]\nrepo = "a/b"\ntrust_remote_code = true\n': r"full 40-digit commit, not 'main'",
     f'name = "x"\n{FILES}[teacher]\nrepo = "a/b"\nrevision = "{COMMIT[:8]}"\ntrust_remote_code = true\n':
         rf"full 40-digit commit, not '{COMMIT[:8]}'",
+    f"{SMALLEST}attention = 'fast'": r"teacher\.attention: expected one of sdpa, .*, or a kernel of the Hub .* \(found 'fast'\)",
+    f"{SMALLEST}[sequences]\nbatch_tokens = 0": r"batch_tokens: Input should be greater than 0 \(found 0\)",
     f"{SMALLEST}[sequences]\nmax_length = 7": r"max_length: Input should be greater than or equal to 8 \(found 7\)",
     f"{SMALLEST}[sequences]\nbos = true": r"bos: Input should be 'tokenizer', 'always' or 'never' \(found True\)",
     f"{SMALLEST}[sequences]\nlearn = 'first'": r"learn: Input should be 'all' or 'last' \(found 'first'\)",

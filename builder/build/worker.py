@@ -322,7 +322,7 @@ def _nothing_in(recipe: CorpusRecipe, stream: SequenceStream) -> str:
         return f"{where} has no prompt ({skipped} are null, empty or blank); check its column in [corpus]"
     if recipe.messages_column:
         return (
-            f"{where} has no chat to learn from ({skipped} without an answer, or with the first one beyond sequences.max_length); "
+            f"{where} has no chat to learn from ({skipped} without an answer, with a null one, or with the first one beyond sequences.max_length); "
             "check corpus.messages_column"
         )
     return (

@@ -211,14 +211,17 @@ class Pipeline:
         if chosen is None:
             return
         sequence, loss_only = sequences[chosen], self._layout.completions_only
-        alone = start_copy(self._capture([sequence]))()
-        off = distance(_part(distribution, sequences, chosen, loss_only=loss_only), alone)
-        if off <= (limit := NOISE[self._teacher.dtype]):
-            return
-        copies = [sequence] * len(sequences)
-        noise = distance(
-            _part(start_copy(self._capture(copies))(), copies, chosen, loss_only=loss_only), alone
-        )
+        limit, noise = NOISE[self._teacher.dtype], 0.0
+        try:
+            alone = start_copy(self._capture([sequence]))()
+            found = _part(distribution, sequences, chosen, loss_only=loss_only)
+            if (off := distance(found, alone)) <= limit:
+                return
+            copies = [sequence] * len(sequences)
+            same = start_copy(self._capture(copies))()
+            noise = distance(_part(same, copies, chosen, loss_only=loss_only), alone)
+        except torch.OutOfMemoryError:
+            return  # the next batch is under way, too; there will be others to look at
         if not off <= max(limit, FACTOR * noise):
             raise ValueError(
                 f"document {sequence.document_id!r} (chunk {sequence.chunk_index}): in a batch with sequences of up to "

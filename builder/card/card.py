@@ -355,18 +355,12 @@ def _quantisation(teacher: dict[str, Any]) -> list[tuple[str, str]]:
     found = teacher.get("quantisation")
     if not isinstance(found, dict):
         return []
-    said = [
-        f"{name} {value}" for name, value in found.get("config", {}).items() if name != "groups"
-    ]
-    said += [
-        f"{part} {values}"
-        for group in found.get("config", {}).get("groups", [])
-        for part, values in group.items()
-    ]
-    stored = ", ".join(map(str, found.get("stored_as", [])))
-    how = "unpacked before they are used" if found.get("dequantised") else "used as they are packed"
-    details = f" ({', '.join(said)})" if said else ""
-    text = f"{found.get('method')}{details}: weights are stored as {stored or 'numbers'}, {how}"
+    config = dict(found.get("config") or {})
+    groups = [pair for group in config.pop("groups", []) for pair in group.items()]
+    said = ", ".join(f"{name} {value}" for name, value in [*config.items(), *groups])
+    how = "unpacked before they are used" if found["dequantised"] else "used as they are packed"
+    stored = ", ".join(found["stored_as"]) or "plain numbers"
+    text = f"{found['method']}{f' ({said})' if said else ''}: weights are stored as {stored}, {how}"
     return [("quantisation", plain(text))]
 
 

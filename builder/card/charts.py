@@ -25,6 +25,8 @@ MAX_K = 1000
 """Where the curve ends for whole distributions."""
 BIN_NATS = 0.5
 """Width of a bar in the distribution of entropy."""
+MAX_NATS = 65504.0
+"""The largest float16."""
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 620, 50, 250
 """The plot within the picture."""
@@ -105,12 +107,13 @@ def measure_table(table: pa.Table) -> Measured:
         logprobs_NK = np.sort(nested_values(table["logprobs"]), axis=-1)[:, : -MAX_K - 1 : -1]
     else:
         logprobs_NK = nested_values(table["topk_logprobs"])
-    entropy = nested_values(table["entropy"]).astype(np.float64)
+    # Whatever a damaged file holds, the pictures have a place for it.
+    entropy = np.nan_to_num(nested_values(table["entropy"]).astype(np.float64), posinf=MAX_NATS)
     return Measured(
         # A row group can be without a completion, and has no K then.
         mass=np.exp(logprobs_NK.astype(np.float64)).sum(0).tolist() if len(logprobs_NK) else [],
         positions=len(logprobs_NK),
-        entropies=np.bincount((entropy.clip(0) / BIN_NATS).astype(np.int64)).tolist(),
+        entropies=np.bincount((entropy.clip(0, MAX_NATS) / BIN_NATS).astype(np.int64)).tolist(),
         entropy=float(entropy.sum()),
         tokens=len(entropy),
     )

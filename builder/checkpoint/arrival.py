@@ -234,8 +234,13 @@ def _check_rope(model: Any, config: Mapping[str, Any]) -> None:
     said = text.get("rope_parameters") or text.get("rope_scaling")
     if not isinstance(said, dict):
         return
-    layers = [value for value in said.values() if isinstance(value, dict)] or [said]
-    ignored = set(model.config.get_text_config().ignore_keys_at_rope_validation or ())
+    text_config = model.config.get_text_config()
+    kinds = getattr(text_config, "layer_types", None) or said
+    nested = {name: value for name, value in said.items() if isinstance(value, dict)}
+    # A small model need not have layers of each kind.
+    layers = [v for name, v in nested.items() if name in kinds or not name.endswith("_attention")]
+    layers = layers if nested else [said]
+    ignored = set(text_config.ignore_keys_at_rope_validation or ())
     known = {"type", "finetuned", *RopeParameters.__annotations__, *ignored}
     for parameters in layers:
         kind = parameters.get("rope_type", parameters.get("type")) or "default"

@@ -117,10 +117,19 @@ def explain_missing(location: str) -> str | None:
 
 
 def read_heads(location: str, *, commit: str | None = None) -> dict[str, Stored]:
-    """How the weights of a directory, or of a repository that has just been loaded, are stored."""
+    """How the weights of a directory, or of a repository that has just been loaded, are stored.
+
+    Raises:
+        ValueError: two files hold a tensor of the same name.
+    """
     stored: dict[str, Stored] = {}
     for file in _weight_files(location, commit):
         for name, entry in _head(file).items():
+            if name in stored:
+                raise ValueError(
+                    f"{named(location)}: {stored[name].file.name} and {file.name} both hold {name}, so there may be two models in it; "
+                    "remove the one that is not the teacher"
+                )
             if name != "__metadata__":
                 stored[name] = Stored(str(entry["dtype"]), tuple(entry["shape"]), file)
     return stored

@@ -54,6 +54,11 @@ def open_gguf(path: Path) -> Any:
         ) from None
 
 
+def read_config(path: Path, *, config: Path | None = None) -> PreTrainedConfig:
+    """The configuration of a GGUF file's model, without its weights; arguments and errors as for `load_model`."""
+    return _read(path, config)[2]
+
+
 def load_model(path: Path, *, config: Path | None) -> tuple[Any, dict[str, Any] | None]:
     """Dequantise a GGUF file.
 
@@ -67,16 +72,27 @@ def load_model(path: Path, *, config: Path | None) -> tuple[Any, dict[str, Any] 
     Raises:
         ValueError: packages are missing, the file is damaged, or it holds something for which transformers has no place.
     """
+    reader, metadata, made = _read(path, config)
+    try:
+        model = _load(path, reader, metadata, made)
+    except ValueError as error:
+        raise ValueError(f"{named(str(path.absolute()))}: {error}") from None
+    packed = sorted({tensor.tensor_type.name for tensor in reader.tensors} - set(PLAIN))
+    return model, {"method": "gguf", "stored_as": packed, "dequantised": True} if packed else None
+
+
+def _read(path: Path, config: Path | None) -> tuple[Any, Metadata, PreTrainedConfig]:
     reader = open_gguf(path)
     try:
         metadata = _read_metadata(reader)
-        made = _given_config(metadata, config) if config else make_config(metadata)
-        model = _load(path, reader, metadata, made)
+        return (
+            reader,
+            metadata,
+            _given_config(metadata, config) if config else make_config(metadata),
+        )
     except (ValueError, StrictDataclassError) as error:
         message = " ".join(str(error).split())
         raise ValueError(f"{named(str(path.absolute()))}: {message}") from None
-    packed = sorted({tensor.tensor_type.name for tensor in reader.tensors} - set(PLAIN))
-    return model, {"method": "gguf", "stored_as": packed, "dequantised": True} if packed else None
 
 
 def _load(path: Path, reader: Any, metadata: Metadata, config: PreTrainedConfig) -> Any:

@@ -54,7 +54,7 @@ def verify(
     are not those of the text; draws, or completions, that are not those of the seed; another dtype than the values were computed in.
 
     Not at all: rows that are not drawn, if they are forged with all of this in mind; the last documents of a partition left out, or whole
-    ones replaced, with all counts made to fit; differences within the rounding of a column or below the noise of 16 bits; which
+    ones left out, replaced or exchanged, with all counts made to fit; differences within the rounding of a column or below the noise of 16 bits; which
     tokens of a chat completion_mask marks, for its messages are not in the dataset; texts without --recompute, where ids are not
     their hashes; whether texts are those of the corpus; what is only said: device, versions, seconds, license, verification.json,
     release.json; and text below the head of the card, which an owner may write (a note).

@@ -156,8 +156,8 @@ class Answers:
         goes_on = self._gone_on(chat)
         if goes_on is None or goes_on[start:].startswith(answer.rstrip()):
             return
-        shared = parting(answer, goes_on[start:])
-        if self._content(chat, answer, start)[1] <= shared:
+        shared, content = parting(answer, goes_on[start:]), self._content(chat, answer, start)
+        if content is None or content[1] <= shared:
             raise ValueError(
                 f"the chat template ends the last answer differently when the conversation goes on "
                 f"({_difference(answer, goes_on[start:])}), so that it cannot be told what ends an answer; {ADVICE_ALL}"
@@ -165,17 +165,20 @@ class Answers:
 
     def _check_header(self, chat: Chat, answer: str, start: int) -> None:
         """Refuses a template that asks for nothing, and then writes more than an answer."""
-        content = chat.messages[-1]["content"]
-        place = self._content(chat, answer, start)[0]
-        thought, end_of_thought, _ = content.rpartition("</think>")
-        if not content.strip() or answer[:place].strip() != f"{thought}{end_of_thought}".strip():
+        said = chat.messages[-1]["content"]
+        content = self._content(chat, answer, start) if said.strip() else None
+        thought, end_of_thought, _ = said.rpartition("</think>")
+        before = f"{thought}{end_of_thought}".strip()
+        if content is None or answer[: content[0]].strip() != before:
             raise ValueError(
                 f"the chat template has no generation prompt, and writes more before message {len(chat.messages) - 1} than can be told "
                 f"from the answer; {ADVICE}"
             )
 
-    def _content(self, chat: Chat, answer: str, start: int) -> Span:
-        """Where in the last answer its content stands, by another word in its place; its own reasoning is no part of that.
+    def _content(self, chat: Chat, answer: str, start: int) -> Span | None:
+        """Where in the last answer its content stands, by another word in its place; None if that does not tell.
+
+        Reasoning that the content begins with is no part of that.
 
         Args:
             chat: ends with the answer.
@@ -185,10 +188,14 @@ class Answers:
         *before, message = chat.messages
         thought, end_of_thought, _ = message["content"].rpartition("</think>")
         other = {**message, "content": f"{thought}{end_of_thought}{PROBE}"}
-        header, found, behind = self._text(chat.of([*before, other]))[start:].partition(PROBE)
+        try:
+            text = self._text(chat.of([*before, other]))[start:]
+        except ValueError:
+            return None
+        header, found, behind = text.partition(PROBE)
         if found and answer.startswith(header) and answer.endswith(behind):
             return len(header), len(answer) - len(behind)
-        return 0, 0
+        return None
 
     # The last answer alone
 
@@ -227,9 +234,8 @@ class Answers:
         shared = parting(prompt, rest)
         if shared and not prompt[shared:].strip():
             return len(base) + shared  # but for white space, it is what was asked
-        if "</think>" in prompt and "</think>" in chat.messages[-1]["content"]:
-            return None  # asked not to think, it did
-        header = rest[: self._content(chat, rest, len(base))[0]]
+        content = self._content(chat, rest, len(base))
+        header = rest[: content[0]] if content else ""
         if not header.strip() or not prompt.startswith(header.rstrip()):
             return None
         return len(base) + parting(header, prompt)
@@ -240,16 +246,17 @@ class Answers:
         goes_on = self._gone_on(chat)
         if goes_on is None or goes_on[start:].startswith(answer.rstrip()):
             return start + len(answer.rstrip())
-        return start + self._end_in(answer, self._content(chat, answer, start)[1])
+        content = self._content(chat, answer, start)
+        return start + self._end_in(answer, content[1] if content else None)
 
-    def _end_in(self, answer: str, place: int) -> int:
-        """Where an answer ends in what the template writes to the end, its own words from `place` on."""
+    def _end_in(self, answer: str, place: int | None) -> int:
+        """Where an answer ends in what the template writes to the end, its own words from `place` on, where that is known."""
         answer = answer.rstrip()
-        run = self._special.last_run(answer, place)
+        run = self._special.last_run(answer, place or 0)
         if len(run) <= 1:
             return len(answer)
         ends = self._special.first_in(self._end_of_simple())
-        for first, last in run:
+        for first, last in run if place is not None else ():
             if self._special.first_in(answer[first:last]) == ends:
                 return last
         raise ValueError(

@@ -23,7 +23,7 @@ from builder.corpus.calls import Arguments
 from builder.corpus.documents import Document
 from builder.corpus.encoder import Tokens
 from builder.corpus.messages import ASSISTANT, REASONING, Chat, split_reasoning
-from builder.corpus.rendering import Renderer, Span, TooLarge
+from builder.corpus.rendering import RESERVED, Renderer, Span, TooLarge
 from builder.corpus.special_tokens import SpecialTokens
 from builder.corpus.unwritten import Unwritten
 
@@ -164,6 +164,11 @@ class ChatTemplate:
         """
         found = {}
         for name, value in document.options.items():
+            if name in RESERVED:
+                raise ValueError(
+                    f"the chat sets {name!r} for its template, which is not its to set; mend the corpus, or set "
+                    "corpus.chat_template_kwargs_column = false"
+                )
             if name in self._renderer.known:
                 found[name] = value
             elif not self._unwritten.lets_go(name):

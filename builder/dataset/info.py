@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from builder.corpus.sequences import NO_TOKEN
 from builder.dataset import authorship
 from builder.dataset.lookup import dataset_tokenizer, file_of_row, read_row, what_follows
 from builder.dataset.manifest import read_manifest
 from builder.dataset.printable import one_line
+from logit_dataset.files import first_line
 from logit_dataset.schema import Layout, columns, is_generated, loss_mask
 
 Floats = npt.NDArray[np.float64]
@@ -317,6 +319,13 @@ def _find_row(
 ) -> tuple[dict[str, Any], list[int]]:
     """A row, and the token that follows each of its positions."""
     file, number = file_of_row(directory, row)
-    values = read_row(directory / file, number)
-    last, _ = what_follows(manifest, file, number, values, lambda name: directory / name)
+    try:
+        values = read_row(directory / file, number)
+        last, _ = what_follows(manifest, file, number, values, lambda name: directory / name)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # such as a missing file
+            raise
+        raise ValueError(
+            f"{directory / file} cannot be read ({first_line(error)}); fetch or build the dataset again"
+        ) from None
     return values, [*values["input_ids"][1:], last]

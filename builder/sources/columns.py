@@ -35,7 +35,7 @@ Kind = Literal["text", "chat", "objects", "other", "null"]
 def settle_columns(
     recipe: Recipe, source: CorpusSource, known: KnownSources
 ) -> tuple[Recipe, list[str]]:
-    """A recipe that names its columns, and a line on each that was found.
+    """A recipe that names its columns, and a line on those that were found.
 
     Args:
         recipe: which may leave them open.
@@ -71,7 +71,7 @@ def settle_columns(
             told = [
                 f'corpus.text_column = "text", though the corpus has {" and ".join(others)}, too'
             ]
-    notices = [f"found in the corpus: {line} (a recipe that names it is the same)" for line in told]
+    notices = [f"found in the corpus: {', '.join(told)}"] if told else []
     return recipe.with_columns(found), notices
 
 

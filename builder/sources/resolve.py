@@ -130,7 +130,13 @@ class KnownSources:
         """Have a file hashed again, whatever its size and time of change say."""
         self.hashes.pop(str(path), None)
 
-    def attention(self, recipe: TeacherRecipe, location: str, provenance: dict[str, Any]) -> str:
+    def attention(
+        self,
+        recipe: TeacherRecipe,
+        location: str,
+        config: str | None,
+        provenance: dict[str, Any],
+    ) -> str:
         """What computes a teacher's attention: what the recipe says, else the best that its class supports."""
         if recipe.attention:
             return recipe.attention
@@ -142,6 +148,7 @@ class KnownSources:
                 location,
                 commit=provenance.get("commit"),
                 trust_remote_code=recipe.trust_remote_code and recipe.repo is not None,
+                config=config,
             )
         return self.attentions[key]
 
@@ -239,7 +246,7 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
         commit=commit,
         tokenizer=tokenizer,
         config=config,
-        attention=known.attention(recipe, location, provenance),
+        attention=known.attention(recipe, location, config, provenance),
         files=(*files, *(file for directory in directories for file in deciding_files(directory))),
         directories=tuple(directories),
         provenance=provenance,

@@ -4,9 +4,8 @@ How:  the class of the model says whether it takes torch's `scaled_dot_product_a
       ("eager"), faster and smaller. transformers would choose in the same way. It is asked here, before any weight is loaded, so that the
       choice is in the plan of a build.
 
-      What runs is what the recipe says, and no other code. Left alone, transformers puts a kernel from the Hub in the place of a flash
-      attention that is not installed, or that a class does not list, and in the place of functions of Mamba's kind, wherever the
-      package `kernels` happens to be installed. That is refused, or switched off.
+      What runs is what the recipe says, and no other code. Where the package `kernels` happens to be installed, transformers puts a
+      kernel from the Hub in the place of a flash attention that is not installed, or that a class does not list. That is refused.
 
 Cost: reading config.json, which is in the cache when the teacher is loaded.
 """
@@ -20,9 +19,15 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations import hub_kernels
 from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
 
+from builder.checkpoint import gguf
+
 
 def best_attention(
-    location: str, *, commit: str | None = None, trust_remote_code: bool = False
+    location: str,
+    *,
+    commit: str | None = None,
+    trust_remote_code: bool = False,
+    config: str | None = None,
 ) -> str:
     """The best attention that a teacher's class supports, by its config.json alone; arguments as for `load_teacher`.
 
@@ -32,7 +37,9 @@ def best_attention(
         ValueError: the Hub cannot be reached.
     """
     try:
-        found = class_of(location, commit=commit, trust_remote_code=trust_remote_code)
+        found = class_of(
+            location, commit=commit, trust_remote_code=trust_remote_code, config=config
+        )
     except Exception as error:  # whatever reading a stranger's file, or running its code, comes to
         if "couldn't connect" in str(error):  # what loads would wait as long for each of its files
             raise ValueError(
@@ -43,21 +50,27 @@ def best_attention(
     return "sdpa" if found._supports_sdpa else "eager"
 
 
-def class_of(location: str, *, commit: str | None = None, trust_remote_code: bool = False) -> Any:
+def class_of(
+    location: str,
+    *,
+    commit: str | None = None,
+    trust_remote_code: bool = False,
+    config: str | None = None,
+) -> Any:
     """The class of a teacher, as `AutoModelForCausalLM` would choose it."""
     path = Path(location)
     if path.suffix == ".gguf":
-        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        found = gguf.read_config(path, config=Path(config) if config else None)
     else:
-        config = AutoConfig.from_pretrained(
+        found = AutoConfig.from_pretrained(
             location, revision=commit, trust_remote_code=trust_remote_code
         )
-    reference = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
+    reference = getattr(found, "auto_map", {}).get("AutoModelForCausalLM")
     if reference and trust_remote_code:
         return get_class_from_dynamic_module(reference, location, revision=commit)
-    classes: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    classes: Any = AutoModelForCausalLM._model_mapping[type(found)]
     named = {c.__name__: c for c in (classes if isinstance(classes, list | tuple) else [classes])}
-    asked = [named[name] for name in config.architectures or () if name in named]
+    asked = [named[name] for name in found.architectures or () if name in named]
     return (asked or list(named.values()))[0]
 
 
@@ -96,8 +109,3 @@ def check_attention(attention: str, model_class: Any) -> None:
 def is_kernel(attention: str) -> bool:
     """Whether an attention is a kernel of the Hub."""
     return bool(hub_kernels.is_kernel(attention))
-
-
-def without_kernels_from_the_hub() -> None:
-    """Keep transformers from fetching and running kernels that no recipe names, as it does for Mamba's kind where it finds `kernels`."""
-    hub_kernels._kernels_enabled = False

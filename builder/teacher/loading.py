@@ -21,7 +21,6 @@ from builder.teacher.attention import (
     check_attention,
     class_of,
     is_kernel,
-    without_kernels_from_the_hub,
 )
 from builder.teacher.model import Teacher, Together, is_spread
 from builder.tokenizer.files import TokenizerError
@@ -61,9 +60,8 @@ def load_teacher(
         ValueError: with one line on what is wrong with this teacher and what to do.
     """
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    without_kernels_from_the_hub()
     code: dict[str, Any] = {"commit": commit, "trust_remote_code": trust_remote_code}
-    attention = attention or best_attention(location, **code)
+    attention = attention or best_attention(location, config=config, **code)
     if location.endswith(".gguf"):
         model, loaded_tokenizer, quantisation = _load_gguf(
             Path(location),

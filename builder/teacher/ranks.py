@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -101,7 +102,11 @@ class _Team:
         except BaseException:
             self.dismiss()
             raise
+        finally:
+            os.environ.pop("LOCAL_RANK", None)
         self._is_in_step = True
+        # What runs in this process afterwards, such as a trainer, would wait for the others as a member of their group.
+        weakref.finalize(teacher, self.dismiss)
         return teacher
 
     @contextmanager

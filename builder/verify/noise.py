@@ -53,9 +53,9 @@ LEAST_ERROR = 1e-3
 """Nats, in 16 bits: storage as float16 alone moves values by that on average."""
 
 TOLD_APART = 0.5
-"""Of the floor: values nearer than that to the teacher in float32 were not computed in 16 bits."""
-LEAST_FLOOR_TO_TELL = 3e-3
-"""Nats, below which rounding to float16 hides it."""
+"""Of the distance that the teacher has in 16 bits: values nearer than that to the teacher in float32 were not computed in 16 bits."""
+LEAST_DISTANCE_TO_TELL = 1e-4
+"""Nats beyond rounding to float16, below which that cannot be told."""
 
 LEAST = {"bfloat16": 1.0, "float16": 0.125}
 """Where the teacher cannot be run in float32, the floor is at least that of the embedded one, to this scale."""
@@ -133,8 +133,8 @@ class Noise:
         self._head = "logprobs" if layout.top_k == "all" else "topk_logprobs"
         self._dtypes = {name: tensor.dtype for name, tensor in teacher.model.state_dict().items()}
         self._together = self._read_together(teacher, batch_tokens)
-        self._distance = torch.inf
-        """Mean |Δ| of stored log-probabilities from the teacher in float32, beyond rounding."""
+        self._distances = (0.0, 0.0)
+        """Mean |Δ| beyond rounding, from the teacher in float32, of what is stored and of what it says in 16 bits."""
         self._is_exact = False
         self.notices: list[str] = []
         self.floor: Floor = {}
@@ -158,7 +158,7 @@ class Noise:
             )
             return
         self._is_exact = True
-        self._distance = self._mean_distance(exact)
+        self._distances = self._mean_distances(exact)
         _round_weights(exact, self._dtypes)
         self.floor = floor_of(
             [
@@ -178,11 +178,11 @@ class Noise:
             for line in too_far(alone.errors, self.floor):
                 yield f"{row.where}: {line}"
         yield from shifted([alone.errors for alone in self._alone], self.floor)
-        noise = self.floor[self._head].average if self._head in self.floor else 0.0
-        if noise > LEAST_FLOOR_TO_TELL and self._distance < TOLD_APART * noise:
+        stored, own = self._distances
+        if own > LEAST_DISTANCE_TO_TELL and stored < TOLD_APART * own:
             yield (
-                f"the manifest says {self._dtype}, but log-probabilities are those of the teacher in float32: {self._distance:.2g} nats "
-                f"from them on average, where {self._dtype} is {noise:.2g}"
+                f"the manifest says {self._dtype}, but log-probabilities are those of the teacher in float32: beyond rounding, {stored:.1g} "
+                f"nats from them on average, where {self._dtype} is {own:.1g}"
             )
 
     def _read_together(self, teacher: Teacher, batch_tokens: int) -> list[dict[str, Errors]]:
@@ -215,12 +215,13 @@ class Noise:
             errors[REBUILT] = Errors(largest=values_C, mean=values_C, signed=values_C)
         return errors
 
-    def _mean_distance(self, exact: Teacher) -> float:
-        means = []
-        for row in self._rows:
-            pieces = exact.logits([row.input_ids])
-            means.append(read(row, pieces, self._layout, compare=True).errors[self._head].mean)
-        return float(torch.cat(means).mean()) if sum(map(len, means)) else torch.inf
+    def _mean_distances(self, exact: Teacher) -> tuple[float, float]:
+        stored, own = [], []
+        for row, alone in zip(self._rows, self._alone, strict=True):
+            found = read(row, exact.logits([row.input_ids]), self._layout, compare=True)
+            stored.append(found.errors[self._head].mean)
+            own.append(Errors.of(alone.columns[self._head], found.columns[self._head]).mean)
+        return _average(torch.cat(stored)), _average(torch.cat(own))
 
 
 def floor_of(rows: list[dict[str, Errors]]) -> Floor:

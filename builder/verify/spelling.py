@@ -15,7 +15,7 @@ from typing import Any
 from builder.capture.generation import spell_completion
 from builder.corpus.documents import Document
 from builder.corpus.encoder import Encoder, Tokens, backend_copy
-from builder.recipe import SequencesRecipe
+from builder.recipe import SequencesRecipe, read_section
 from logit_dataset.schema import is_generated
 
 BORDER_TOKENS = 64
@@ -49,7 +49,7 @@ class Speller:
             ValueError: the special tokens that the manifest names are not those of this tokenizer.
         """
         recipe = manifest["recipe"]
-        sequences = SequencesRecipe.model_validate(recipe["sequences"])
+        sequences = read_section(SequencesRecipe, recipe["sequences"], "recipe.sequences")
         self._tokenizer = tokenizer
         self._is_of_chats = bool(recipe["corpus"].get("messages_column"))
         self._is_generated = is_generated(recipe)
@@ -112,12 +112,13 @@ class Speller:
         bodies = [self._body(row)]
         if after is None and not row.is_end and self._suffix == bodies[0][-len(self._suffix) :]:
             bodies.append(bodies[0][: -len(self._suffix)])  # it may have been cut there, or not
-        return any(self._is_spelled(row.text, found, ids) for ids in bodies)
+        is_whole = (before or row.chunk_index == 0) and (after or row.is_end)
+        return any(self._is_spelled(row.text, found, ids, squeeze=not is_whole) for ids in bodies)
 
-    def _is_spelled(self, text: str, found: list[int], ids: list[int]) -> bool:
+    def _is_spelled(self, text: str, found: list[int], ids: list[int], *, squeeze: bool) -> bool:
         if found == ids:
             return True
-        return self._says_the_same(text, ids) and (
+        return self._says_the_same(text, ids, squeeze=squeeze) and (
             self._may_look_special(found, ids) or _agree_inside(found, ids)
         )
 
@@ -154,13 +155,15 @@ class Speller:
         counts = [sum(token in self._added for token in some) for some in (found, ids)]
         return self._is_of_chats and counts[0] != counts[1]
 
-    def _says_the_same(self, text: str, ids: list[int]) -> bool:
-        """Whether tokens spell a text, or what is left of it behind the tokenizer's normaliser; spaces apart."""
-        spelled = self._spell(ids)
-        return spelled in (_squeezed(text), self._spell(self._ids(text)))
+    def _says_the_same(self, text: str, ids: list[int], *, squeeze: bool = True) -> bool:
+        """Whether tokens spell a text, or what is left of it behind the tokenizer's normaliser; spaces apart, if `squeeze`."""
+        spelled, again = self._spell(ids), self._spell(self._ids(text))
+        if squeeze:
+            text, spelled, again = (_squeezed(one) for one in (text, spelled, again))
+        return spelled in (text, again)
 
     def _spell(self, ids: list[int]) -> str:
-        return _squeezed(self._backend.decode(ids, skip_special_tokens=False))
+        return str(self._backend.decode(ids, skip_special_tokens=False))
 
 
 def _agree_inside(found: list[int], ids: list[int]) -> bool:

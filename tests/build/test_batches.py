@@ -283,3 +283,21 @@ def test_looking_changes_no_byte(make_recipe, tmp_path, monkeypatch, dtype):
     run(recipe, tmp_path / "not")
     assert sum(chosen is not None for chosen in looked) >= 1
     assert data_bytes(tmp_path / "looked") == data_bytes(tmp_path / "not")
+
+
+def test_a_teacher_whose_head_cannot_run_alone_is_right_and_its_price_is_said(
+    make_recipe, tmp_path, longrope, longrope_dir, monkeypatch
+):
+    def no_head(_: Any) -> None:
+        raise AttributeError
+
+    monkeypatch.setattr(teacher_module, "head_of", no_head)
+    notices: list[str] = []
+    recipe = make_recipe(teacher=longrope_dir, sequences="max_length = 128\nbatch_tokens = 4096")
+    run(recipe, tmp_path / "out", notice=notices.append)
+    assert notices == [
+        "Phi3ForCausalLM does not come apart into a body and a head: each sequence runs through the whole model by itself, whatever "
+        "the batch_tokens, and its logits take 0.00023 GB for one of sequences.max_length = 128"
+    ]
+    for row in read_rows(tmp_path / "out"):
+        assert_is_what_the_model_says_alone(longrope, row, next_token=0)

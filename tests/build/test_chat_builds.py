@@ -464,7 +464,7 @@ def test_a_wrong_chat_is_one_line_with_file_and_line(case, recipe_of, tmp_path):
 def test_a_corpus_without_an_answer_is_an_error(recipe_of, tmp_path):
     nothing = [chat({"role": "user", "content": "x"}), chat(), {"id": "y", "messages": None}]
     with pytest.raises(
-        ValueError, match=r"the corpus has no chat to learn from \(3 without an answer, or"
+        ValueError, match=r"the corpus has no chat to learn from \(3 without an answer, with"
     ):
         run(recipe_of(nothing), tmp_path / "out")
 

@@ -138,6 +138,23 @@ def test_noise_is_measured_before_a_build_is_stopped(shaky, completions_only, to
     assert capture() == 5
 
 
+def test_where_there_is_no_room_to_look_a_build_goes_on(shaky, monkeypatch):
+    sequences, hidden = sequences_of([60, 12]), Shaky.hidden
+    alone: list[int] = []
+
+    def cramped(self: Shaky, batch: Any) -> torch.Tensor:
+        if len(batch) == 1:
+            alone.append(len(batch[0]))
+            raise torch.OutOfMemoryError
+        return hidden(self, batch)
+
+    monkeypatch.setattr(Shaky, "hidden", cramped)
+    pipeline = Pipeline(shaky, layout=Layout(top_k=20), batch_tokens=4096)
+    assert [len(block.sequences) for block in pipeline.blocks(iter(sequences))] == [2]
+    assert alone == [12]
+    assert pipeline.halved_batches == 0
+
+
 def test_a_teacher_that_runs_sequences_one_by_one_is_not_looked_at(shaky, monkeypatch):
     monkeypatch.setattr(Guard, "choose", lambda *_: pytest.fail("there are no batches"))
     shaky.head_only = False

@@ -317,3 +317,20 @@ def test_an_answer_that_looks_like_what_stands_before_it_is_not_taken_for_it(tok
     for reply in (content, f"<think>{content}</think>{content}"):
         (row,) = rows_of(tokenizer, bare, [user("Hi"), answer(reply)], learn=learn)
         assert said(row) == f"{reply}<eot>"
+
+
+def test_where_a_content_cannot_be_found_again_nothing_is_supposed_of_it(tokenizer):
+    """A template may change it, or refuse any other."""
+    upper = "{% for m in messages %}{{ (m.content if m.role == 'user' else m.content.upper()) + '<eot>' }}{% endfor %}"
+    picky = "{% for m in messages %}{{ m.content + '<eot>' if m.content in ['Hi', 'Hello.', 'a', 'b'] else raise_exception('what?') }}{% endfor %}"
+    for source in (upper, picky):
+        with pytest.raises(
+            ValueError, match="no generation prompt, and writes more before message 1"
+        ):
+            rows_of(tokenizer, source, CHATS["one turn"], learn="last")
+    asks = "{{ '<header>' if add_generation_prompt else '<eot><end>' }}"
+    for source in (upper, picky):
+        with_header = source.replace("{{ (m", "{{ ('<header>' if m.role != 'user' else '') + (m")
+        with_header = with_header.replace("{{ m", "{{ ('<header>' if m.role != 'user' else '') + m")
+        with pytest.raises(ValueError, match="it cannot be told what ends an answer"):
+            rows_of(tokenizer, with_header + asks, CHATS["one turn"], learn="last")

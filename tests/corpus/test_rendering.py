@@ -76,6 +76,10 @@ def test_options_that_a_template_does_not_ask_for_are_refused(tokenizer):
     document = Document(id="x", messages=CHATS["one turn"], options={"deep": True})
     with pytest.raises(ValueError, match=r"document 'x': .*does not ask for 'deep'.*drop_unwritten = \[\"deep\"\]"):  # fmt: skip
         ChatTemplate(tokenizer, CHATML)(document)
+    for name in ("messages", "add_generation_prompt", "strftime_now"):
+        odd = Document(id="x", messages=CHATS["one turn"], options={name: True})
+        with pytest.raises(ValueError, match=rf"sets '{name}' for its template, which is not its to set"):  # fmt: skip
+            ChatTemplate(tokenizer, CHATML, let_go=["*"])(odd)
     found = ChatTemplate(tokenizer, CHATML, let_go=["deep"])(document)
     assert found.notes == ("deep left out",)
 

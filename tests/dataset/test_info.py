@@ -210,6 +210,18 @@ def test_a_position_that_is_not_there_is_refused(built, tiny_teacher_dir, positi
         alternatives(built, 0, position, teacher_path=tiny_teacher_dir)
 
 
+def test_a_row_of_a_damaged_page_is_refused_in_a_line(built, tiny_teacher_dir, tmp_path):
+    copy = Path(shutil.copytree(built, tmp_path / "copy"))
+    path = sorted((copy / "data").glob("*.parquet"))[0]
+    content = bytearray(path.read_bytes())
+    text = pq.read_metadata(path).row_group(0).column(2)
+    content[text.data_page_offset + text.total_compressed_size - 9] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path.name} cannot be read \(.*CRC.*; fetch or build") as caught:  # fmt: skip
+        describe_row(copy, 0, teacher_path=tiny_teacher_dir)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
 def test_every_token_is_spelled_without_a_replacement_character(maker):
     tokenizer = maker()

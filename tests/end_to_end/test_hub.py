@@ -17,6 +17,7 @@ from builder.recipe import load_recipe
 from tests import loopback_hub as stand_in
 from tests.conftest import REPOSITORY, recipe_text, run_cli, sample_documents
 from tests.loopback_hub import TOKEN, Client, Hub
+from tests.teacher.test_model import make_model, save
 
 DOCUMENTS = sample_documents()
 NO_COMMIT = "0" * 40
@@ -183,6 +184,30 @@ def test_an_interrupted_build_goes_on_with_its_commits_after_the_branches_moved(
     known = json.loads((tmp_path / "anew" / ".build" / "plan.json").read_text())
     assert known["corpus"]["commit"] == new
     assert tables(tmp_path / "anew") != tables(tmp_path / "whole")[:1]
+
+
+def test_a_teacher_on_the_hub_says_which_attention_is_the_best_for_it(
+    hub, client, hub_recipe, tmp_path, tiny_tokenizer
+):
+    directory = save(make_model("gemma2"), tiny_tokenizer, tmp_path / "gemma2")
+    hub.commit("model", "org/gemma2", stand_in.directory_files(directory))
+    recipe = hub_recipe(teacher='repo = "org/gemma2"\nlicense = "mit"', corpus='license = "mit"')
+    done = client.cli("build", recipe, "--output", tmp_path / "out", "--max-shards", "1")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "out" / ".build" / "plan.json").read_text())
+    assert plan["recipe"]["teacher"]["attention"] == "eager"
+
+    # More of the same rows are a minor step, though only the plan says which attention that is.
+    deliver = ["--publish-to", "org/eager", "--recompute", "0", "--device", "cpu", "--tag"]
+    few = hub_recipe(
+        teacher='repo = "org/gemma2"\nlicense = "mit"', corpus='license = "mit"\nmax_documents = 9'
+    )
+    done = client.cli("build", few, "--output", tmp_path / "few", *deliver, "v1.0.0")
+    assert done.returncode == 0, done.stderr
+    more = few.with_name("more.toml")
+    more.write_text(few.read_text().replace("max_documents = 9", "max_documents = 15"))
+    done = client.cli("build", more, "--output", tmp_path / "more", *deliver, "v1.1.0")
+    assert done.returncode == 0, done.stderr
 
 
 def test_resuming_fetches_only_the_file_in_which_it_stopped(hub, client, hub_recipe, tmp_path):

@@ -205,6 +205,17 @@ def test_pyarrow_never_sees_a_wrong_footer(copy, monkeypatch):
             load_logits(dataset)
 
 
+def test_verify_tells_of_any_wrong_footer(copy):
+    dataset = copy("kept")
+    path = only_file(dataset)
+    content = path.read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    for bit in range(8 * footer, 8 * len(content), 1511):
+        path.write_bytes(flipped(content, bit))
+        assert all(path.name in line and "\n" not in line for line in verify(dataset).problems)
+        assert verify(dataset).problems
+
+
 def test_verify_compares_footers_too(copy):
     dataset = copy("kept")
     manifest = json.loads((dataset / "manifest.json").read_text())
@@ -272,7 +283,9 @@ def test_rows_without_tokens_ids_or_chunk_numbers_are_refused(copy):
         shutil.rmtree(dataset)
 
 
-def test_a_small_file_that_unpacks_to_gigabytes_is_refused_unread(copy, monkeypatch):
+def test_a_small_file_that_unpacks_to_far_more_than_its_manifest_says_is_refused_unread(
+    copy, monkeypatch
+):
     dataset = copy("everything")
     path = only_file(dataset)
     table = pq.read_table(path)

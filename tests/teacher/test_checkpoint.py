@@ -144,6 +144,26 @@ HOMELESS = {
 }  # fmt: skip
 
 
+def test_a_model_of_more_layers_than_its_checkpoint_is_refused(write):
+    directory = write(make_model("llama"), config={"num_hidden_layers": 3})
+    assert_refused(directory, r"has no model\.layers\.2\.\S+ and \d+ more, .* random numbers")
+
+
+@pytest.mark.parametrize("change", ["fewer in config", "one is missing"])
+def test_experts_that_do_not_arrive_are_refused(write, change):
+    def without_one(weights: Weights) -> None:
+        (name,) = [n for n in weights if ".0." in n and n.endswith("experts.1.w1.weight")]
+        del weights[name]
+
+    is_fewer = change == "fewer in config"
+    directory = write(
+        make_model("mixtral"),
+        None if is_fewer else without_one,
+        {"num_local_experts": 3} if is_fewer else None,
+    )
+    assert_refused(directory, "its weights have other shapes than its config")
+
+
 @pytest.mark.parametrize("case", HOMELESS)
 def test_weights_that_have_no_place_are_refused(write, case):
     weights, config, message = HOMELESS[case]
@@ -230,6 +250,7 @@ def test_a_head_that_is_not_shared_is_missing(write):
 
 
 ROPE = {"rope_theta": 10_000.0, "rope_type": "default"}
+LINEAR = {"rope_theta": 10_000.0, "rope_type": "linear", "factor": 2.0}
 ROPES = {
     "unknown type": ("llama", {"rope_type": "spiral", "factor": 2.0}, r"config\.json cannot be read .*spiral"),
     "lacks a key": ("llama", {"rope_type": "yarn"}, r"config\.json cannot be read .*factor"),
@@ -266,12 +287,14 @@ def test_positions_that_config_asks_for_are_not_ignored(write, case):
         ("llama", {"type": "dynamic", "factor": 2.0, "finetuned": True}),
         ("llama", {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0, "truncate": False}),
         ("qwen3", {"type": "default"}),
+        ("gemma3_text", {"full_attention": LINEAR, "sliding_attention": ROPE}),
     ],
 )
 def test_positions_that_the_model_knows_are_taken(write, family, rope):
     known = {k: v for k, v in rope.items() if k != "finetuned"}
-    known["rope_type"] = known.pop("type", known.get("rope_type"))
-    model = make_model(family, rope_parameters={**ROPE, **known})
+    if "full_attention" not in known:  # of which two layers of Gemma 3 have none
+        known = {**ROPE, **known, "rope_type": known.pop("type", known.get("rope_type"))}
+    model = make_model(family, rope_parameters=known)
     assert_right(write(model, config={"rope_scaling": rope, "rope_parameters": None}), model)
 
 
@@ -463,6 +486,24 @@ def test_two_models_in_a_directory_are_refused(write):
     assert_refused(
         directory, r"names model-00001-of-00002\.safetensors, so there may be two models"
     )
+
+
+def test_a_weight_in_two_files_is_refused(write):
+    directory = write(make_model("llama"))
+    first, second = shards(directory)
+    weights = load_file(second)
+    weights["lm_head.weight"] = torch.zeros(448, 32)
+    assert "lm_head.weight" in load_file(first)
+    save_file(weights, second, metadata={"format": "pt"})
+    assert_refused(directory, r"00001-of-00002\.\w+ and model-00002\S+ both hold lm_head\.weight")
+
+
+def test_a_vocabulary_that_is_not_read_is_named(write):
+    directory = write(make_model("llama"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / name).unlink()
+    (directory / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    assert_refused(directory, r"has no tokenizer\.json, and other vocabularies are not read")
 
 
 def test_a_distributed_checkpoint_is_refused(write):

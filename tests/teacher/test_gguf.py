@@ -68,8 +68,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": HYBRID,
     "qwen3_5_moe_text": {**HYBRID, **EXPERTS},
 }
-EAGER = {"gemma2", "bloom", "mamba"}
-"""Families for which sdpa does not do what eager attention does, or is not there."""
 
 
 def make(family: str, **changes: Any) -> Any:
@@ -88,7 +86,6 @@ def load(tiny_tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
 
     def load(path: Path, **options: Any) -> Any:
-        options = {"attention": "eager", **options}
         return load_teacher(str(path), tokenizer=str(tmp_path / "tokenizer"), **options)
 
     return load
@@ -398,9 +395,7 @@ def test_an_original_config_that_is_none_is_refused(tmp_path, load):
 
 def recipe_of(make_recipe: Any, tmp_path: Path, **keys: str) -> Path:
     lines = "\n".join(f'{key} = "{value}"' for key, value in keys.items())
-    path: Path = make_recipe(
-        teacher_options=f'{lines}\ntokenizer = "tokenizer"\nattention = "eager"'
-    )
+    path: Path = make_recipe(teacher_options=f'{lines}\ntokenizer = "tokenizer"')
     text = path.read_text().splitlines()
     path.write_text("\n".join(line for line in text if not line.startswith('path = "')) + "\n")
     return path
@@ -419,6 +414,7 @@ def test_a_build_by_a_gguf_teacher_with_a_config(
     assert status == 0, err
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["recipe"]["teacher"]["config"] == "original"
+    assert manifest["teacher"]["architecture"] == "MistralForCausalLM"
     assert len(manifest["teacher"]["config_sha256"]) == 64
     assert manifest["teacher"]["quantisation"] == {
         **{"method": "gguf", "stored_as": ["Q8_0"]},
@@ -514,6 +510,6 @@ def test_a_loaded_file_can_be_saved(tmp_path, load, tiny_tokenizer):
     model = make("llama")
     teacher = load(write_gguf(tmp_path / "tiny.gguf", model, packed="Q8_0"))
     directory = save(teacher.model, tiny_tokenizer, tmp_path / "saved")
-    again = load_teacher(str(directory), attention="eager")
+    again = load_teacher(str(directory))
     assert_right(again, teacher.model)
     assert "quantisation" not in again.provenance()

@@ -138,7 +138,7 @@ def test_experts_of_four_bits_are_recorded_and_right(write):
     config = {
         "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
     }
-    teacher = load_teacher(str(write(model, four_bits(model), config)), attention="eager")
+    teacher = load_teacher(str(write(model, four_bits(model), config)))
     assert_logits(teacher, model, tolerance=1e-3)
     found = teacher.provenance()
     assert found["quantisation"] == {

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
@@ -147,6 +148,9 @@ def test_a_build_with_a_split_teacher_is_verified_with_it(make_recipe, tmp_path)
     report = verify(split, recompute=4, device="cpu", teacher_path=teacher)
     assert report.recomputed["rows"] == 4
     assert not report.problems
+    # What this process does next is not that group's.
+    assert not dist.is_initialized()
+    assert "LOCAL_RANK" not in os.environ
 
 
 def test_a_failed_shard_lets_a_split_teacher_go_before_it_is_loaded_anew(
