@@ -4,7 +4,8 @@
 # make test            set up everything, run the tests        make test-gpu   those that need a GPU
 # make experiment      what a student learns from distributions, in two hours (QUICK=1: in ten minutes, to see that it works)
 # make test-reader     the wheel of the reader beside the oldest libraries that it claims
-# make quality         formatting, lint, types                 make clean      remove what was set up
+# make quality         formatting, lint, types                 make docs       write the generated pages of docs/ again
+# make clean           remove what was set up
 
 PYTHON ?= python3
 RECIPE ?= dataset_cards/smollm2-135m-python-docs/recipe.toml
@@ -12,7 +13,7 @@ OUT    ?= out/$(notdir $(patsubst %/,%,$(dir $(RECIPE))))
 DEVICE ?= auto
 PIP    := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: build-dataset publish bench test test-reader test-gpu experiment quality format clean
+.PHONY: build-dataset publish bench test test-reader test-gpu experiment quality docs format clean
 .DELETE_ON_ERROR:
 
 build-dataset: .venv/.ready
@@ -39,7 +40,7 @@ test-reader: .venv/.ready-dev $(READER)/.ready
 	.venv/bin/python -m build --quiet --outdir $(READER)/dist .
 	$(READER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall $(READER)/dist/*.whl
 	mkdir -p $(READER)/check/datasets
-	cp tests/oldest/reader_check.py tests/loopback_hub.py README.md $(READER)/check
+	cp tests/oldest/reader_check.py tests/loopback_hub.py docs/training.md $(READER)/check
 	READER_DATASETS=$(READER)/check/datasets .venv/bin/python -m pytest tests/oldest/make_datasets.py
 	PYTHONPATH=. .venv/bin/python $(READER)/check/reader_check.py
 	cd $(READER)/check && ../bin/python -m pytest -q -c /dev/null --noconftest reader_check.py
@@ -55,6 +56,9 @@ quality: .venv/.ready-dev
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+
+docs: .venv/.ready-dev
+	.venv/bin/python -m docs.reference
 
 format: .venv/.ready-dev
 	.venv/bin/ruff check --fix .

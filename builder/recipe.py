@@ -120,6 +120,7 @@ class CorpusRecipe(_Source):
     config: str | None = None
     """Its configuration, where it has several."""
     split: str = "train"
+    """Its split."""
     files: tuple[str, ...] = ()
     """Local files or globs (.txt, .jsonl, .parquet; .txt and .jsonl also .gz or .zst), relative to the recipe."""
     embedded: Literal["python-docs"] | None = None
@@ -143,6 +144,7 @@ class CorpusRecipe(_Source):
     text_unit: Literal["file", "line"] = "file"
     """What one document of a .txt file is."""
     max_documents: Positive | None = None
+    """Stop after this number of documents."""
     max_tokens: Positive | None = None
     """Stop after the document that reaches this number of tokens."""
     license: License | None = None

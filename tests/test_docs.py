@@ -2,7 +2,11 @@
 
 import re
 import tomllib
+from pathlib import Path
 
+import pytest
+
+from docs import reference
 from logit_dataset.schema import LOGPROBS, Layout, columns
 from tests.build.test_build import run
 from tests.build.test_chat_builds import write_recipe
@@ -10,15 +14,45 @@ from tests.chats import chatty_teacher
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "examples").glob("*/README.md"))]
+PAGES = [
+    *sorted(REPOSITORY.glob("*.md")),
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+    *sorted((REPOSITORY / "examples").glob("*/README.md")),
+]
 """Those that people wrote; a card is rendered, and has tests of its own."""
 
 
-def test_the_row_table_of_the_readme_is_the_schema():
+def test_the_readme_is_short_and_leads_to_every_page():
+    assert len(README.splitlines()) <= 200
+    linked = set(re.findall(r"\]\(docs/([\w-]+\.md)", README))
+    assert linked == {page.name for page in (REPOSITORY / "docs").glob("*.md")}
+
+
+@pytest.mark.parametrize("name", reference.PAGES)
+def test_generated_pages_are_current(name):
+    written = (REPOSITORY / "docs" / name).read_text(encoding="utf-8")
+    assert written == reference.PAGES[name](), "run make docs"
+
+
+def test_messages_that_are_explained_exist():
+    page = (REPOSITORY / "docs" / "faq.md").read_text(encoding="utf-8")
+    source = "".join(
+        re.sub(r'"\s*\n\s*f?"', "", path.read_text("utf-8"))
+        for room in ("builder", "logit_dataset")
+        for path in (REPOSITORY / room).rglob("*.py")
+    )
+    messages = re.findall(r"^\| `([^`]+)` \|", page.split("## Messages")[1], flags=re.MULTILINE)
+    assert len(messages) >= 20
+    for message in messages:
+        assert message in source, message
+
+
+def test_the_row_table_of_the_docs_is_the_schema():
+    page = (REPOSITORY / "docs" / "columns.md").read_text(encoding="utf-8")
     layout = Layout(tail_samples=4, temperatures=(2.0,), hidden_states=True, completion_mask=True)
     for column in (*columns(layout), LOGPROBS):
         kind = f"{column.dtype} [{column.shape}]" if column.shape else column.dtype
-        assert f"| `{column.name}` | {kind} | {column.meaning} |" in README
+        assert f"| `{column.name}` | {kind} | {column.meaning} |" in page
 
 
 def test_the_python_of_all_pages_runs_as_pasted(
@@ -52,22 +86,34 @@ def test_recipes_shown_are_those_that_are_there():
 
 
 def test_links_lead_somewhere():
-    anchors = {
-        re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-")
-        for heading in re.findall(r"^#+ (.*)$", README, flags=re.MULTILINE)
-    }
     for page in PAGES:
         links = re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8"))
         for link in links:
-            if link.startswith("#"):
-                assert link[1:] in anchors, link
-            elif not link.startswith("https:"):
-                assert (page.parent / link).exists(), f"{page}: {link}"
+            if link.startswith("https:"):
+                continue
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), f"{page}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page}: {link}"
 
 
-def test_make_targets_named_in_the_readme_exist():
+def anchors(page: Path) -> set[str]:
+    """What a link into a page can name."""
+    return {
+        re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", page.read_text("utf-8"), flags=re.MULTILINE)
+    }
+
+
+def test_make_targets_that_are_named_exist():
     makefile = (REPOSITORY / "Makefile").read_text()
-    for target in set(re.findall(r"`?make ([a-z][a-z-]+)", README)):
+    for target in {
+        name
+        for page in PAGES
+        for name in re.findall(
+            r"(?:^|`|\$ )make ([a-z][a-z-]+)", page.read_text("utf-8"), re.MULTILINE
+        )
+    }:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from builder.dataset.identity import DESCRIPTIVE, PINNED, differences, fingerprint, row_fingerprint
 from builder.recipe import (
+    OF_CHATS,
     CorpusRecipe,
     GenerationRecipe,
     OutputRecipe,
@@ -19,6 +20,7 @@ from builder.recipe import (
     load_recipe,
 )
 from builder.sources.resolve import KnownSources, resolve_corpus, resolve_teacher
+from docs import reference
 from tests.conftest import REPOSITORY
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -105,11 +107,26 @@ def test_defaults(tmp_path):
     }
 
 
-def test_the_readme_names_every_key():
-    table = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("| section | keys |")[1]
-    for name, section in SECTIONS.items():
-        (row,) = re.findall(rf"^\| `\[{name}\]` \| (.*) \|$", table, flags=re.MULTILINE)
-        assert set(section.model_fields) <= set(re.findall(r"`(\w+)`", row)), name
+@pytest.mark.parametrize("section", ["", *SECTIONS])
+def test_the_docs_have_an_example_of_every_key_and_it_is_valid(section, tmp_path):
+    fields = (SECTIONS[section] if section else Recipe).model_fields
+    examples = reference.EXAMPLES[section]
+    assert [key for key in fields if key not in SECTIONS] == list(examples)
+    for key, toml in examples.items():
+        smallest = {"": 'name = "x"', "corpus": "files = ['x']", "teacher": "path = 't'"}
+        if (
+            section in ("generation", "output", "sequences") and key in OF_CHATS
+        ) or key == "completions_only":
+            smallest["corpus"] += "\nmessages_column = 'messages'"
+        lines = toml.replace("; ", "\n")
+        smallest[section] = lines if key != "description" else f'name = "x"\n{lines}'
+        path = tmp_path / f"{key}.toml"
+        path.write_text(
+            "\n".join(f"[{name}]\n{text}" if name else text for name, text in smallest.items())
+        )
+        recipe = load_recipe(path)
+        found = getattr(recipe, section) if section else recipe
+        assert key in found.model_fields_set
 
 
 @pytest.mark.parametrize(

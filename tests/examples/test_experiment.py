@@ -488,12 +488,11 @@ def test_share_and_steps():
     assert CLAIMS["5"].values(results) == []
 
 
-def test_the_readme_says_what_the_results_are():
+def test_the_docs_say_what_the_results_are():
     results = REPOSITORY / "examples" / "experiment" / "results"
     rate = json.loads((results / "plan.json").read_text())["rate"]
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    section = readme.split("### What is a distribution worth")[1].split("\n## ")[0]
-    rows = [line.split(" | ") for line in section.splitlines() if re.match(r"\| .*\d \|$", line)]
+    page = (REPOSITORY / "docs" / "experiment.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if re.match(r"\| .*\d \|$", line)]
     assert len(rows) == len(arms.ARMS)
     for (name, arm), row in zip(arms.ARMS.items(), rows, strict=True):
         best = {

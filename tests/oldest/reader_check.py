@@ -1,6 +1,6 @@
 """The reader, installed from its wheel beside the oldest libraries that it claims, gives what it gives beside the newest.
 
-`make test-reader` copies this file, the loopback Hub and the README beside the environment, so that nothing of the checkout is
+`make test-reader` copies this file, the loopback Hub and docs/training.md beside the environment, so that nothing of the checkout is
 imported. `python reader_check.py`, with the newest libraries, writes what is expected; `pytest reader_check.py` compares. With
 `tokenizers`, projections onto another tokenizer are compared too.
 """
@@ -316,13 +316,13 @@ def test_the_command_says_what_to_install():
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_the_readme_trains_a_student(tmp_path, monkeypatch):
+def test_the_docs_train_a_student(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "smollm2-135m-python-docs").symlink_to((DATASETS / "plain").resolve())
     monkeypatch.chdir(tmp_path)
-    snippets = (HERE / "README.md").read_text(encoding="utf-8").split("```python\n")[1:]
+    snippets = (HERE / "training.md").read_text(encoding="utf-8").split("```python\n")[1:]
     (training,) = [s.split("```")[0] for s in snippets if "load_logits(" in s]
-    exec(compile(training, "README.md", "exec"), {})
+    exec(compile(training, "training.md", "exec"), {})
 
 
 def test_it_is_a_torch_dataset_and_it_resumes():

@@ -244,9 +244,9 @@ def test_the_embedded_shape_is_that_of_the_published_card():
     assert f"{EMBEDDED.vocab_size:,} logits" in card
 
 
-def test_the_readme_shows_what_the_command_prints(cli):
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    command, *expected = re.search(r"\$ logit-dataset (plan .*(?:\n.+)+?)\n```", readme)[1].splitlines()  # fmt: skip
+def test_the_docs_show_what_the_command_prints(cli):
+    page = (REPOSITORY / "docs" / "planning.md").read_text(encoding="utf-8")
+    command, *expected = re.search(r"\$ logit-dataset (plan .*(?:\n.+)+?)\n```", page)[1].splitlines()  # fmt: skip
     name, path, *options = shlex.split(command)
     status, out, err = cli(name, REPOSITORY / path, *options)
     assert (status, err) == (0, "")
