@@ -58,13 +58,17 @@ class Piece:
     """Of a chat."""
 
     def last_seam(self, before: int, seams: Seams) -> int | None:
-        """The last token, of those up to number `before`, that begins behind a seam; None if there is none but the piece's start."""
+        """The last token, of those up to number `before`, that begins behind a seam; None if there is none but the piece's start.
+
+        Where the model leaves out what it does not know, a gap between two tokens need not be the end of a word, so that none is a seam.
+        """
         for token in range(min(before, len(self.ids) - 1), 0, -1):
             place = int(self.ends[token - 1])
             around = self._around(place - self.start)
-            if self.starts[token] >= place and seams.is_seam(
-                around, is_between_words=bool(self.are_first[token])
-            ):
+            gap = int(self.starts[token]) - place
+            if gap < 0 or (gap and seams.leaves_out):
+                continue
+            if seams.is_seam(around, is_between_words=bool(self.are_first[token])):
                 return token
         return None
 

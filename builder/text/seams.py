@@ -73,6 +73,9 @@ class Seams:
         self._known: dict[str, tuple[bool, bool]] = {}
         self.obstacle: str | None = None
         """Why there are none."""
+        self.leaves_out = False
+        """Whether the model leaves out bytes that it does not know. The tokens behind one, in the same word, are then said to stand as many
+        bytes earlier than they do."""
         self._steps: list[Step] = []
         try:
             normalizers = list(_flat(description["normalizer"], "normalizers"))
@@ -86,6 +89,8 @@ class Seams:
                 self._steps += _pre_tokenizer(node)
             are_bytes = any(node["type"] == "ByteLevel" for node in [*normalizers, *splitters])
             self._is_never_joined = _model(description["model"], are_bytes=are_bytes)
+            model = description["model"]
+            self.leaves_out = model["type"] == "BPE" and model["unk_token"] not in model["vocab"]
         except _ObstacleError as error:
             self.obstacle = str(error)
 
@@ -302,8 +307,9 @@ def _model(model: dict[str, Any], *, are_bytes: bool) -> Callable[[str, str], bo
         are_bytes and vocab.keys() >= BYTE_CHARACTERS
     )
     if not are_all_known and model["unk_token"] not in vocab:
-        # Then it is not told where in the text the tokens behind stand.
-        raise _ObstacleError("its model, which leaves out characters that it does not know,")
+        if not are_bytes:
+            raise _ObstacleError("its model, which leaves out characters that it does not know,")
+        return lambda *_: False
     if model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
         return lambda *_: False
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from builder.build.build import build
+from builder.corpus.encoder import backend_copy
 from builder.dataset.manifest import read_manifest
 from builder.recipe import load_recipe
 from builder.sources import demo
 from builder.teacher.loading import load_teacher
+from builder.text.pieces import WINDOW, Pieces
 from builder.verify.verify import verify
 from tests.conftest import REPOSITORY
 
@@ -42,6 +44,18 @@ def test_no_token_of_the_corpus_holds_a_digit_and_something_else(teacher):
         assert not any(
             len(token) > 1 and any(c.isdigit() for c in token) for token in encoding.tokens
         )
+
+
+def test_a_long_text_is_cut_into_pieces_with_the_tokens_of_the_whole(teacher):
+    """Its vocabulary lacks some bytes, which it leaves out without a word."""
+    path, _ = demo.embedded_corpus()
+    texts = [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines()]
+    text = "\n\x04\x13a\x06b\U00040000 c".join(texts)
+    backend = backend_copy(teacher.tokenizer, match_special=True)
+    found = list(Pieces(backend).of([text]))
+    assert max(len(piece.text) for piece in found) < 2 * WINDOW < len(text) / 3
+    ids = [token for piece in found for token in piece.ids]
+    assert ids == backend.encode(text, add_special_tokens=False).ids
 
 
 def test_the_weights_say_paris_and_are_those_of_the_gguf_file(teacher):

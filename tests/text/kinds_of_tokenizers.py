@@ -1,5 +1,6 @@
 """Tokenizers of all kinds that models come with, trained on a few lines."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,17 @@ def bpe(
     return backend
 
 
+def without(unknown: str, backend: Tokenizer) -> Tokenizer:
+    """A vocabulary that lacks some bytes, as SmolLM2's does: the model leaves them out of the tokens of a text."""
+    found = json.loads(backend.to_str())
+    model = found["model"]
+    model["merges"] = [pair for pair in model["merges"] if not set("".join(pair)) & set(unknown)]
+    left = [token for token in model["vocab"] if not set(token) & set(unknown)]
+    model["vocab"] = {token: number for number, token in enumerate(left)}
+    found["added_tokens"] = []
+    return Tokenizer.from_str(json.dumps(found))
+
+
 def unigram(pre_tokenizer: Any, *normalizer: Any) -> Tokenizer:
     backend = Tokenizer(models.Unigram())
     backend.normalizer = normalizers.Sequence(list(normalizer))
@@ -105,6 +117,13 @@ CUT: dict[str, Callable[[], Tokenizer]] = {
         )
     ),
     "smollm": lambda: bytes_after(pre_tokenizers.Digits(individual_digits=True), regex=True),
+    "smollm, some bytes unknown": lambda: without(
+        "Ąäåç®", bytes_after(pre_tokenizers.Digits(individual_digits=True), regex=True)
+    ),
+    "digits, some bytes unknown": lambda: without(
+        "å", bytes_after(pre_tokenizers.Digits(individual_digits=True))
+    ),
+    "llama3, some letters unknown": lambda: without("aoä®å", bytes_after(split(LLAMA3))),
     "deepseek": lambda: bytes_after(
         split(r"\p{N}{1,3}"), split("[一-龥぀-ゟ゠-ヿ]+"), split(DEEPSEEK)
     ),

@@ -21,9 +21,9 @@ from tests.text.kinds_of_tokenizers import CUT, WHOLE
 
 WORDS = [
     *("the", " fox", "  ", "   \t\n", "\n", "\n\n", "\r\n", "\r", "a", "123", "1 2", "'s", "don't", "``", "''", "İ", "ſ"),
-    *("。", "東京", "大", "e\u0301", "\u0301", "👩‍👩‍👧‍👦", "é", "ﬁ", "\u200d", "\u0e33", "\u1100", "\u1161", "각", "가", "\u11a8"),
+    *("。", "東京", "大", "大ab1", "大大the7", "e\u0301", "\u0301", "👩‍👩‍👧‍👦", "é", "ﬁ", "\u200d", "\u0e33", "\u1100", "\u1161", "각", "가", "\u11a8"),
     *("<think>", "fox", "[X]", " [X] ", "[Y]  ", "ab", "a b", "<|endoftext|>", "(", ") ", ". ", ",x", "_", "-", "/", "``` "),
-    *("▁", " ▁", "\ufeff", "\x00", "\u3000", "\u2028", "\x85", "http://x.y/z?a=1 ", "x=1;\n    y = 2\n", "Hello, World! ", "and "),
+    *("▁", " ▁", "\ufeff", "\x00", "\x04", "a\x04b", "\u3000", "\u2028", "\x85", "http://x.y/z?a=1 ", "x=1;\n    y = 2\n", "Hello, World! ", "and "),
 ]  # fmt: skip
 RUNS = st.tuples(st.sampled_from("x \n\t字é1.\u0301"), st.integers(20, 200)).map(
     lambda run: run[0] * run[1]
