@@ -324,7 +324,8 @@ class OutputRecipe(_Section):
     profile: Literal["default", "compact"] = "default"
     """Parquet profile: `compact` saves 7 % but DuckDB cannot read its `topk_logprobs`."""
     shard_tokens: Positive = 1_000_000
-    """A shard ends with the document that reaches this number of tokens (about 170 bytes each)."""
+    """A shard ends with the document that reaches this number of tokens (about 170 bytes each). A document of more than twice as many goes on
+    in the next shard."""
     partitions: Positive = 1
     """Independent streams over the corpus's files, which can be built at the same time."""
 

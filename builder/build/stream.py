@@ -1,7 +1,7 @@
 """A recipe and its corpus → the sequences of one partition of its corpus, cut into shards.
 
-A shard ends with the document that reaches `shard_tokens`. Only a document of more than that by itself is cut: with the row with which the
-shard holds `shard_tokens` of that document; it goes on in the next shard. So no shard has more than twice that, and a row.
+A shard ends with the document that reaches `shard_tokens`. Only a document of more than twice that by itself is cut: with the row with which
+the shard holds so many tokens of it; it goes on in the next shard. So no shard has more than three times `shard_tokens`, and a row.
 """
 
 import sys
@@ -17,6 +17,9 @@ from builder.dataset.shards import Block
 from builder.recipe import Recipe
 from builder.sources.opening import open_corpus
 from builder.sources.resolve import CorpusSource
+
+LONG_DOCUMENT = 2
+"""Shards' worth of tokens by which a document is cut. Former versions cut none, so that this many keep most shards what they were."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +131,7 @@ class SequenceStream:
             if document is None:
                 break
             self._num_documents += not document.is_begun
-            document_end = self._tokens + self._shard_tokens
+            document_end = self._tokens + LONG_DOCUMENT * self._shard_tokens
             for sequence in document.sequences():
                 self._tokens += len(sequence.token_ids)
                 yield sequence
