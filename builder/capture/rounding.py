@@ -12,7 +12,8 @@ How:  more entries than K are made in float32 and put in their places, so that e
       target from outside does, the whole row is made in float32.
 
 Cost: of the embedded teacher in bfloat16 (64 entries for a top K of 50) 4 to 6 µs a position on one core, and 1 of 1,400 rows as a whole.
-      Log-probabilities of the top K were off by 0.013 nats on average, and are by 2 · 10⁻⁶ then.
+      Its log-probabilities, which rounding moves by 0.034 nats on average, are then within 10⁻⁵ of those of float64, beyond what
+      float16 does to them; the log-partition within 10⁻⁴, where it was off by 0.02.
 
 Shape suffixes: R positions, P padded vocabulary, V vocabulary, K top-k, C entries in float32.
 """
