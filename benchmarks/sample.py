@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from builder.build.stream import SequenceStream, make_encoder
+from builder.build.stream import SequenceStream
 from builder.corpus.encoder import Encoder
 from builder.corpus.sequences import Sequence
 from builder.dataset.manifest import environment
 from builder.recipe import Recipe
 from builder.sources import demo
+from builder.sources.opening import make_encoder
 from builder.teacher.loading import load_teacher
 from builder.teacher.model import Teacher
 

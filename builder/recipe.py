@@ -196,6 +196,9 @@ class TeacherRecipe(_Source):
     """The original config.json, or its directory, for a GGUF file that does not say all of its model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the weights and of the forward pass. Statistics are float32 in any case."""
+    head_dtype: Literal["float32", "teacher"] = "float32"
+    """Type of the logits of a 16-bit teacher: in float32, the product of its head is kept as it is summed; `teacher` rounds it to `dtype`, as
+    the model does by itself. Datasets from before this key are of `teacher`, and an unfinished one stays so where it is left out."""
     attention: Attention = None
     """What computes it: `sdpa`, `eager`, `flash_attention_2` (or 3, or 4), or a pinned kernel of the Hub. Unset, the best of the first two
     that the teacher's class supports; the plan and the manifest say which."""
@@ -442,6 +445,18 @@ class Recipe(_Section):
         except ValidationError as error:
             raise ValueError(_problems(error)) from None
 
+    def with_head_dtype(self, teacher: dict[str, Any]) -> "Recipe":
+        """The recipe with the head's type of one that was published, where it leaves that open.
+
+        Args:
+            teacher: that one's section; one that older code wrote says nothing of it.
+        """
+        if "head_dtype" in self.teacher.model_fields_set:
+            return self
+        values = self.model_dump(exclude_unset=True)
+        values["teacher"]["head_dtype"] = teacher.get("head_dtype", "teacher")
+        return type(self).model_validate(values)
+
     def published(self, *, attention: str | None = "sdpa") -> dict[str, Any]:
         """The recipe as plain JSON values for manifest and card, paths that lead elsewhere cut to their last part.
 
@@ -455,6 +470,8 @@ class Recipe(_Section):
             del values["generation"]  # so that recipes that know nothing of it are the same as ever
         if self.output.top_k == "all":
             values["output"]["tail_samples"] = 0  # the default of a recipe that says nothing of it
+        if self.teacher.dtype == "float32" or self.teacher.head_dtype == "teacher":
+            del values["teacher"]["head_dtype"]  # as before there was this key
         for section, fields in UNSAID.items():
             model = getattr(self, section)
             for field in fields:

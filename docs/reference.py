@@ -56,6 +56,7 @@ EXAMPLES: dict[str, dict[str, str]] = {
         "tokenizer": 'gguf = "mine-Q8_0.gguf"; tokenizer = "mine"',
         "config": 'gguf = "mine-Q8_0.gguf"; config = "mine/config.json"',
         "dtype": 'path = "mine"; dtype = "float32"',
+        "head_dtype": 'path = "mine"; head_dtype = "teacher"',
         "attention": 'path = "mine"; attention = "flash_attention_2"',
         "device_map": 'path = "mine"; device_map = "auto"',
         "tensor_parallel": 'path = "mine"; tensor_parallel = 4',

@@ -73,6 +73,7 @@ def test_defaults(tmp_path):
             "tokenizer": None,
             "config": None,
             "dtype": "bfloat16",
+            "head_dtype": "float32",
             "attention": None,
             "device_map": None,
             "tensor_parallel": None,
@@ -297,6 +298,7 @@ OTHER: dict[str, Any] = {
     "output.profile": "compact",
     "output.shard_tokens": 999_999,
     "output.partitions": 2,
+    "teacher.head_dtype": "teacher",
 }
 """Another value for every field that changes bytes, or could. One that is added to the recipe has to be added here."""
 

@@ -109,6 +109,7 @@ def build(
         if outbox:
             outbox.open(output, state, known)
         sources = resolve(recipe, base, known)
+        recipe = _as_begun(recipe, state)
         recipe, found_columns = settle_columns(recipe, sources.corpus, known)
         for line in found_columns:
             notice(line)
@@ -155,6 +156,12 @@ def build(
         write_json(output / FILE_NAME, manifest)
         state.remove()
         return BuildResult(status="complete", shards_built=chains.built, manifest=manifest)
+
+
+def _as_begun(recipe: Recipe, state: BuildState) -> Recipe:
+    """The recipe with what it leaves open and an earlier run of this build has settled, which older code may have been."""
+    plan = state.settled("plan")
+    return recipe.with_head_dtype(plan["recipe"]["teacher"]) if plan else recipe
 
 
 class _Chains:
@@ -414,7 +421,9 @@ def _recorded(manifest: dict[str, Any]) -> dict[str, Any]:
 def _published_as(manifest: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """A recipe's plain values, with what was resolved then: attention, columns, and the branch where it names its commit."""
     attention = manifest["recipe"]["teacher"].get("attention", "sdpa")
-    published = recipe.with_columns(manifest["recipe"]["corpus"]).published(attention=attention)
+    recipe = recipe.with_columns(manifest["recipe"]["corpus"])
+    recipe = recipe.with_head_dtype(manifest["recipe"]["teacher"])
+    published = recipe.published(attention=attention)
     for section in ("corpus", "teacher"):
         if published[section]["revision"] == manifest[section].get("commit"):
             published[section]["revision"] = manifest["recipe"][section]["revision"]

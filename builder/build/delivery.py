@@ -89,7 +89,10 @@ def deliver(
         # What it leaves open, attention and columns, is found later; till then they are what they were.
         said = former["recipe"] if former else {"corpus": {}, "teacher": {}}
         attention = said["teacher"].get("attention", "sdpa")
-        published = recipe.with_columns(said["corpus"]).published(attention=attention)
+        as_they_were = recipe.with_columns(said["corpus"])
+        if former:
+            as_they_were = as_they_were.with_head_dtype(said["teacher"])
+        published = as_they_were.published(attention=attention)
         _check_tag(there, tag, {"recipe": published})
         _check_count(recipe)
         if pool:

@@ -129,6 +129,10 @@ class BuildState:
         """What `settle` wrote down."""
         return _read(self._path(name), "build anew in another directory")
 
+    def settled(self, name: str) -> dict[str, Any] | None:
+        """The same, if there are shards that hold to it."""
+        return self.read(name) if self.has_shards() and self._path(name).exists() else None
+
     def has_shards(self) -> bool:
         """Whether any was finished, here or elsewhere."""
         return bool(self._elsewhere) or any((self._directory / "records").glob("*.json"))

@@ -15,7 +15,6 @@ How:  `generate` of transformers does the work: cache, attention masks, position
 Shape suffixes: B sequences, T positions, S steps, V vocabulary.
 """
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -54,7 +53,7 @@ class Decoder:
         """
         self.teacher = teacher
         self.eos_ids = _eos_ids(teacher) | set(ends)
-        self._model = copy.copy(teacher.model)
+        self._model = teacher.writer()
         self._model.generation_config = GenerationConfig()
         self._warpers = LogitsProcessorList()
         if temperature not in (0, 1):

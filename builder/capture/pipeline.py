@@ -25,6 +25,7 @@ from builder.capture.guard import FACTOR, NOISE, Guard, distance
 from builder.corpus.sequences import Sequence, length_sorted_batches
 from builder.dataset.shards import Block
 from builder.teacher.model import Teacher, to_device
+from builder.teacher.precision import Rounded
 from logit_dataset.schema import FLOAT16_MIN, Layout
 
 WINDOW_BATCHES = 8
@@ -167,8 +168,15 @@ class Pipeline:
         if layout.tail_samples:
             uniforms_NM = torch.cat([self._uniforms(sequence) for sequence in sequences])
         hidden_ND = teacher.hidden(ids) if layout.hidden_states else None
+        pieces: Iterator[Tensor | Rounded]
+        if layout.top_k == "all":
+            pieces = teacher.logits(ids) if hidden_ND is None else teacher.head(hidden_ND)
+        elif hidden_ND is None:
+            pieces = teacher.rounded(ids)
+        else:
+            pieces = teacher.rounded_head(hidden_ND)
         distribution = capture(
-            teacher.logits(ids) if hidden_ND is None else teacher.head(hidden_ND),
+            pieces,
             to_device(targets_N, teacher.logits_device),
             top_k=layout.top_k,
             uniforms_NM=None

@@ -331,7 +331,8 @@ def _provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "architecture",
             f"{plain(teacher['architecture'])}, {teacher['parameters']:,} parameters, run in {plain(teacher['dtype'])} "
-            f"with {plain(teacher['attention'])} attention",
+            f"with {plain(teacher['attention'])} attention"
+            + (f", logits in {plain(head)}" if (head := teacher.get("head_dtype")) else ""),
         ),
         *_quantisation(teacher),
         (

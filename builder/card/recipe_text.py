@@ -28,6 +28,8 @@ def recipe_toml(recipe: dict[str, Any], manifest: dict[str, Any]) -> str:
     lines = [f"{key} = {_toml(recipe[key])}" for key in ("name", "description") if recipe.get(key)]
     for section, model in sections.items():
         values = dict(recipe.get(section) or {})
+        if section == "teacher" and values.get("dtype") != "float32":
+            values.setdefault("head_dtype", "teacher")  # as older code did without saying so
         if commit := manifest.get(section, {}).get("commit"):
             values["revision"] = commit
         defaults = {

@@ -35,9 +35,13 @@ def plan(
         typer.Option(min=1e-6, help="TFLOPS of other hardware, in place of the GPU's."),
     ] = None,
     utilization: Annotated[
-        float,
-        typer.Option(min=0.001, max=1, help="Share of the peak that the teacher reaches: assumed."),
-    ] = 0.4,
+        float | None,
+        typer.Option(
+            min=0.001,
+            max=1,
+            help="Share of the peak that the teacher reaches; by default what an H100 did with one of its size.",
+        ),
+    ] = None,
     parameters: Annotated[
         float | None,
         typer.Option(

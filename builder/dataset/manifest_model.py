@@ -79,6 +79,7 @@ class RecipeTeacher(_Section):
     tokenizer: str | None = None
     embedded: str | None = None
     dtype: str
+    head_dtype: str | None = None
     license: str | None = None
 
 
@@ -161,6 +162,7 @@ class Teacher(_Section):
     architecture: str
     parameters: Count
     dtype: str
+    head_dtype: str | None = None
     attention: str
     vocab_size: Annotated[int, Field(ge=1, lt=2**31)]
     hidden_size: Annotated[int, Field(ge=1, lt=2**31)] | None = None

@@ -5,11 +5,13 @@ Out:  numbers that follow from these by formulas alone. Nothing is run, read fro
 
 Compute:  a forward pass costs 2 FLOP a parameter and token, and 2 · layers · length · width more for attention (Kaplan et al. 2020,
           Scaling Laws for Neural Language Models, section 2.1 and table 1). Statistics, writing and sending hide behind it
-          (README, Speed). How much of a GPU's peak that reaches is an assumption: UTILIZATION.
+          (README, Speed). How much of a GPU's peak that reaches was measured on an H100 (MEASURED), by the size of the teacher;
+          other GPUs are taken to reach the same share of theirs.
 Storage:  bytes a token as measured of the embedded dataset (`bytes_per_token`); files as the recipe cuts them.
 The Hub:  its limits (`remote`), and how many shards an `outbox` brings in a commit.
 """
 
+import itertools
 import json
 import math
 import struct
@@ -45,8 +47,6 @@ GPUS = {
     "l40s": Peak(362, 91.6),  # NVIDIA L40S data sheet
     "mi300x": Peak(1307, 163.4),  # AMD Instinct MI300X data sheet
 }
-UTILIZATION = 0.4
-"""Of the peak; assumed. Llama 3 trained at 38 to 43 % of an H100's (Grattafiori et al. 2024, The Llama 3 Herd of Models, table 4)."""
 MBIT = 1000
 """Of upload a second; assumed."""
 
@@ -73,6 +73,18 @@ class Shape:
 EMBEDDED = Shape(parameters=134_515_008, layers=30, width=576, vocab_size=49_152)
 """Of SmolLM2-135M."""
 
+MEASURED_GPU, MEASURED_LENGTH = "h100", 1024
+MEASURED = (
+    (EMBEDDED, 393_543),
+    (Shape(parameters=0.6e9, layers=28, width=1024, vocab_size=151_936), 174_961),
+    (Shape(parameters=1.2e9, layers=16, width=2048, vocab_size=128_256), 132_971),
+    (Shape(parameters=8e9, layers=36, width=4096, vocab_size=151_936), 23_667),
+)
+"""Teachers, smallest first, and tokens/s of their forward pass in bfloat16, body and head: random weights of Llama's shape, sequences of 64
+to MEASURED_LENGTH tokens, 16,384 positions in a batch, one H100 SXM, torch 2.11."""
+MEASURED_FLOAT32 = 66_700
+"""The same of EMBEDDED in float32."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
@@ -87,6 +99,9 @@ class Work:
     """None for other hardware."""
     peak_flops: float
     utilization: float
+    """Share of the peak."""
+    utilization_is: str
+    """Where that is from: `measured`, `as others on an H100`, or `given`."""
     tokens_per_second: float
     """Of one GPU."""
     gpu_hours: float
@@ -119,7 +134,7 @@ def work(
     *,
     gpu: str = "h100",
     peak_tflops: float | None = None,
-    utilization: float = UTILIZATION,
+    utilization: float | None = None,
     parameters: float | None = None,
     workers: int = 1,
     mbit: float = MBIT,
@@ -132,7 +147,7 @@ def work(
         tokens: to capture; the recipe's `max_tokens` if None.
         gpu: a key of GPUS.
         peak_tflops: of other hardware, in place of the GPU's.
-        utilization: share of the peak that the build reaches.
+        utilization: share of the peak that the build reaches; None for what was measured.
         parameters: of the teacher, where it cannot be seen.
         workers: GPUs, each with a copy of the teacher, or `tensor_parallel` of them together.
         mbit: of upload a second, for all workers together.
@@ -152,6 +167,15 @@ def work(
     flop = flop_per_token(shape, recipe.sequences.max_length)
     peak = GPUS[gpu].bits32 if recipe.teacher.dtype == "float32" else GPUS[gpu].bits16
     peak_flops = 1e12 * (peak_tflops or peak)
+    origin = "given"
+    if utilization is None:
+        bits = 32 if recipe.teacher.dtype == "float32" else 16
+        utilization = measured_utilization(shape.parameters, bits=bits)
+        # 8B teachers have somewhat more than 8e9 parameters.
+        sizes = MEASURED[0][0].parameters, 1.1 * MEASURED[-1][0].parameters
+        is_measured = sizes[0] <= shape.parameters <= sizes[1] and bits == 16
+        is_here = gpu == MEASURED_GPU and peak_tflops is None
+        origin = "measured" if is_measured and is_here else "as others on an H100"
     rate = peak_flops * utilization / flop
     gpu_hours = tokens / rate / 3600
 
@@ -182,6 +206,7 @@ def work(
         gpu=gpu if peak_tflops is None else None,
         peak_flops=peak_flops,
         utilization=utilization,
+        utilization_is=origin,
         tokens_per_second=rate,
         gpu_hours=gpu_hours,
         workers=busy,
@@ -203,6 +228,23 @@ def work(
 def flop_per_token(shape: Shape, length: int) -> float:
     """Of a forward pass over sequences of `length` tokens."""
     return 2 * shape.parameters + 2 * shape.layers * length * shape.width
+
+
+def measured_utilization(parameters: float, *, bits: int) -> float:
+    """Share of its peak that an H100 reached in a forward pass of a teacher of this size; between those that were measured, by the log of it."""
+    peak = GPUS[MEASURED_GPU]
+    if bits == 32:
+        return MEASURED_FLOAT32 * flop_per_token(EMBEDDED, MEASURED_LENGTH) / (1e12 * peak.bits32)
+    points = [
+        (
+            math.log(shape.parameters),
+            rate * flop_per_token(shape, MEASURED_LENGTH) / (1e12 * peak.bits16),
+        )
+        for shape, rate in MEASURED
+    ]
+    size = min(max(math.log(parameters), points[0][0]), points[-1][0])
+    (x0, y0), (x1, y1) = next(pair for pair in itertools.pairwise(points) if size <= pair[1][0])
+    return y0 + (y1 - y0) * (size - x0) / (x1 - x0)
 
 
 def count_shards(recipe: Recipe, tokens: int) -> int:
@@ -277,7 +319,7 @@ def describe(work: Work) -> str:
     lines = {
         "teacher": f"{work.parameters:,.0f} parameters: {work.flop_per_token / 1e9:,.3g} GFLOP a token, "
         f"{work.attention_share:.0%} of it for attention",
-        "speed": f"{work.tokens_per_second:,.0f} tokens/s: {work.utilization:.0%} (assumed) of {work.peak_flops / 1e12:,.4g} "
+        "speed": f"{work.tokens_per_second:,.0f} tokens/s: {work.utilization:.0%} ({work.utilization_is}) of {work.peak_flops / 1e12:,.4g} "
         f"TFLOPS{f' of one {work.gpu}' if work.gpu else ''}",
         "compute": f"{work.gpu_hours:,.1f} GPU hours for {work.tokens:,} tokens: {_time(work.gpu_hours / work.workers)} on {gpus}",
         "data": f"{_size(work.bytes)}, {work.bytes_per_token:.0f} bytes a token, in {work.shards:,} shards of {_size(work.shard_bytes)}",

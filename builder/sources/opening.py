@@ -111,6 +111,7 @@ def open_teacher(recipe: TeacherRecipe, source: TeacherSource, *, device: str) -
         tokenizer=source.tokenizer,
         config=source.config,
         dtype=recipe.dtype,
+        head_dtype=recipe.head_dtype,
         attention=source.attention,
         # With a local directory, it is an attention kernel that is trusted.
         trust_remote_code=recipe.trust_remote_code and recipe.repo is not None,

@@ -22,7 +22,7 @@ from builder.teacher.attention import (
     class_of,
     is_kernel,
 )
-from builder.teacher.model import Teacher, Together, is_spread
+from builder.teacher.model import HeadDtype, Teacher, Together, is_spread
 from builder.tokenizer.files import TokenizerError
 from builder.tokenizer.tokenizer import Origin, load, note_origin
 
@@ -43,6 +43,7 @@ def load_teacher(
     split: Any = None,
     together: Together | None = None,
     config: str | None = None,
+    head_dtype: HeadDtype = "float32",
 ) -> Teacher:
     """Load a teacher from the Hub (at a commit), from a directory, or from a GGUF file.
 
@@ -55,6 +56,7 @@ def load_teacher(
         split: a `transformers.distributed.DistributedConfig`, for a process that is in a group of `torch.distributed`.
         together: see `Teacher`.
         config: original config.json, or its directory, for a GGUF file that does not say enough of the model.
+        head_dtype: see `Teacher`.
 
     Raises:
         ValueError: with one line on what is wrong with this teacher and what to do.
@@ -101,6 +103,7 @@ def load_teacher(
             device=first_device,
             together=together,
             quantisation=quantisation,
+            head_dtype=head_dtype,
         )
     except ValueError as error:
         raise ValueError(f"{named(location)}: {error}") from None

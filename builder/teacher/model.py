@@ -12,6 +12,10 @@ How:  sequences are padded on the right; under causal attention no real position
       hands over given hidden states (see `head`). At load both are compared with the whole model, one sequence at a time; where
       they differ, the whole model is used instead, and where even that is not causal, the teacher is refused.
 
+      The last product of a 16-bit model is summed in float32, and its logits are kept as they are before they are rounded (see
+      `precision`). On a CPU a second product costs too much, so that a build gets rounded logits, and the means to have those in
+      float32 that matter (`rounded`).
+
       Some architectures choose numbers by the length of a batch. `reach` says which lengths may share one (see `lengths`).
 
       A model can be spread over several GPUs (accelerate moves what passes between them) or split over several processes
@@ -20,10 +24,11 @@ How:  sequences are padded on the right; under causal attention no real position
 Shape suffixes: B sequences, T positions, N real positions, V vocabulary, D hidden.
 """
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +36,7 @@ from torch import Tensor
 from builder.checkpoint.quantisation import count_parameters
 from builder.teacher.head import body_of, head_of
 from builder.teacher.lengths import forgetting, reach_of
+from builder.teacher.precision import Exact, Picker, Rounded, error, find, find_picker, with_product
 from builder.tokenizer.tokenizer import origin_of
 
 CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES = 64 * 2**20, 256 * 2**20
@@ -52,6 +58,9 @@ Together = Callable[[str, Any], AbstractContextManager[None]]
 """Around a forward pass of this process: `follow` is called with the same arguments in the other ones."""
 
 
+HeadDtype = Literal["float32", "teacher"]
+
+
 class Teacher:
     """A frozen causal language model with its tokenizer, ready to run."""
 
@@ -63,6 +72,7 @@ class Teacher:
         device: torch.device,
         together: Together | None = None,
         quantisation: dict[str, Any] | None = None,
+        head_dtype: HeadDtype = "float32",
     ) -> None:
         """Wrap a loaded model, and find out which way to its logits is right.
 
@@ -73,6 +83,7 @@ class Teacher:
             together: for a model that is split over processes, all of which make their Teacher at the same time; None for
                 one that is not.
             quantisation: how its weights are packed, as plain JSON values; None if they are plain numbers.
+            head_dtype: "float32" has the logits of a model in 16 bits before they are rounded, wherever that can be had.
 
         Raises:
             ValueError: the model is not causal, its logits hold NaN, or the tokenizer does not fit it.
@@ -97,7 +108,18 @@ class Teacher:
         """What `hidden` returned last, of a model that is split: the other processes have it, too."""
         self.logits_device = device
         """Where logits come from."""
+        self._exact: Exact | None = None
+        """How its logits are had in float32, where its own code rounds them."""
+        self._picker: Picker | None = None
+        self._view: Any = self.model
+        """The model that runs as a whole."""
+        self.head_dtype: str | None = None
+        """What its logits are in, where that is not the dtype of the rest."""
+        self._rounds = False
+        """Whether float32 was asked for and cannot be had."""
         self.vocab_size, self.head_only = self._probe()
+        if head_dtype == "float32" and self.dtype.itemsize < 4:
+            self._use_float32()
         self.hidden_size = self.hidden([[0]]).shape[1] if self.head_only else None
         """Of what the head takes, which need not be what the body's layers work on; None where it cannot run alone."""
         if together is not None:
@@ -114,7 +136,11 @@ class Teacher:
     @property
     def notices(self) -> tuple[str, ...]:
         """What the user should know of the loaded teacher, a line each."""
-        return self.origin.notices if self.origin else ()
+        rounds = (
+            f"the head of {type(self.model).__name__} does not run in float32 here: its logits are rounded to {_name(self.dtype)}, and so are "
+            "the log-probabilities",
+        )
+        return (*(self.origin.notices if self.origin else ()), *(rounds if self._rounds else ()))
 
     def provenance(self) -> dict[str, Any]:
         """What the loaded teacher is, beyond where it came from: plain JSON values."""
@@ -123,7 +149,8 @@ class Teacher:
             "architecture": type(self.model).__name__,
             "parameters": self._num_parameters(),
             **({"quantisation": self.quantisation} if self.quantisation else {}),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": _name(self.dtype),
+            **({"head_dtype": self.head_dtype} if self.head_dtype else {}),
             "attention": self.model.config._attn_implementation,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -149,7 +176,7 @@ class Teacher:
             for ids in sequences:
                 with self._together("whole", list(ids)):
                     logits_TV = self._whole(to_device(torch.tensor([list(ids)]), self.device))[0]
-                yield from logits_TV.split(self._rows_per_piece)
+                yield from logits_TV.split(self._rows_per_piece(self.logits_bytes))
             return
         yield from self.head(self.hidden(sequences))
 
@@ -157,11 +184,43 @@ class Teacher:
     def head(self, hidden_ND: Tensor) -> Iterator[Tensor]:
         """Raw logits of given last hidden states, in pieces of [n, V]; only where `head_only`."""
         are_known = hidden_ND is self._hidden_ND  # to other processes, too
-        for start in range(0, len(hidden_ND), self._rows_per_piece):
-            rows = slice(start, start + self._rows_per_piece)
+        step = self._rows_per_piece(self.logits_bytes)
+        for start in range(0, len(hidden_ND), step):
+            rows = slice(start, start + step)
             with self._together("head", rows if are_known else hidden_ND[rows].cpu()):
                 logits_NV = self._apply_head(hidden_ND[rows])
             yield logits_NV
+
+    @torch.inference_mode()
+    def rounded(self, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor | Rounded]:
+        """As `logits`, but where float32 costs much, rounded ones with the way to others: enough for a top K and draws."""
+        if self._picker is None:
+            yield from self.logits(sequences)
+        else:
+            yield from self.rounded_head(self.hidden(sequences))
+
+    @torch.inference_mode()
+    def rounded_head(self, hidden_ND: Tensor) -> Iterator[Tensor | Rounded]:
+        """The same of given last hidden states; only where `head_only`."""
+        if self._picker is None:
+            yield from self.head(hidden_ND)
+            return
+        for piece_ND in hidden_ND.split(self._rows_per_piece(self.dtype.itemsize)):
+            yield Rounded(
+                logits_NV=_apply(self._rounded_head, piece_ND),
+                hidden_ND=piece_ND,
+                picker=self._picker,
+                all_of=self._apply_head,
+            )
+
+    def writer(self) -> Any:
+        """The model as it writes: a copy whose settings may be changed, with the same weights."""
+        if self._exact is None or is_spread(self.model):
+            return copy.copy(
+                self.model
+            )  # a spread one is run by methods that accelerate has put on it
+        product = self._picker.mixed if self._picker else self._exact.product
+        return with_product(self.model, self._exact.layer, product)
 
     @torch.inference_mode()
     def follow(self, name: str, argument: Any) -> None:
@@ -178,9 +237,13 @@ class Teacher:
             self._apply_head(argument.to(self.device))
 
     @property
-    def _rows_per_piece(self) -> int:
+    def logits_bytes(self) -> int:
+        """Bytes of a logit."""
+        return 4 if self.head_dtype else self.dtype.itemsize
+
+    def _rows_per_piece(self, itemsize: int) -> int:
         limit = CUDA_LOGITS_BYTES if self.device.type == "cuda" else CPU_LOGITS_BYTES
-        return max(8, limit // (self.vocab_size * self.dtype.itemsize) // 8 * 8)
+        return max(8, limit // (self.vocab_size * itemsize) // 8 * 8)
 
     @torch.inference_mode()
     def hidden(self, sequences: Sequence[Sequence[int]]) -> Tensor:
@@ -212,12 +275,11 @@ class Teacher:
         return real_ND
 
     def _apply_head(self, hidden_ND: Tensor) -> Tensor:
-        logits_1NV: Tensor = self._head(inputs_embeds=hidden_ND[None], use_cache=False).logits
-        return logits_1NV[0]
+        return _apply(self._head, hidden_ND)
 
     def _whole(self, ids_BT: Tensor) -> Tensor:
         self.forget()
-        logits_BTV: Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
+        logits_BTV: Tensor = self._view(input_ids=ids_BT, use_cache=False).logits
         return logits_BTV
 
     @torch.inference_mode()
@@ -237,14 +299,9 @@ class Teacher:
             )
         expected_NV = torch.cat([alone_TV[:length] for length in PROBE_LENGTHS])
 
-        def error(logits_NV: Tensor) -> float:
-            finite = expected_NV.isfinite()  # some models mask a part of the vocabulary with −inf
-            difference = (logits_NV.to(expected_NV) - expected_NV)[finite].abs().mean()
-            return float(difference / expected_NV[finite].std().clamp(min=1e-6))
-
         tolerance = PROBE_TOLERANCE[self.dtype]
         shorter = [self._whole(torch.tensor([ids], device=self.device))[0] for ids in prefixes]
-        if not (change := error(torch.cat(shorter))) <= tolerance:
+        if not (change := error(torch.cat(shorter), expected_NV)) <= tolerance:
             raise ValueError(
                 f"{type(self.model).__name__} is not a causal language model: its logits at a position change "
                 f"by {change:.2g} standard deviations when later tokens are cut off; use a decoder-only model"
@@ -256,11 +313,48 @@ class Teacher:
             for ids in prefixes:
                 batches.setdefault(self.reach(len(ids)), []).append(ids)
             ours = torch.cat([piece for batch in batches.values() for piece in self.logits(batch)])
-            is_right = ours.shape == expected_NV.shape and error(ours) <= tolerance
+            is_right = ours.shape == expected_NV.shape and error(ours, expected_NV) <= tolerance
             self.logits_device = ours.device if is_right else alone_TV.device
             return self.vocab_size, is_right
         except (AttributeError, TypeError, RuntimeError, IndexError):
             return self.vocab_size, False  # an architecture whose forward does not come apart
+
+    def _use_float32(self) -> None:
+        """Have logits in float32 from here on; where they cannot be had, note it."""
+        vocab = self.model.get_input_embeddings().num_embeddings
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(vocab, (1, PROBE_LENGTHS[-1]), generator=generator)
+        hidden_ND = self.hidden(ids.tolist()) if self.head_only else None
+
+        def run(view: Any) -> Tensor:
+            if hidden_ND is not None:
+                # One row may be computed by other kernels than several.
+                return torch.cat([_apply(view, hidden_ND), _apply(view, hidden_ND[:1])])
+            self.forget()
+            logits_BTV: Tensor = view(input_ids=ids.to(self.device), use_cache=False).logits
+            return logits_BTV[0]
+
+        own = self.model if hidden_ND is None else self._head
+        self._exact = find(own, run, device=self.device)
+        if self._exact is None:
+            self._rounds = True
+            return
+        self.head_dtype = "float32"
+        if hidden_ND is None:
+            self._view = self._exact.view
+            return
+        self._rounded_head, self._head = own, self._exact.view
+        if self.device.type == "cpu" and not self._is_split:
+            self._picker = find_picker(own, self._exact, hidden_ND)
+
+
+def _apply(head: Any, hidden_ND: Tensor) -> Tensor:
+    logits_1NV: Tensor = head(inputs_embeds=hidden_ND[None], use_cache=False).logits
+    return logits_1NV[0]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def is_spread(model: Any) -> bool:

@@ -203,6 +203,8 @@ def _sections(manifest: dict[str, Any]) -> Iterator[str]:
     ]
     if not any(key.startswith("quanti") for key in teacher):
         pairs.append(("teacher.dtype", recipe["teacher"]["dtype"], teacher["dtype"]))
+    if used := teacher.get("head_dtype"):
+        pairs.append(("teacher.head_dtype", recipe["teacher"].get("head_dtype"), used))
     for path, one, other in pairs:
         if one != other:
             yield f"{path} is {other!r}, but recipe.{path} is {one!r}"

@@ -73,6 +73,9 @@ def recompute_rows(
         raise ValueError(
             f"the manifest asks for code from {recipe.repo}, and may come from anybody; if you trust that code, use --trust-remote-code"
         )
+    # What was used, where what was asked for could not be had.
+    used = "float32" if manifest["teacher"].get("head_dtype") else "teacher"
+    recipe = recipe.model_copy(update={"head_dtype": used})
     source = teacher_source(manifest, teacher_path)
     teacher = open_teacher(recipe, source, device=device)
     _check_teacher(manifest["teacher"], teacher)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from transformers import TopPLogitsWarper
 
-from builder.capture.distribution import NARROW, WIDE
 from builder.capture.draws import uniforms
+from builder.capture.ranking import NARROW, WIDE
 from logit_dataset.schema import FLOAT16_MIN, Layout
 
 SLACK = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.05}

@@ -213,7 +213,12 @@ def _compare(stored: Array, expected: Tensor, what: str) -> None:
 
 def _teacher(manifest: dict[str, Any], path: Path | None) -> Teacher:
     source, recipe = teacher_source(manifest, path), manifest["recipe"]["teacher"]
-    return load_teacher(source.location, dtype=recipe["dtype"], attention=recipe["attention"])
+    return load_teacher(
+        source.location,
+        dtype=recipe["dtype"],
+        attention=recipe["attention"],
+        head_dtype="float32" if manifest["teacher"].get("head_dtype") else "teacher",
+    )
 
 
 def _extended(table: pa.Table, columns: dict[str, Array]) -> pa.Table:

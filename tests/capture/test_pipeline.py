@@ -98,12 +98,12 @@ class Cramped:
         self.dtype, self.head_only, self.reach = teacher.dtype, True, teacher.reach
         self.sizes: list[int] = []
 
-    def logits(self, sequences):
+    def rounded(self, sequences):
         size = len(sequences) * max(map(len, sequences))
         if size > self._room:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         self.sizes.append(size)
-        yield from self._teacher.logits(sequences)
+        yield from self._teacher.rounded(sequences)
 
 
 def test_running_out_of_memory_halves_the_batch_and_goes_on(teacher, sequences):

@@ -32,8 +32,8 @@ SEQUENCES = [[5, 9, 300, 17, 2, 44], [8], list(range(1, 60))]
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
 
 
-def split_teacher(directory: Path, size: int = 2) -> Teacher:
-    recipe = TeacherRecipe(path=str(directory), dtype="float32", tensor_parallel=size)
+def split_teacher(directory: Path, size: int = 2, dtype: str = "float32") -> Teacher:
+    recipe = TeacherRecipe(path=str(directory), dtype=dtype, tensor_parallel=size)
     source = resolve_teacher(recipe, Path(), KnownSources())
     return open_teacher(recipe, source, device="cpu")
 
