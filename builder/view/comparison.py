@@ -10,8 +10,9 @@ How:  rows are found by document and chunk, and must hold the same tokens. KL(on
 Cost: the columns `id` and `chunk_index` of the other's files, until all rows are found; 0.1 ms a position.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,34 +51,43 @@ class Against:
     """[T] float32: KL in nats, at least; NaN where one of the two keeps nothing."""
 
 
-def same_rows(
-    rows: Sequence[tuple[str, int]], manifest: dict[str, Any], locate: Locate
-) -> list[int]:
+def same_rows(rows: Sequence[Row], manifest: dict[str, Any], locate: Locate) -> list[int]:
     """The numbers of the other dataset's rows that are the same chunks of the same documents, in the order of these.
+
+    A row of the same number is preferred, for ids need not be unique; then the first one counts.
 
     Raises:
         ValueError: it lacks one of them.
     """
-    found: dict[tuple[str, int], int] = {}
-    wanted, first = set(rows), 0
-    for record in records_of(manifest):
-        if len(found) == len(wanted):
-            break
-        try:
-            table = pq.read_table(locate(record.file), columns=["id", "chunk_index"])
-        except (pa.ArrowException, ValueError) as error:
-            raise ValueError(f"{record.file} cannot be read ({first_line(error)})") from None
-        for i, place in enumerate(zip(*(c.to_pylist() for c in table.columns), strict=True)):
-            if place in wanted:
-                found.setdefault(place, first + i)
-        first += record.rows
-    for place in rows:
-        if place not in found:
-            raise ValueError(
-                f"the dataset to compare with has no chunk {place[1]} of document {one_line(place[0], limit=60)!r}; "
-                "compare datasets of the same corpus, or choose other rows with --start"
-            )
-    return [found[place] for place in rows]
+    found: dict[int, int] = {}
+    missing = {row.number: (row.id, row.chunk_index) for row in rows}
+    for is_same_number in (True, False):
+        first = 0
+        for record in records_of(manifest):
+            numbers = range(first, first + record.rows)
+            first += record.rows
+            if not missing or (is_same_number and not any(n in missing for n in numbers)):
+                continue
+            for number, place in zip(numbers, _places(locate(record.file), record.file), strict=True):  # fmt: skip
+                candidates = [number] if is_same_number else list(missing)
+                for ours in [n for n in candidates if missing.get(n) == place]:
+                    found[ours] = number
+                    del missing[ours]
+    for name, chunk in missing.values():
+        raise ValueError(
+            f"the dataset to compare with has no chunk {chunk} of document {one_line(name, limit=60)!r}; "
+            "compare datasets of the same corpus, or choose other rows with --start"
+        )
+    return [found[row.number] for row in rows]
+
+
+def _places(path: Path, name: str) -> Iterator[tuple[str, int]]:
+    """Document and chunk of each row of a file."""
+    try:
+        table = pq.read_table(path, columns=["id", "chunk_index"], page_checksum_verification=True)
+    except (pa.ArrowException, ValueError) as error:
+        raise ValueError(f"{name} cannot be read ({first_line(error)})") from None
+    return zip(*(column.to_pylist() for column in table.columns), strict=True)
 
 
 def load_same_rows(rows: Sequence[Row], manifest: dict[str, Any], locate: Locate) -> list[Against]:
@@ -86,18 +96,18 @@ def load_same_rows(rows: Sequence[Row], manifest: dict[str, Any], locate: Locate
     Raises:
         ValueError: it lacks one of them, or has other tokens there.
     """
-    numbers = same_rows([(row.id, row.chunk_index) for row in rows], manifest, locate)
-    by_number = dict(zip(numbers, rows, strict=True))
-    found: dict[int, Against] = {}
-    for other in load_rows(manifest, locate, sorted(by_number)):
-        row = by_number[other.number]
-        if not np.array_equal(row.input_ids, other.input_ids):
+    numbers = same_rows(rows, manifest, locate)
+    loaded = load_rows(manifest, locate, sorted(set(numbers)))
+    others = {other.number: other for other in loaded}
+    found = []
+    for row, number in zip(rows, numbers, strict=True):
+        if not np.array_equal(row.input_ids, others[number].input_ids):
             raise ValueError(
                 f"chunk {row.chunk_index} of document {one_line(row.id, limit=60)!r} has other tokens in the dataset to compare "
                 "with; two datasets can be compared if tokenizer and max_length are the same"
             )
-        found[other.number] = compare(row, other)
-    return [found[number] for number in numbers]
+        found.append(compare(row, others[number]))
+    return found
 
 
 def compare(row: Row, other: Row) -> Against:

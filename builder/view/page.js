@@ -146,17 +146,17 @@
       }
       body.append(line("", cell, tail, { whole: true }));
     }
-    if (data.other) compare(p);
+    if (data.other && !Number.isNaN(values.divergence[p])) compare(p);
   }
   function summarize(p, isEnd, target, rank, chance) {
     const entropy = values.entropy[p], sure = `Entropy ${entropy.toFixed(2)} nats, as of ${Math.exp(entropy).toFixed(1)} equal choices.`;
     const summary = $("summary");
     if (target === none) {
-      summary.replaceChildren(Number.isNaN(chance) ? "It is not known what follows this row. " : `What follows this row is not in the dataset; it got ${percent(chance)}. `, sure);
+      summary.replaceChildren(Number.isNaN(chance) ? "It is not known what follows this row. " : `What follows this row is not in the dataset: ${percent(chance)}. `, sure);
       return;
     }
     const which = rank ? `, rank ${rank.toLocaleString("en")}` : values.kept[p] && data.topK !== null ? `, outside the top ${data.topK}` : "";
-    summary.replaceChildren(make("b", spelled(target)), ` ${isEnd ? "follows this row, and" : "came, and"} got ${percent(chance)}${which}. `, sure);
+    summary.replaceChildren(make("b", spelled(target)), ` ${isEnd ? "follows this row" : "came"}: ${percent(chance)}${which}. `, sure);
     if (!values.kept[p]) summary.append(" No distribution is kept here: it is a prompt’s.");
     else if (!values.learned[p]) summary.append(" Not to be learned: outside the loss mask.");
   }
@@ -168,9 +168,9 @@
       const number = values.otherIds[p * firsts + k];
       if (number !== none) found.append(k ? ", " : "", make("code", spelled(number)), ` ${percent(Math.exp(values.otherOwn[p * firsts + k]))}`);
     }
+    there.append(heading, found);
     const divergence = values.divergence[p];
-    const sums = `Entropy ${values.otherEntropy[p].toFixed(2)} nats there` + (Number.isNaN(divergence) ? "." : `; KL at least ${divergence.toFixed(divergence < 0.1 ? 4 : 2)} nats.`);
-    there.append(heading, found, make("p", sums));
+    $("summary").append(` There ${values.otherEntropy[p].toFixed(2)} nats; KL at least ${divergence.toFixed(divergence < 0.1 ? 4 : 2)} nats.`);
   }
 
   // One token is kept, by click, key or link; another may be looked at meanwhile.

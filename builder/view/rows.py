@@ -118,6 +118,13 @@ def _row(number: int, values: dict[str, Any], last: int, layout: Layout) -> Row:
     learned = np.ones(length, np.bool_) if completion is None else loss_mask(completion)
     kept = learned if layout.completions_only else np.ones(length, np.bool_)
     targets = np.append(ids_T[1:], last)
+    known_ranks = layout.vocab_size if layout.top_k == "all" else layout.top_k
+    for name, width in (
+        *(("topk_indices", known_ranks), ("topk_logprobs", known_ranks)),
+        *(("logprobs", known_ranks), ("tail_indices", layout.tail_samples)),
+    ):
+        if name in values and not len(values[name]):  # without lists, nothing says how long
+            values[name] = np.empty((0, width), values[name].dtype)
     ids, logprobs, tail = _ranked(values, kept)
     draws = values.get("tail_indices", np.empty((len(ids), 0), np.int64))
     if not len(ids) == len(draws) == kept.sum():
@@ -139,7 +146,7 @@ def _row(number: int, values: dict[str, Any], last: int, layout: Layout) -> Row:
         logprobs=_spread(logprobs[:, :MAX_RANKS], kept, FLOAT16_MIN),
         tail_logprob=tail,
         ranks=ranks,
-        known_ranks=layout.vocab_size if layout.top_k == "all" else layout.top_k,
+        known_ranks=known_ranks,
         target_logprob=values["target_logprob"],
         entropy=values["entropy"],
         draws=_spread(draws, kept, NO_TOKEN),

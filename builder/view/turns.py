@@ -18,7 +18,7 @@ ROLES = (
     *("ipython", "observation", "environment"),
 )
 _ROLE = re.compile(rf"\s*(?:<\W*)?({'|'.join(ROLES)})\b", re.IGNORECASE)
-MAX_ROLE_TOKENS = 6
+MAX_ROLE_TOKENS = 16
 """Behind the special token that opens a message."""
 
 
