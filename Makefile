@@ -1,4 +1,5 @@
 # make build-dataset   set up everything, build the embedded dataset, verify it   (RECIPE=… OUT=… for another)
+# make view            a page on which one sees what the teacher expected, OUT.html   (OTHER=… to compare with)
 # make publish         publish OUT as REPO=ORG/NAME, version TAG=v1.0.0 (the next one by default)
 # make bench           how fast, how large, how much memory (DEVICE=cuda on a GPU)
 # make test            set up everything, run the tests        make test-gpu   those that need a GPU
@@ -13,12 +14,15 @@ OUT    ?= out/$(notdir $(patsubst %/,%,$(dir $(RECIPE))))
 DEVICE ?= auto
 PIP    := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: build-dataset publish bench test test-reader test-gpu experiment quality docs format clean
+.PHONY: build-dataset view publish bench test test-reader test-gpu experiment quality docs format clean
 .DELETE_ON_ERROR:
 
 build-dataset: .venv/.ready
 	.venv/bin/logit-dataset build $(RECIPE) --output $(OUT) --device $(DEVICE)
 	.venv/bin/logit-dataset verify $(OUT) --recompute 3 --record --device $(DEVICE)
+
+view: .venv/.ready
+	.venv/bin/logit-dataset view $(OUT) $(if $(OTHER),--against $(OTHER)) --output $(OUT).html
 
 publish: .venv/.ready
 	@test -n "$(REPO)" || { echo "Say where: make publish REPO=ORG/NAME TAG=v1.0.0"; exit 2; }

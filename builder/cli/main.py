@@ -14,6 +14,7 @@ from builder.cli.info import info
 from builder.cli.plan import plan
 from builder.cli.publish import publish
 from builder.cli.verify import verify
+from builder.cli.view import view
 
 app = typer.Typer(
     add_completion=False,
@@ -30,6 +31,9 @@ app.command(epilog="Example: logit-dataset verify ORG/NAME --revision v1.0.0 --r
     verify
 )
 app.command(epilog="Example: logit-dataset info ORG/NAME --revision v1.0.0")(info)
+app.command(
+    epilog="Example: logit-dataset view out/mine --rows 20 --against out/other --output page.html"
+)(view)
 app.command(epilog="Example: logit-dataset card out/mine")(card)
 app.command(epilog="Example: logit-dataset publish ORG/NAME out/mine --tag v1.0.0 --dry-run")(
     publish

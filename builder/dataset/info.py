@@ -51,6 +51,15 @@ def summarize(directory: Path) -> dict[str, Any]:
 
 def describe(directory: Path) -> str:
     """The summary as text for a terminal."""
+    return "\n".join(f"{key:<11}{value}" for key, value in facts(directory).items())
+
+
+def facts(directory: Path) -> dict[str, str]:
+    """The summary in words, each a line without anything that steers a terminal.
+
+    Raises:
+        ValueError: the directory holds no finished dataset.
+    """
     summary = summarize(directory)
     totals, teacher, corpus = summary["totals"], summary["teacher"], summary["corpus"]
     corpus_name = (
@@ -69,7 +78,7 @@ def describe(directory: Path) -> str:
     )
     manifest = read_manifest(directory)
     layout, written = _layout(manifest), authorship.line(manifest)
-    lines = {
+    found = {
         "dataset": f"{summary['name']}  (schema {summary['schema_version']}, fingerprint {summary['fingerprint'][:12]})",
         "teacher": f"{teacher_name} @ {teacher_pin}, {teacher['parameters']:,} parameters, {_precision(teacher)}, "
         f"vocabulary {teacher['vocab_size']:,}",
@@ -86,7 +95,7 @@ def describe(directory: Path) -> str:
         "built in": f"{totals['seconds']:,.0f} s at {totals['tokens_per_second']:,.0f} tokens/s on "
         f"{', '.join(e['device'] for e in summary['environments'])}",
     }
-    return "\n".join(f"{key:<11}{one_line(value)}" for key, value in lines.items())
+    return {key: one_line(value) for key, value in found.items()}
 
 
 def _precision(teacher: dict[str, Any]) -> str:

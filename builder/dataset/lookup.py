@@ -1,6 +1,7 @@
 """A finished dataset → one of its rows, the token that follows it, and its teacher: what looking at single rows needs."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,36 @@ def read_row(file: Any, number: int, columns: list[str] | None = None) -> dict[s
         IndexError: the file has no such row.
         ValueError: its row group unpacks to more than any dataset's does.
     """
+    return next(read_rows(file, [number], columns))
+
+
+def read_rows(
+    file: Any, numbers: list[int], columns: list[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Some rows of a Parquet file, as `read_row` gives them; each row group is decoded once.
+
+    Args:
+        file: a path or an open file.
+        numbers: of the rows, rising.
+        columns: to read; None for all.
+
+    Raises:
+        IndexError: the file has no such row.
+        ValueError: a row group unpacks to more than any dataset's does.
+    """
     parquet = pq.ParquetFile(file, page_checksum_verification=True)
+    wanted, first = deque(numbers), 0
     for group in range(parquet.num_row_groups):
-        if number < parquet.metadata.row_group(group).num_rows:
+        stop = first + parquet.metadata.row_group(group).num_rows
+        if wanted and wanted[0] < stop:
             if isinstance(file, Path):
                 check_unpacked_size(file, parquet.metadata, group)
-            return _row_values(parquet.read_row_group(group, columns=columns).slice(number, 1))
-        number -= parquet.metadata.row_group(group).num_rows
-    raise IndexError(number)
+            table = parquet.read_row_group(group, columns=columns)
+            while wanted and wanted[0] < stop:
+                yield _row_values(table.slice(wanted.popleft() - first, 1))
+        first = stop
+    if wanted:
+        raise IndexError(wanted[0])
 
 
 def _row_values(table: pa.Table) -> dict[str, Any]:

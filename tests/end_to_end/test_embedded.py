@@ -16,6 +16,7 @@ from builder.sources import demo
 from builder.teacher.loading import load_teacher
 from builder.text.pieces import WINDOW, Pieces
 from builder.verify.verify import verify
+from builder.view.view import Viewed, page
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.embedded
@@ -115,3 +116,11 @@ def test_the_embedded_recipe_builds_verifies_and_equals_float64(teacher, tmp_pat
     assert math.isclose(row["logsumexp"][0], float(logits[0].logsumexp(-1)), rel_tol=1e-5)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     np.testing.assert_allclose(row["entropy"], entropy, atol=4e-3, rtol=0)
+
+    # A page of 20 rows of 512 tokens stays below 3 MB, with another dataset beside it, too.
+    dataset = Viewed(
+        directory=tmp_path / "out", locate=lambda name: tmp_path / "out" / name, is_here=True
+    )
+    for against in (None, dataset):
+        shown = page(dataset, rows=20, against=against)
+        assert len(shown.html) / shown.tokens * 20 * 512 < 3_000_000

@@ -1,0 +1,78 @@
+"""The command `view`: a page on which one sees what the teacher expected."""
+
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from builder.cli.options import DatasetArgument, RevisionOption, TeacherOption
+from builder.cli.terminal import local_directory, quiet_libraries, say
+
+if TYPE_CHECKING:
+    from builder.view.view import Viewed
+
+
+def view(
+    dataset: DatasetArgument,
+    revision: RevisionOption = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 20,
+    start: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Show the rows from this one on; without it, they are spread over the dataset, on the Hub over its first file.",
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="A second dataset of the same rows, to compare with; ORG/NAME@REV."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("view.html"),
+    open_page: Annotated[
+        bool, typer.Option("--open", help="Open the page in a browser, too.")
+    ] = False,
+    teacher: TeacherOption = None,
+) -> None:
+    """Write a page that shows texts, token by token, with what the teacher expected."""
+    from builder.dataset.shards import atomic_file
+    from builder.view.view import page
+
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--output {output} is no page; give it a name that ends in .html")
+    quiet_libraries()
+    found = page(
+        _viewed(dataset, revision),
+        rows=rows,
+        start=start,
+        against=_viewed(against, None) if against else None,
+        teacher_path=teacher,
+    )
+    with atomic_file(output) as sink:
+        sink.write(found.html)
+    say(f"{output}: {found.rows:,} rows, {found.tokens:,} tokens, {len(found.html) / 1e6:.1f} MB")
+    if open_page:
+        webbrowser.open(output.absolute().as_uri())
+    else:
+        say(f"next: open {output} in a browser")
+
+
+def _viewed(dataset: str, revision: str | None) -> "Viewed":
+    """A dataset by its directory or its name on the Hub, which may end in @ and a revision."""
+    from builder.view.view import Viewed
+
+    name, at, pinned = dataset.partition("@")
+    if Path(dataset).exists() or not at:
+        name = dataset
+    elif revision is not None:
+        raise ValueError(f"{dataset} names a revision, and --revision names another; leave one out")
+    else:
+        revision = pinned
+    directory = local_directory(name, revision)
+    is_here = directory == Path(name)
+
+    def locate(file: str) -> Path:
+        # The directory of a dataset on the Hub is that of a commit, to which all of its files then belong.
+        return (directory if is_here else local_directory(name, directory.name, file)) / file
+
+    return Viewed(directory=directory, locate=locate, is_here=is_here)
