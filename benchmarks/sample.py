@@ -4,18 +4,20 @@ import json
 import os
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from builder.build.stream import SequenceStream, make_encoder
+from builder.build.stream import SequenceStream
 from builder.corpus.encoder import Encoder
 from builder.corpus.sequences import Sequence
 from builder.dataset.manifest import environment
 from builder.recipe import Recipe
 from builder.sources import demo
+from builder.sources.opening import make_encoder
 from builder.teacher.loading import load_teacher
 from builder.teacher.model import Teacher
 
@@ -75,16 +77,26 @@ def ratio(numerator: list[float], denominator: list[float]) -> float:
 
 
 @contextmanager
-def timed(owner: object, name: str, clock: dict[str, float], label: str) -> Iterator[None]:
-    """Add the time spent in a function or generator, while this lasts, to `clock[label]`."""
+def timed(
+    owner: object,
+    name: str,
+    clock: dict[str, float],
+    label: str,
+    *,
+    now: Callable[[], float] = time.perf_counter,
+) -> Iterator[None]:
+    """Add the time spent in a function or generator, on whatever thread, while this lasts, to `clock[label]`."""
     original = getattr(owner, name)
+    lock = threading.Lock()
 
     def clocked(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
+        started = now()
         try:
             return call(*args, **kwargs)
         finally:
-            clock[label] = clock.get(label, 0.0) + time.perf_counter() - started
+            taken = now() - started
+            with lock:
+                clock[label] = clock.get(label, 0.0) + taken
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         result = clocked(original, *args, **kwargs)
