@@ -7,6 +7,7 @@ import sys
 
 from datasets import load_dataset
 from peft import LoraConfig
+from torch import cuda
 from trl import SFTConfig
 
 from logit_dataset import LogitCollator
@@ -15,7 +16,7 @@ from logit_dataset.trainers import DistillationSFTTrainer
 dataset, model, output = sys.argv[1:]
 trainer = DistillationSFTTrainer(
     model,
-    args=SFTConfig(output, learning_rate=1e-3, logging_steps=10, report_to=[]),
+    args=SFTConfig(output, learning_rate=1e-3, report_to=[], use_cpu=not cuda.is_available()),
     data_collator=LogitCollator.of(dataset),
     train_dataset=load_dataset(dataset, split="train"),
     peft_config=LoraConfig(target_modules="all-linear"),
