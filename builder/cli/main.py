@@ -10,6 +10,7 @@ import typer
 
 from builder.cli.build import build
 from builder.cli.card import card
+from builder.cli.export import export
 from builder.cli.info import info
 from builder.cli.plan import plan
 from builder.cli.publish import publish
@@ -31,6 +32,9 @@ app.command(epilog="Example: logit-dataset verify ORG/NAME --revision v1.0.0 --r
 )
 app.command(epilog="Example: logit-dataset info ORG/NAME --revision v1.0.0")(info)
 app.command(epilog="Example: logit-dataset card out/mine")(card)
+app.command(epilog="Example: logit-dataset export ORG/NAME --to axolotl --output out/axolotl")(
+    export
+)
 app.command(epilog="Example: logit-dataset publish ORG/NAME out/mine --tag v1.0.0 --dry-run")(
     publish
 )
