@@ -13,6 +13,7 @@ Cost: three blocks in memory (43 MB each at k = 50, 270 MB with whole distributi
 Shape suffixes: B rows of a batch, T their length, K values a position, P pieces (sequences, or parts of long ones).
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ BUFFER_VALUES = 2**27
 """Limit on T · K of a block, for whole distributions: as many row groups."""
 READERS = 2
 """Threads that decode row groups; each lets Arrow use all cores. Four were slower on two cores."""
-PADDING = {"target_ids": NO_TARGET, "sequence_ids": -1, **NO_PROBABILITY}
+PADDING = {"target_ids": NO_TARGET, "sequence_ids": -1, "row_ids": -1, **NO_PROBABILITY}
 """What stands where no token is; 0 in all other columns: losses of others look all ids up before they multiply by a mask."""
 
 
@@ -145,12 +146,16 @@ class Batches(IterableDataset[dict[str, Tensor]]):
         """The rest of the current epoch.
 
         Raises:
-            ValueError: a row cannot be read, or is longer than `length`.
+            ValueError: a row cannot be read, or is longer than `length`; or whoever asks for batches would leave some of them out.
         """
         if get_worker_info() is not None:
             raise ValueError(
                 "these batches are read ahead by a thread of their own, and workers would repeat them; use num_workers=0"
             )
+        _check_loader()
+        return self._rest()
+
+    def _rest(self) -> Iterator[dict[str, Tensor]]:
         taken: list[Taken] = []
         free = self._free()
         for piece, place in self._pieces():
@@ -232,6 +237,32 @@ class Batches(IterableDataset[dict[str, Tensor]]):
         if self._int64_targets:
             batch["target_ids"] = batch["target_ids"].astype(np.int64)
         return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+
+def _check_loader() -> None:
+    """Refuse loaders that take ready batches for rows, and lose some without a word. They tell a dataset nothing, so their frames are read.
+
+    Raises:
+        ValueError: a DataLoader collates several batches into one, or accelerate divides them among processes.
+    """
+    frame = sys._getframe(1)
+    while frame := frame.f_back:  # type: ignore[assignment]
+        module, names = frame.f_globals.get("__name__"), frame.f_locals
+        loader = names.get("loader") if module == "torch.utils.data.dataloader" else None
+        if loader is not None and loader.batch_size not in (None, 1):
+            raise ValueError(
+                f"these batches are ready, but a DataLoader with batch_size={loader.batch_size} would collate several of them into one; "
+                "use DataLoader(batches, batch_size=None), or rows of load_dataset with a LogitCollator"
+            )
+        if module in ("accelerate.data_loader", "transformers.trainer_pt_utils"):
+            owner = names.get("self")
+            found = (owner, getattr(owner, "state", None))
+            number = max(int(getattr(each, "num_processes", 1)) for each in found)
+            if number > 1:
+                raise ValueError(
+                    f"accelerate would divide the batches of one process among {number}, and leave the others' out; take batches with "
+                    "rank= and world_size= as they are, or give it rows of load_dataset with a LogitCollator"
+                )
 
 
 def pieces_of(rows: Rows, most: int | None) -> list[Piece]:

@@ -37,7 +37,10 @@ KNOWN = (
     "entropy",
 )
 """Columns that have a place for every position, or the row is wrong. Any other column is taken if it has."""
-MADE = ("target_ids", "mask", "sequence_ids", "position_ids", "labels", "attention_mask")
+MADE = (
+    *("target_ids", "mask", "sequence_ids", "position_ids", "labels", "attention_mask"),
+    *("row_ids", "row_lengths"),
+)
 """What is made here: a column of that name is not read."""
 
 
@@ -65,6 +68,9 @@ class LogitCollator:
     """Of a dataset with completions, learn the text of prompts too: in `target_ids` and `labels`."""
     projection: Projection | None = None
     """Into the vocabulary of a student."""
+    number_rows: bool = False
+    """Give also `row_ids` [B, T] int64, of which of the rows each position is, −1 in padding, and `row_lengths`, the positions of each: after
+    cutting and packing nothing else tells."""
     eos_token_id: int | None = None
     """What follows a document."""
     shortest_open: float = 0.0
@@ -127,6 +133,8 @@ class LogitCollator:
         """
         flat = self._flat(rows)
         flat = self.projection(flat) if self.projection else flat
+        if self.number_rows:
+            flat.columns["row_ids"] = np.repeat(np.arange(len(flat.lengths_R)), flat.lengths_R)
         pieces = pieces_of(flat, self.length if self.split_long else None)
         pieces = pieces or [Piece(flat, 0, 0)]  # a projection may leave all out
         longest = max(piece.length for piece in pieces)
@@ -141,6 +149,8 @@ class LogitCollator:
         goes_on = (sequences[:, 1:] == sequences[:, :-1]) & (sequences[:, 1:] >= 0)
         labels[:, 1:][goes_on] = batch["target_ids"][:, :-1][goes_on]
         batch["labels"] = labels
+        if self.number_rows:
+            batch["row_lengths"] = flat.lengths_R
         if not self.packed:
             batch["attention_mask"] = (sequences >= 0).astype(np.int64)
         return {name: torch.from_numpy(values) for name, values in batch.items()}

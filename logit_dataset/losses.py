@@ -1,7 +1,7 @@
 """A student's logits and a batch → a scalar loss, with the mass outside the top K treated truthfully.
 
-In:   logits_BTV of the student (or its hidden states and its head), and a batch of `builder.student.load_logits`.
-Out:  mean loss over the positions that count, in nats.
+In:   logits_BTV of the student (or its hidden states and its head), and a batch of `load_logits(…).batches` or of a `LogitCollator`.
+Out:  mean loss over the positions that count, in nats; or the loss at each of them.
 
 Position t of the batch holds the teacher's distribution p for the token after input_ids[t], and q = softmax(logits[:, t]) is the
 student's for the same token: nothing is shifted here. `target_ids` are those tokens, shifted once, in `rows`.
@@ -48,8 +48,9 @@ def distillation_loss(
         loss: see `divergences`.
         text_weight: w, 0 to 1.
         temperature: 1, or one whose logsumexp the dataset stores; any, where it has whole distributions.
-        num_positions: divide both sums by this instead of their own counts: the positions in the `mask` of all batches over which
-            gradients accumulate. Means of each batch would weigh a position less where there are many.
+        num_positions: divide the sums by this instead of their own counts: what `count_positions` gives of all batches over which
+            gradients accumulate, added up. Means of each batch would weigh a position less where there are many. One number divides
+            both sums.
 
     Raises:
         ValueError: the batch has not what this loss or temperature needs, or ids outside the student's vocabulary.
@@ -58,6 +59,43 @@ def distillation_loss(
     logits_MV = _positions(logits_BTV, batch, "logits")
     sums = terms.sums(logits_MV, slice(None), terms.rows_N)
     return terms.combine(sums, num_positions)
+
+
+def count_positions(batch: Mapping[str, Tensor], *, loss: Loss = "tail_bucket") -> Tensor:
+    """[2] int64: over how many positions `distillation_loss` takes the mean of the distillation, and of the text's cross-entropy.
+
+    Args:
+        batch: as above.
+        loss: as above.
+
+    Raises:
+        ValueError: the batch lacks what tells.
+    """
+    _check_columns(batch)
+    distilled, text = _counting(batch, loss)
+    return torch.stack([distilled.sum(), text.sum()])
+
+
+def position_losses(
+    logits_BTV: Tensor,
+    batch: Mapping[str, Tensor],
+    *,
+    loss: Loss = "tail_bucket",
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The distillation and the text's cross-entropy at each position, [B, T] each, in nats; 0 where they do not count.
+
+    Args:
+        logits_BTV, batch, loss, temperature: as above.
+
+    Raises:
+        ValueError: as above.
+    """
+    terms = _Terms.of(batch, loss, 0.5, temperature)
+    logits_MV = _positions(logits_BTV, batch, "logits")
+    values_N = terms.at_positions(logits_MV, slice(None), terms.rows_N)
+    both = [v.new_zeros(len(logits_MV)).index_put((terms.rows_N,), v) for v in values_N]
+    return both[0].view(logits_BTV.shape[:2]), both[1].view(logits_BTV.shape[:2])
 
 
 def distillation_loss_from_hidden(
@@ -97,6 +135,19 @@ def distillation_loss_from_hidden(
     return terms.combine(torch.stack(sums).sum(0), num_positions)
 
 
+def _check_columns(batch: Mapping[str, Tensor]) -> None:
+    if missing := {"input_ids", "target_ids", "mask"} - set(batch):
+        raise ValueError(
+            f"the batch has no {', '.join(sorted(missing))}; take it from load_logits(…).batches(…) or a LogitCollator, which shift and mask"
+        )
+
+
+def _counting(batch: Mapping[str, Tensor], loss: Loss) -> tuple[Tensor, Tensor]:
+    """[B, T] each: where the distillation counts, and where the text does."""
+    has_target = batch["target_ids"] >= 0
+    return batch["mask"] & has_target if loss == "residual" else batch["mask"], has_target
+
+
 def _positions(values_BTX: Tensor, batch: Mapping[str, Tensor], what: str) -> Tensor:
     """[M, X]: what a student has at each position of a batch."""
     found, expected = tuple(values_BTX.shape), tuple(batch["input_ids"].shape)
@@ -128,19 +179,13 @@ class _Terms:
             raise ValueError(f"loss is {loss!r}, expected one of {', '.join(get_args(Loss))}")
         if not 0 <= text_weight <= 1:
             raise ValueError(f"text_weight is {text_weight}, expected 0 to 1")
-        if missing := {"input_ids", "target_ids", "mask"} - set(batch):
-            raise ValueError(
-                f"the batch has no {', '.join(sorted(missing))}; take it from load_logits(…).batches(…), which shifts and masks"
-            )
+        _check_columns(batch)
         if loss == "tail_draws":
             _check_draws(batch, temperature)
-        target_M = batch["target_ids"].flatten()
-        distilled_M = batch["mask"].flatten()
-        if loss == "residual":
-            distilled_M = distilled_M & (target_M >= 0)
+        distilled_M, text_M = (counts.flatten() for counts in _counting(batch, loss))
         if text_weight == 1:
             distilled_M = torch.zeros_like(distilled_M)
-        counts_M = distilled_M | (target_M >= 0) if text_weight else distilled_M
+        counts_M = distilled_M | text_M if text_weight else distilled_M
         rows_N = counts_M.nonzero()[:, 0]
         return cls(
             loss=loss,
@@ -153,6 +198,12 @@ class _Terms:
 
     def sums(self, logits_MV: Tensor, chunk: slice, rows_C: Tensor) -> Tensor:
         """[2]: the distillation and the cross-entropy, each summed over the positions of a chunk."""
+        return torch.stack([v.sum() for v in self.at_positions(logits_MV, chunk, rows_C)])
+
+    def at_positions(
+        self, logits_MV: Tensor, chunk: slice, rows_C: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The distillation and the cross-entropy at the positions of a chunk, 0 where they do not count; a scalar 0 of what is not asked for."""
         dtype = torch.promote_types(logits_MV.dtype, torch.float32)
 
         def part(values: Tensor) -> Tensor:
@@ -171,13 +222,13 @@ class _Terms:
                 head_NK=head_NK, tail_N=tail_N, target_N=other[:, 0], draws_NJ=other[:, 1:]
             )
             loss_N = LOSSES[self.loss](teacher, student) * self.temperature**2
-            distilled = loss_N.where(self.distilled_N[chunk], 0).sum()
+            distilled = loss_N.where(self.distilled_N[chunk], 0)
         if self.text_weight:
             if self.text_weight == 1 or self.temperature != 1:  # the text is learned at 1
                 empty_N0 = teacher.head_NK[:, :0]
                 other = gather_logprobs(logits_MV, rows_C, empty_N0, other_NJ[:, :1])[2]
-            text = -other[:, 0].where(teacher.target_N >= 0, 0).sum()
-        return torch.stack([distilled, text])
+            text = -other[:, 0].where(teacher.target_N >= 0, 0)
+        return distilled, text
 
     def combine(self, sums: Tensor, num_positions: float | Tensor | None) -> Tensor:
         """The weighted mean; 0 of no positions."""

@@ -10,6 +10,7 @@ import typer
 
 from builder.cli.build import build
 from builder.cli.card import card
+from builder.cli.export import export
 from builder.cli.info import info
 from builder.cli.plan import plan
 from builder.cli.publish import publish
@@ -35,6 +36,9 @@ app.command(
     epilog="Example: logit-dataset view out/mine --rows 20 --against out/other --output page.html"
 )(view)
 app.command(epilog="Example: logit-dataset card out/mine")(card)
+app.command(epilog="Example: logit-dataset export ORG/NAME --to axolotl --output out/axolotl")(
+    export
+)
 app.command(epilog="Example: logit-dataset publish ORG/NAME out/mine --tag v1.0.0 --dry-run")(
     publish
 )

@@ -1,0 +1,56 @@
+"""The command `export`: a dataset in the format of another trainer."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from builder.cli.options import DatasetArgument, RevisionOption
+from builder.cli.terminal import say
+
+
+class Trainer(StrEnum):
+    """Who reads the output."""
+
+    AXOLOTL = "axolotl"
+    DISTILLKIT = "distillkit"
+    MAXTEXT = "maxtext"
+
+
+class Tail(StrEnum):
+    """What becomes of the mass outside the top K."""
+
+    DRAWS = "draws"
+    BUCKET = "bucket"
+    NONE = "none"
+
+
+def export(
+    dataset: DatasetArgument,
+    to: Annotated[Trainer, typer.Option(help="The trainer that is to read the output.")],
+    output: Annotated[Path, typer.Option(help="Directory to make.")],
+    revision: RevisionOption = None,
+    tail: Annotated[
+        Tail | None,
+        typer.Option(
+            help="The mass outside the top K: as ids drawn from it, as one bucket, or lost; by default the best that the trainer and the "
+            "dataset have."
+        ),
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens of a row, for DistillKit and MaxText; the recipe's max_length by default.",
+        ),
+    ] = None,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="For DistillKit, put several sequences into a row.")
+    ] = False,
+) -> None:
+    """Write a dataset for axolotl, DistillKit or MaxText, with a README that says how to use it and what is lost."""
+    from logit_dataset.export.export import export as write
+
+    how = {"length": length, "packed": packed, "revision": revision}
+    say(write(dataset, output, to=to.value, tail=tail.value if tail else None, **how))  # type: ignore[arg-type]
