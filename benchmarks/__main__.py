@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("out/bench.json"))
     options = parser.parse_args()
 
-    from builder.cli.terminal import quiet_libraries
+    from builder.console.terminal import quiet_libraries
 
     quiet_libraries()
     results: dict[str, Any] = {"machine": sample.machine(options.device)}

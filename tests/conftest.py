@@ -17,6 +17,7 @@ os.environ["PYTHONPATH"] = str(
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach beyond this machine
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-")  # nor write to, or find, what the user keeps
+os.environ["LOGIT_DATASET_QUIET"] = "1"  # progress would stand between what tests compare
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this tiny, a second thread only waits
 
 import pyarrow as pa
@@ -248,7 +249,7 @@ def built(tiny_teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> Iterator[None]:
-    from builder.cli.terminal import quiet_libraries
+    from builder.console.terminal import quiet_libraries
 
     quiet_libraries()
     yield

@@ -75,6 +75,7 @@ def build(
     progress: Progress = lambda _: None,
     found: Progress = lambda _: None,
     notice: Notice = lambda message: print(message, file=sys.stderr),
+    told: Notice = lambda _: None,
 ) -> BuildResult:
     """Build a dataset, or resume it.
 
@@ -91,6 +92,7 @@ def build(
         progress: told of captured tokens.
         found: told of the tokens of shards that an earlier run has finished.
         notice: told, in a line, of what the user should know (a damaged shard that is built again).
+        told: what is done at the moment, where that takes time and yields no tokens; "" afterwards.
 
     Raises:
         ValueError: the recipe, its sources, or what stands in the directory make the build impossible.
@@ -128,6 +130,7 @@ def build(
                 device=device,
                 progress=progress,
                 notice=notice,
+                told=told,
             )
             computed = _compute_here(worker, output, chains)
         else:

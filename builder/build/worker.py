@@ -98,6 +98,7 @@ class Worker:
         device: str,
         progress: Progress,
         notice: Notice,
+        told: Notice = lambda _: None,
     ) -> None:
         """Prepare to compute; the teacher is loaded when it is first needed.
 
@@ -108,6 +109,7 @@ class Worker:
             device: a torch device.
             progress: told of captured tokens.
             notice: told, in a line, of what the user should know.
+            told: what it does at the moment, where that takes time and yields no tokens; "" afterwards.
         """
         self._recipe = recipe
         self._sources = sources
@@ -115,6 +117,7 @@ class Worker:
         self._device = device
         self._progress = progress
         self._notice = notice
+        self._told = told
         self._metadata = {
             "logit_dataset.schema": SCHEMA_VERSION,
             "logit_dataset.row_fingerprint": row_fingerprint(sources.plan(recipe)),
@@ -126,7 +129,9 @@ class Worker:
     def teacher(self) -> Teacher:
         """The teacher, loaded when first needed."""
         self._watch.check_teacher()
+        self._told("loading the teacher")
         teacher = open_teacher(self._recipe.teacher, self._sources.teacher, device=self._device)
+        self._told("")
         self._watch.check_teacher()
         _check_fit(self._recipe, teacher)
         for line in teacher.notices:

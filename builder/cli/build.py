@@ -1,36 +1,40 @@
 """The command `build`: what a recipe describes becomes a dataset, which can be published while it is built."""
 
 import shlex
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from builder.cli.options import (
+from builder.console.options import (
     Device,
     DeviceOption,
     MessageOption,
     PrivateOption,
+    QuietOption,
     RecomputeOption,
     TagOption,
 )
-from builder.cli.terminal import (
+from builder.console.progress import progress
+from builder.console.terminal import (
     choose_device,
     notice,
     program,
-    progress_bar,
     quiet_libraries,
     say,
     say_published,
-    start_from,
 )
 
 
 def build(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as dataset_cards/*/recipe.toml.")],
     output: Annotated[
-        Path, typer.Option(help="Directory of the dataset. An unfinished build in it is resumed.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Directory of the dataset. An unfinished build in it is resumed.",
+        ),
     ],
     device: DeviceOption = Device.AUTO,
     max_shards: Annotated[
@@ -68,6 +72,7 @@ def build(
     private: PrivateOption = False,
     message: MessageOption = None,
     recompute: RecomputeOption = 5,
+    quiet: QuietOption = False,
 ) -> None:
     """Build a dataset from a recipe, or resume an unfinished one."""
     from builder.recipe import load_recipe
@@ -92,7 +97,7 @@ def build(
     from builder.build.worker import Pool
     from builder.sources.resolve import local_teacher
 
-    with progress_bar("build", loaded.corpus.max_tokens) as bar:
+    with progress("build", loaded.corpus.max_tokens, is_quiet=quiet) as bar:
         pool = None
         if with_ray:
             pool = Pool(
@@ -100,15 +105,16 @@ def build(
                 device=device.value,
                 address=ray_address,
                 gpus_per_worker=gpus_per_worker,
-                told=bar.set_postfix_str,
+                told=bar.tell,
             )
         options: dict[str, Any] = {
             "device": torch_device,
             "pool": pool,
             "max_shards": max_shards,
             "progress": bar.update,
-            "found": partial(start_from, bar),
+            "found": bar.start_from,
             "notice": notice,
+            "told": bar.tell,
         }
         if publish_to:
             result, published = deliver(

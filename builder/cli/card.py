@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from builder.cli.terminal import say
+from builder.console.terminal import say
 
 
 def card(

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from builder.cli.options import DatasetArgument, RevisionOption
-from builder.cli.terminal import say
+from builder.console.options import DatasetArgument, RevisionOption
+from builder.console.terminal import say
 
 
 class Trainer(StrEnum):

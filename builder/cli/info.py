@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from builder.cli.options import DatasetArgument, RevisionOption, TeacherOption
-from builder.cli.terminal import local_directory, quiet_libraries, say, say_json
+from builder.console.options import DatasetArgument, RevisionOption, TeacherOption
+from builder.console.terminal import local_directory, quiet_libraries, say, say_json
 
 
 class Format(StrEnum):
@@ -19,8 +19,9 @@ class Format(StrEnum):
 def info(
     dataset: DatasetArgument,
     revision: RevisionOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
     format: Annotated[
-        Format, typer.Option(help="For a person, or JSON for a program.")
+        Format, typer.Option(help="The former spelling of --json.", hidden=True)
     ] = Format.HUMAN,
     row: Annotated[
         int | None,
@@ -36,10 +37,11 @@ def info(
     from builder.dataset import info as information
     from builder.dataset.lookup import file_of_row
 
+    as_json = as_json or format is Format.JSON
     directory = local_directory(dataset, revision)
     if row is not None:
-        if format is Format.JSON:
-            raise ValueError("--format json prints the summary; rows are read with load_dataset")
+        if as_json:
+            raise ValueError("--json prints the summary; rows are read with load_dataset")
         quiet_libraries()
         directory = local_directory(dataset, revision, file_of_row(directory, row)[0])
         if position is None:
@@ -49,7 +51,7 @@ def info(
             say(information.describe_position(found))
     elif position is not None:
         raise ValueError("--position needs --row")
-    elif format is Format.JSON:
+    elif as_json:
         say_json(information.summarize(directory))
     else:
         say(information.describe(directory))

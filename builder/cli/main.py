@@ -5,6 +5,7 @@ Each command is a file beside this one. Everything heavy is imported inside the 
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
@@ -12,18 +13,20 @@ from builder.cli.build import build
 from builder.cli.card import card
 from builder.cli.export import export
 from builder.cli.info import info
+from builder.cli.init import init
 from builder.cli.plan import plan
 from builder.cli.publish import publish
 from builder.cli.verify import verify
 from builder.cli.view import view
 
 app = typer.Typer(
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Capture a teacher's next-token distributions as a Hugging Face dataset, verify and read them.",
     epilog="Example: logit-dataset build dataset_cards/smollm2-135m-python-docs/recipe.toml --output out/python-docs",
 )
+app.command(epilog="Example: logit-dataset init mine --corpus 'texts/*.txt'")(init)
 app.command(epilog="Example: logit-dataset build recipe.toml --output out/mine --dry-run")(build)
 app.command(
     epilog="Example: logit-dataset plan recipe.toml --tokens 1e12 --gpu h100 --parameters 8e9 --workers 64"
@@ -42,6 +45,27 @@ app.command(epilog="Example: logit-dataset export ORG/NAME --to axolotl --output
 app.command(epilog="Example: logit-dataset publish ORG/NAME out/mine --tag v1.0.0 --dry-run")(
     publish
 )
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import version
+
+        print(f"logit-dataset {version('logit-dataset')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 and the number of the signal, as shells have it."""

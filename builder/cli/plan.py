@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from builder.cli.terminal import say, say_json
+from builder.console.terminal import say, say_json
 
 
 class Gpu(StrEnum):

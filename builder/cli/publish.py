@@ -6,19 +6,20 @@ from typing import Annotated
 
 import typer
 
-from builder.cli.options import (
+from builder.console.options import (
     Device,
     DeviceOption,
     MessageOption,
     PrivateOption,
+    QuietOption,
     RecomputeOption,
     TagOption,
     TeacherOption,
 )
-from builder.cli.terminal import (
+from builder.console.progress import progress
+from builder.console.terminal import (
     choose_device,
     notice,
-    progress_bar,
     quiet_libraries,
     say,
     say_published,
@@ -38,6 +39,7 @@ def publish(
         bool, typer.Option("--dry-run", help="List files, bytes and the card; change nothing.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Publish a finished dataset as a tagged version, or resume that."""
     from builder.hub import publish as hub
@@ -56,7 +58,7 @@ def publish(
         if not typer.confirm(f"Publish {name} {plan.version.tag}?", err=True):
             raise typer.Exit(1)
     torch_device = choose_device(device) if recompute else "cpu"
-    with progress_bar("verify", plan.manifest["totals"]["tokens"]) as bar:
+    with progress("verify", plan.manifest["totals"]["tokens"], is_quiet=quiet) as bar:
         commit = hub.publish(
             plan,
             recompute=recompute,

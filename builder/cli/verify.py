@@ -4,11 +4,18 @@ from typing import Annotated, Any
 
 import typer
 
-from builder.cli.options import DatasetArgument, Device, DeviceOption, RevisionOption, TeacherOption
-from builder.cli.terminal import (
+from builder.console.options import (
+    DatasetArgument,
+    Device,
+    DeviceOption,
+    QuietOption,
+    RevisionOption,
+    TeacherOption,
+)
+from builder.console.progress import progress
+from builder.console.terminal import (
     choose_device,
     local_directory,
-    progress_bar,
     quiet_libraries,
     say,
 )
@@ -39,6 +46,7 @@ def verify(
             help="Run code from the teacher's repository, if the manifest asks for it.",
         ),
     ] = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Check that a dataset is what its manifest says: hashes, totals, every row's invariants, the card; with --recompute also the teacher.
 
@@ -69,7 +77,7 @@ def verify(
     if recompute:
         quiet_libraries()
         torch_device = choose_device(device)
-    with progress_bar("verify", read_manifest(directory)["totals"]["tokens"]) as bar:
+    with progress("verify", read_manifest(directory)["totals"]["tokens"], is_quiet=quiet) as bar:
         report = run(
             directory,
             recompute=recompute,
@@ -78,6 +86,7 @@ def verify(
             teacher_path=teacher,
             progress=bar.update,
             trust_remote_code=trust_remote_code,
+            told=bar.tell,
         )
     for problem in report.problems:
         say(one_line(problem))

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from builder.cli.options import DatasetArgument, RevisionOption, TeacherOption
-from builder.cli.terminal import local_directory, quiet_libraries, say
+from builder.console.options import DatasetArgument, RevisionOption, TeacherOption
+from builder.console.terminal import local_directory, quiet_libraries, say
 
 if TYPE_CHECKING:
     from builder.view.view import Viewed

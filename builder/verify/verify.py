@@ -45,6 +45,7 @@ def verify(
     progress: Callable[[int], None] = lambda _: None,
     elsewhere: Mapping[str, Callable[[], Any]] | None = None,
     trust_remote_code: bool = False,
+    told: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Check a dataset against its manifest, the schema's invariants and, on request, its teacher.
 
@@ -58,6 +59,7 @@ def verify(
         elsewhere: opens data files that are not in the directory, of which only rows to recompute are read: somebody else
             compares their hashes, and has checked all of their rows when they were there.
         trust_remote_code: whether code from the teacher's repository may run, if the manifest asks for it.
+        told: what it does at the moment, where that is not to look at tokens.
 
     Raises:
         ValueError: there is no readable manifest, or the teacher at hand is not the dataset's.
@@ -81,6 +83,7 @@ def verify(
         from builder.verify.recompute import recompute_rows
 
         seed = random.SystemRandom().randrange(2**32) if seed is None else seed
+        told(f"recomputing {min(recompute, report.rows)} rows")
         report.recomputed, problems = recompute_rows(
             directory,
             manifest,

@@ -17,7 +17,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the Hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a run is one thread, and there are several at once
 
-from builder.cli.terminal import quiet_libraries
+from builder.console.terminal import quiet_libraries
 from examples.experiment.prepare import Place
 from examples.experiment.report import BEGIN, END, write_report
 from examples.experiment.runs import FULL, QUICK, experiment

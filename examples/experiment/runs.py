@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from builder.cli.terminal import quiet_libraries
+from builder.console.terminal import quiet_libraries
 from builder.dataset.manifest import write_json
 from examples.experiment.arms import ARMS
 from examples.experiment.prepare import Place, prepare

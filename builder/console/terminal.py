@@ -3,12 +3,10 @@
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from builder.cli.options import Device
+from builder.console.options import Device
 
 
 def local_directory(dataset: str, revision: str | None, *files: str) -> Path:
@@ -55,25 +53,6 @@ def notice(message: str) -> None:
     from builder.dataset.printable import lines
 
     tqdm.write(lines(message), file=sys.stderr)
-
-
-@contextmanager
-def progress_bar(label: str, total: int | None) -> Iterator[Any]:
-    """A bar with tokens/s and ETA on a terminal, nothing elsewhere."""
-    from tqdm import tqdm
-
-    with tqdm(
-        desc=label, total=total, unit="tok", unit_scale=True, disable=None, leave=False
-    ) as bar:
-        yield bar
-
-
-def start_from(bar: Any, tokens: int) -> None:
-    """Count tokens as done before the bar began, so that rate and ETA are those of this run."""
-    if not bar.disable:
-        bar.initial += tokens
-        bar.n += tokens
-        bar.refresh()
 
 
 def program() -> str:

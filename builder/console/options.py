@@ -33,6 +33,16 @@ RevisionOption = Annotated[
     str | None, typer.Option(help="Tag, branch or commit, of a dataset on the Hub.")
 ]
 
+QuietOption = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        envvar="LOGIT_DATASET_QUIET",
+        help="No progress on stderr; notices and errors stay.",
+    ),
+]
+
 TagOption = Annotated[
     str | None, typer.Option(help="A version like v1.2.3; the next one by default.")
 ]
