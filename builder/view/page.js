@@ -70,6 +70,7 @@
   // Text, which is never markup; parts by turns as they are, and as signs for characters that cannot be seen.
   function spelled(number) {
     const holder = document.createElement("bdi");
+    holder.dir = "ltr"; // a token is a sequence of characters, shown in their order
     if (number === none) return holder;
     const parts = data.strings[number];
     (typeof parts === "string" ? [parts] : parts).forEach((part, i) => holder.append(i % 2 ? make("u", part) : part));
@@ -244,6 +245,7 @@
       PageDown: () => order[here + 1] && [order[here + 1], 0],
       PageUp: () => order[here - 1] && [order[here - 1], 0],
       Enter: () => [row, index],
+      Escape: () => { $("panel").hidden = matchMedia("(max-width: 56rem)").matches; },
       " ": () => [row, index],
     };
     if (!Object.hasOwn(moves, event.key)) return;
