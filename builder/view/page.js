@@ -175,7 +175,8 @@
   }
 
   // One token is kept, by click, key or link; another may be looked at meanwhile.
-  let kept = null;
+  const LINK_AFTER_MS = 200; // browsers refuse a hundred links in some seconds, as of a key that is held down
+  let kept = null, linking = 0;
   function keep(row, index, { focus = false, scroll = false, link = true } = {}) {
     if (kept) {
       const old = kept[0].tokens[kept[1]];
@@ -191,7 +192,8 @@
     show(row, index);
     if (scroll) token.scrollIntoView({ block: "center" });
     if (focus) token.focus({ preventScroll: scroll });
-    if (link) history.replaceState(null, "", `#row=${row.number}&token=${index}`);
+    clearTimeout(linking);
+    if (link) linking = setTimeout(() => history.replaceState(null, "", `#row=${row.number}&token=${index}`), LINK_AFTER_MS);
   }
   function follow() {
     const found = /^#row=(\d+)(?:&token=(\d+))?$/.exec(location.hash);

@@ -383,6 +383,25 @@ def test_datasets_of_older_versions_are_shown(name):
     assert (found.rows, found.tokens) == (len(rows), sum(len(row["input_ids"]) for row in rows))
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_the_command_opens_the_page_or_says_how(
+    cli, built, tiny_teacher_dir, tmp_path, monkeypatch, is_there
+):
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or is_there)
+    output = tmp_path / "a page.html"
+    arguments = ("view", built, "--rows", 2, "--teacher", tiny_teacher_dir, "--output", output)
+    status, out, err = cli(*arguments, "--open")
+    assert (status, err, opened) == (0, "", [output.as_uri()])
+    tokens = sum(row["length"] for row in data_of(output.read_bytes())["rows"])
+    size = output.stat().st_size
+    what = f"{output}: 2 rows, {tokens:,} tokens, {size / 1e6:.1f} MB"
+    following = [] if is_there else [f"next: open {output} in a browser"]
+    assert out.splitlines() == [what, *following]
+    assert cli(*arguments)[1].splitlines() == [what, f"next: open {output} in a browser"]
+    assert len(opened) == 1
+
+
 def test_one_line_says_what_is_wrong(built, tmp_path, tiny_teacher_dir):
     for arguments, message in (
         ((built, "--output", "x.txt"), "--output x.txt is no page; give it a name that ends in .html"),
