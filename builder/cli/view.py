@@ -51,9 +51,7 @@ def view(
     with atomic_file(output) as sink:
         sink.write(found.html)
     say(f"{output}: {found.rows:,} rows, {found.tokens:,} tokens, {len(found.html) / 1e6:.1f} MB")
-    if open_page:
-        webbrowser.open(output.absolute().as_uri())
-    else:
+    if not (open_page and webbrowser.open(output.absolute().as_uri())):
         say(f"next: open {output} in a browser")
 
 

@@ -170,7 +170,7 @@ def _calibration(positions: _Positions) -> Chart:
     return Chart(
         title="Calibration on this text",
         says=f"The first choice gets {positions.first.mean():.0%} and is right in {positions.hit.mean():.0%}: "
-        f"{abs(gap):.1%} {lean} sure than right; calibration error {error:.1%}.",
+        f"{100 * abs(gap):.1f} points {lean} sure than right; calibration error {error:.1%}.",
         svg=_picture(
             "How often the first choice is right, by its probability; on the line, as often as it says",
             parts,

@@ -70,6 +70,7 @@
   // Text, which is never markup; parts by turns as they are, and as signs for characters that cannot be seen.
   function spelled(number) {
     const holder = document.createElement("bdi");
+    holder.dir = "ltr"; // a token is a sequence of characters, shown in their order
     if (number === none) return holder;
     const parts = data.strings[number];
     (typeof parts === "string" ? [parts] : parts).forEach((part, i) => holder.append(i % 2 ? make("u", part) : part));
@@ -174,7 +175,8 @@
   }
 
   // One token is kept, by click, key or link; another may be looked at meanwhile.
-  let kept = null;
+  const LINK_AFTER_MS = 200; // browsers refuse a hundred links in some seconds, as of a key that is held down
+  let kept = null, linking = 0;
   function keep(row, index, { focus = false, scroll = false, link = true } = {}) {
     if (kept) {
       const old = kept[0].tokens[kept[1]];
@@ -190,7 +192,8 @@
     show(row, index);
     if (scroll) token.scrollIntoView({ block: "center" });
     if (focus) token.focus({ preventScroll: scroll });
-    if (link) history.replaceState(null, "", `#row=${row.number}&token=${index}`);
+    clearTimeout(linking);
+    if (link) linking = setTimeout(() => history.replaceState(null, "", `#row=${row.number}&token=${index}`), LINK_AFTER_MS);
   }
   function follow() {
     const found = /^#row=(\d+)(?:&token=(\d+))?$/.exec(location.hash);
@@ -244,6 +247,7 @@
       PageDown: () => order[here + 1] && [order[here + 1], 0],
       PageUp: () => order[here - 1] && [order[here - 1], 0],
       Enter: () => [row, index],
+      Escape: () => { $("panel").hidden = matchMedia("(max-width: 56rem)").matches; },
       " ": () => [row, index],
     };
     if (!Object.hasOwn(moves, event.key)) return;

@@ -6,7 +6,7 @@ Out:  a text for each token, which together are the row's text; and, of any text
 How:  as streaming servers do it: a token's text is by how much the decoded text grows. Where a character takes several tokens, it
       stands at the first of them and the others are empty; bytes that make none are spelled as in <0xE2>. Control characters and marks of direction become signs that name them.
 
-Cost: one decoding of a few tokens a token: 10,000 tokens take 0.5 s.
+Cost: one decoding of a few tokens a token: 10,000 tokens take 0.15 s.
 """
 
 import unicodedata

@@ -15,6 +15,7 @@ import numpy as np
 from builder.dataset.info import facts, spell_token
 from builder.dataset.lookup import dataset_tokenizer
 from builder.dataset.manifest import read_manifest, records_of
+from builder.dataset.printable import one_line
 from builder.view.comparison import Against, load_same_rows
 from builder.view.page import WIDTH, render
 from builder.view.rows import Locate, Row, load_rows
@@ -120,7 +121,8 @@ def choose(
 def _other_name(manifest: dict[str, Any], other: dict[str, Any]) -> str:
     """A name for the dataset to compare with, which is another one than the dataset's."""
     name = str(other["recipe"]["name"])
-    return name if name != manifest["recipe"]["name"] else f"{name} {other['fingerprint'][:8]}"
+    is_same = name == manifest["recipe"]["name"]
+    return one_line(f"{name} {other['fingerprint'][:8]}" if is_same else name)
 
 
 def _check_spelling(
@@ -137,7 +139,12 @@ def _check_spelling(
     """
     if manifest["teacher"]["tokenizer_sha256"] == other["teacher"]["tokenizer_sha256"]:
         return
-    theirs = dataset_tokenizer(other)
+    try:
+        theirs = dataset_tokenizer(other)
+    except ValueError as error:
+        raise ValueError(
+            f"the other dataset has another tokenizer, with which this one cannot be compared unseen: {error}"
+        ) from None
     ids = [*(row.input_ids for row in rows), *(row.ids[:, :WIDTH] for row in rows)]
     shown = np.unique(np.concatenate([a.ravel() for a in [*ids, *(c.ids for c in compared)]]))
     for token in shown[shown >= 0].tolist():

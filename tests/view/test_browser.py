@@ -163,6 +163,7 @@ def test_keys_alone_lead_everywhere(browser, make_page, built, tiny_teacher_dir)
         if browser.run("return document.activeElement.tagName") == "I":
             break
     browser.press(HOME, RIGHT, RIGHT, RIGHT)
+    browser.wait("setTimeout(arguments[0], 500)")
     panel = browser.run(PANEL)
     assert (panel["place"], panel["hash"]) == ("row 2, token 3", "#row=2&token=3")
     check_panel(panel, rows[2], 3, tokenizer)

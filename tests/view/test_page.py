@@ -6,6 +6,7 @@ import html
 import json
 import math
 import re
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from builder.view.spelling import pieces, signs
 from builder.view.turns import turns
 from builder.view.view import Viewed, choose, page
 from tests.chats import GEMMA, LLAMA_3, MISTRAL, chatty, sample_chats
-from tests.conftest import recipe_text, run_cli, sample_documents
+from tests.conftest import REPOSITORY, recipe_text, run_cli, sample_documents
 from tests.hub.test_publish import build_dataset
 from tests.view.conftest import HOSTILE, build_of
 
@@ -338,6 +339,67 @@ def test_datasets_of_other_rows_are_refused(pair, others, tiny_teacher_dir, whic
             against=viewed(others[which]),
             teacher_path=tiny_teacher_dir,
         )
+
+
+def test_rows_are_found_wherever_they_stand_and_twice(tiny_teacher_dir, tmp_path):
+    """In another order and other files, and with documents of one id."""
+    rows = [*sample_documents(7), {"id": "doc-1", "text": "The quick brown fox, once more."}]
+    usual = recipe_text(tiny_teacher_dir, "corpus.jsonl")
+    one = viewed(build_of(tmp_path / "one", usual, rows))
+    turned = recipe_text(tiny_teacher_dir, "corpus.jsonl", output="shard_tokens = 120")
+    other = viewed(build_of(tmp_path / "other", turned, rows[6::-1] + rows[7:]))
+    numbers = {"start": 0, "rows": 99}
+    found = page(one, **numbers, against=one, teacher_path=tiny_teacher_dir)
+    assert data_of(found.html)["arrays"]["divergence"].max() == 0
+    last = found.rows - 1
+    first_seven = page(one, start=0, rows=last, against=other, teacher_path=tiny_teacher_dir)
+    arrays = data_of(first_seven.html)["arrays"]
+    assert np.nanmax(arrays["divergence"]) < 1e-3  # other batches, so other last bits
+    np.testing.assert_allclose(arrays["otherTarget"], arrays["targetLogprob"], atol=5e-3)
+
+
+def test_names_of_datasets_are_text(hostile, pair, tiny_teacher_dir, tmp_path):
+    """Whatever a manifest calls its dataset and its teacher."""
+    copies = []
+    for name, source in (("<b>one\u202e", pair["one top"]), ("</script><b>other\u202e", pair["other top"])):  # fmt: skip
+        copies.append(Path(shutil.copytree(source, tmp_path / str(len(copies)))))
+        manifest = json.loads((copies[-1] / "manifest.json").read_text())
+        manifest["recipe"] |= {"name": name, "description": name}
+        (copies[-1] / "manifest.json").write_text(json.dumps(manifest))
+    text = page(viewed(copies[0]), rows=2, against=viewed(copies[1]), teacher_path=tiny_teacher_dir).html.decode()  # fmt: skip
+    assert "\u202e" not in text
+    assert "<b>o" not in text
+    assert len(re.findall("</script>", text)) == 2
+    assert text.count("&lt;/script&gt;&lt;b&gt;other\\u202e") >= 2
+
+
+OLDER = REPOSITORY / "tests" / "fixtures" / "older"
+
+
+@pytest.mark.parametrize("name", ["text", "chats", "written"])
+def test_datasets_of_older_versions_are_shown(name):
+    found = page(viewed(OLDER / name), rows=99, start=0, teacher_path=OLDER / "teacher")
+    rows = stored(OLDER / name)
+    assert (found.rows, found.tokens) == (len(rows), sum(len(row["input_ids"]) for row in rows))
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_the_command_opens_the_page_or_says_how(
+    cli, built, tiny_teacher_dir, tmp_path, monkeypatch, is_there
+):
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or is_there)
+    output = tmp_path / "a page.html"
+    arguments = ("view", built, "--rows", 2, "--teacher", tiny_teacher_dir, "--output", output)
+    status, out, err = cli(*arguments, "--open")
+    assert (status, err, opened) == (0, "", [output.as_uri()])
+    tokens = sum(row["length"] for row in data_of(output.read_bytes())["rows"])
+    size = output.stat().st_size
+    what = f"{output}: 2 rows, {tokens:,} tokens, {size / 1e6:.1f} MB"
+    following = [] if is_there else [f"next: open {output} in a browser"]
+    assert out.splitlines() == [what, *following]
+    assert cli(*arguments)[1].splitlines() == [what, f"next: open {output} in a browser"]
+    assert len(opened) == 1
 
 
 def test_one_line_says_what_is_wrong(built, tmp_path, tiny_teacher_dir):
