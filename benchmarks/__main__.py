@@ -14,7 +14,7 @@ from benchmarks import sample
 
 SECTIONS = (
     *("capture", "options", "generation", "storage", "reading", "students"),
-    *("scaling", "memory", "startup"),
+    *("scaling", "memory", "startup", "host"),
 )
 BARS = {
     "build_over_forward": {"float32": 0.96, "bfloat16": 0.93},
@@ -67,6 +67,8 @@ def main() -> None:
 
         results["startup"] = startup.measure(options.device)
         _table("seconds before work", results["startup"])
+    if "host" in options.only:
+        results["host"] = _host(options)
     sample.write_json(options.output, results)
     print(f"\n{time.perf_counter() - started:,.0f} s; all numbers are in {options.output}")
 
@@ -189,6 +191,15 @@ def _stored(options: argparse.Namespace) -> dict[str, Any]:
                 },
             )
     return results
+
+
+def _host(options: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import host
+
+    found = host.measure(rounds=options.rounds)
+    for name in ("with draws", "without draws"):
+        _table(f"host, {name}: tokens/s, and CPU microseconds a token by stage", found[name])
+    return found
 
 
 def _table(title: str, rows: dict[str, Any]) -> None:

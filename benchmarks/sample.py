@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,16 +77,26 @@ def ratio(numerator: list[float], denominator: list[float]) -> float:
 
 
 @contextmanager
-def timed(owner: object, name: str, clock: dict[str, float], label: str) -> Iterator[None]:
-    """Add the time spent in a function or generator, while this lasts, to `clock[label]`."""
+def timed(
+    owner: object,
+    name: str,
+    clock: dict[str, float],
+    label: str,
+    *,
+    now: Callable[[], float] = time.perf_counter,
+) -> Iterator[None]:
+    """Add the time spent in a function or generator, on whatever thread, while this lasts, to `clock[label]`."""
     original = getattr(owner, name)
+    lock = threading.Lock()
 
     def clocked(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
+        started = now()
         try:
             return call(*args, **kwargs)
         finally:
-            clock[label] = clock.get(label, 0.0) + time.perf_counter() - started
+            taken = now() - started
+            with lock:
+                clock[label] = clock.get(label, 0.0) + taken
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         result = clocked(original, *args, **kwargs)

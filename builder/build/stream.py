@@ -1,25 +1,55 @@
 """A recipe and its corpus → the sequences of one partition of its corpus, cut into shards.
 
+In:   a corpus, from an offset on.
+Out:  the sequences of one shard after the other, each with its documents' place in the corpus.
+
+How:  documents are read, and short texts of them tokenized, on a thread of their own, up to AHEAD batches of them; what they are, or what
+      is wrong with them, counts when their turn has come. A batch of texts is tokenized at once, on all cores.
+
 A shard ends with the document that reaches `shard_tokens`. Only a document of more than twice that by itself is cut: with the row with which
 the shard holds so many tokens of it; it goes on in the next shard. So no shard has more than three times `shard_tokens`, and a row.
 """
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 
+from builder.capture.ahead import Ahead
 from builder.capture.generation import Generator
 from builder.capture.pipeline import Notice
-from builder.corpus.documents import Offset
+from builder.corpus.documents import Corpus, Document, Offset
 from builder.corpus.encoder import Encoder
 from builder.corpus.sequences import Place, Rows, Sequence
 from builder.dataset.shards import Block
 from builder.recipe import Recipe
 from builder.sources.opening import open_corpus
 from builder.sources.resolve import CorpusSource
+from builder.text.pieces import Piece
 
 LONG_DOCUMENT = 2
 """Shards' worth of tokens by which a document is cut. Former versions cut none, so that this many keep most shards what they were."""
+BATCH_CHARACTERS = 2**17
+"""Of texts that are tokenized at once: 26 MB while they are."""
+BATCH_DOCUMENTS = 512
+"""That are read at once, at most."""
+BATCH_OTHERS = 16
+"""Chats and long texts that are read at once, at most: how large a chat is, is not known."""
+AHEAD = 4
+"""Batches that are read ahead: of some 130,000 tokens, so that the next shard has its first ones when it begins."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Read:
+    """A document of the corpus, or its end."""
+
+    document: Document | None
+    whole: Piece | None
+    """Its tokens, where they were made ahead."""
+    offset: Offset
+    """Of the corpus behind it."""
+    offset_of_last: Offset
+    """To read it again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +131,10 @@ class SequenceStream:
             start=start,
             opening=opening,
         )
-        self._first_file: int = self._corpus.offset["file"]
-        self._documents = iter(self._corpus)
+        self._read_offset = self._corpus.offset
+        """Behind the last document that was taken."""
+        self._first_file: int = self._read_offset["file"]
+        self._documents = _read_ahead(self._corpus, encoder)
         self._pending: _Document | None = None
         self._place = _place_in(start)
         """At which the first document goes on, where one does."""
@@ -119,11 +151,11 @@ class SequenceStream:
     @property
     def files_read(self) -> tuple[int, int]:
         """The numbers of the first and the last file that the last shard was read from, or that were looked into behind it."""
-        return self._first_file, self._corpus.offset["file"]
+        return self._first_file, self._read_offset["file"]
 
     def shard_sequences(self) -> Iterator[Sequence]:
         """The sequences of the next shard; afterwards `offset` and `exhausted` say where it ended."""
-        shard_end, self._first_file = self._tokens + self._shard_tokens, self._corpus.offset["file"]
+        shard_end, self._first_file = self._tokens + self._shard_tokens, self._read_offset["file"]
         while self._tokens < shard_end:
             document, self._pending = self._pending, None
             if document is None and (self._place or not self._limit_reached()):
@@ -156,18 +188,25 @@ class SequenceStream:
 
     def _next_document(self) -> _Document | None:
         """The next document that has sequences; None at the end of the corpus."""
-        for document in self._documents:
+        while (read := self._take()) and read.document:
             place, self._place = self._place, None
-            rows = self._encoder.sequences(document, place)
+            rows = self._encoder.sequences(read.document, place, whole=read.whole)
             if first := next(rows, None):
                 return _Document(
                     rows=rows,
                     ahead=first,
                     is_begun=place is not None,
-                    offset=self._offset(self._corpus.offset_of_last),
+                    offset=self._offset(read.offset_of_last),
                 )
             self._without_rows += 1
         return None
+
+    def _take(self) -> _Read | None:
+        """The next document; None, or a read of none, at the end of the corpus."""
+        read = next(self._documents, None)
+        if read:
+            self._read_offset = read.offset
+        return read
 
     def shard_blocks(self, generator: Generator) -> Iterator[Block]:
         """The rows of the next shard where documents are prompts; afterwards `offset` and `exhausted` say where it ended.
@@ -175,7 +214,7 @@ class SequenceStream:
         Prompts are completed a window at a time, and a shard ends with the window that reaches its tokens.
         """
         shard_end, self.prompts_too_long = self._tokens + self._shard_tokens, 0
-        self._first_file = self._corpus.offset["file"]
+        self._first_file = self._read_offset["file"]
         while self._tokens < shard_end and not self._limit_reached():
             left = None if self._max_tokens is None else self._max_tokens - self._tokens
             window = self._window(generator, left)
@@ -215,9 +254,10 @@ class SequenceStream:
             return self._pending_prompt
         limit = self._max_documents
         while limit is None or self._offset()["documents"] < limit:
-            document = next(self._documents, None)
-            if document is None:
+            read = self._take()
+            if read is None or read.document is None:
                 break
+            document = read.document
             sequence = self._encoder.encode_prompt(document, self._max_length)
             if sequence and self._end(sequence) <= self._limit(sequence):
                 self._pending_prompt = _Prompt(
@@ -258,7 +298,7 @@ class SequenceStream:
         self._notice(f"{why}: such documents are skipped and counted")
 
     def _offset(self, offset: Offset | None = None) -> Offset:
-        offset = offset or self._corpus.offset
+        offset = offset or self._read_offset
         moved = self._without_rows  # from those that the corpus yielded to those that were skipped
         counts = {
             "documents": offset["documents"] - moved,
@@ -273,6 +313,52 @@ class SequenceStream:
     def _has_tokens(self) -> bool:
         """Whether the limit of tokens is reached, which also holds within a document."""
         return self._max_tokens is not None and self._tokens >= self._max_tokens
+
+
+def _read_ahead(corpus: Corpus, encoder: Encoder) -> Iterator[_Read]:
+    """The documents of a corpus, and its end; what reading one raises is raised when its turn has come."""
+    with closing(Ahead(_batches(corpus, encoder), depth=AHEAD, name="corpus")) as batches:
+        for batch, error in batches:
+            yield from batch
+            if error:
+                raise error
+
+
+def _batches(corpus: Corpus, encoder: Encoder) -> Iterator[tuple[list[_Read], Exception | None]]:
+    """Some documents at a time, and what came in place of the one behind them."""
+    documents = iter(corpus)
+    is_end = False
+    while not is_end:
+        found: list[tuple[Document, Offset, Offset]] = []
+        error: Exception | None = None
+        room = 1.0
+        while room > 0:
+            try:
+                document = next(documents, None)
+            except Exception as one:
+                error, is_end = one, True
+                break
+            if document is None:
+                is_end = True
+                break
+            found.append((document, corpus.offset, corpus.offset_of_last))
+            is_text = document.messages is None and document.long_text is None
+            room -= (
+                max(document.length / BATCH_CHARACTERS, 1 / BATCH_DOCUMENTS)
+                if is_text
+                else 1 / BATCH_OTHERS
+            )
+        tokens = encoder.whole([document for document, _, _ in found])
+        reads = [
+            _Read(document=document, whole=whole, offset=offset, offset_of_last=last)
+            for (document, offset, last), whole in zip(found, tokens, strict=True)
+        ]
+        if is_end and error is None:
+            end = corpus.offset
+            reads.append(_Read(document=None, whole=None, offset=end, offset_of_last=end))
+        yield reads, error
+        # One that is larger than a batch takes the place of others, so that no more characters are held.
+        yield from [([], None)] * min(AHEAD, int(-room))
 
 
 def _place_in(offset: Offset | None) -> Place | None:

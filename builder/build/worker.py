@@ -13,6 +13,8 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from collections.abc import Generator as Generates
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -203,47 +205,41 @@ class Worker:
         started = time.perf_counter()
         file = output / task.file
         stream, self._stream = self._stream_for(task), None
-        rows, tokens, sums = 0, 0, Sums()
-        converted: Counter[str] = Counter()
+        totals = _Totals(self.layout)
         pipeline = self._pipeline()
         generator = self._generator(pipeline)
-        if generator:
-            blocks = stream.shard_blocks(generator)
-        else:
-            blocks = pipeline.blocks(stream.shard_sequences())
         with (
+            closing(self._blocks(stream, pipeline, generator)) as blocks,
             atomic_file(file, writer=secrets.token_hex(4)) as sink,
             ShardWriter(
                 sink,
                 layout=self.layout,
                 profile=self._recipe.output.profile,
                 metadata=self._metadata,
+                seen=totals.add,
             ) as writer,
         ):
             for block in blocks:
                 writer.write(block)
-                rows += len(block.sequences)
-                tokens += len(block.distribution["logsumexp"])
-                sums += _sums(block, self.layout)
-                converted.update(note for s in block.sequences for note in s.notes)
+            writer.finish()
             # Before the file counts: what was read for it was what was hashed.
             self._watch.check_corpus(*stream.files_read)
             self._watch.check_teacher()
-            if not rows:
+            if not totals.rows:
                 raise ValueError(_nothing_in(self._recipe.corpus, stream))
         self._stream = stream
         return ShardRecord(
             file=task.file,
             sha256=file_sha256(file),
             bytes=file.stat().st_size,
-            rows=rows,
-            tokens=tokens,
+            rows=totals.rows,
+            tokens=totals.tokens,
             partition=task.partition,
             index=task.index,
             offset_before=task.start or {},
             offset_after=stream.offset,
             exhausted=stream.exhausted,
-            sums=sums,
+            sums=totals.sums,
             halved_batches=(generator or pipeline).halved_batches,
             seconds=round(time.perf_counter() - started, 3),
             environment=environment(self._device),
@@ -252,8 +248,19 @@ class Worker:
             else None,
             column_bytes=column_bytes(pq.read_metadata(file)),
             footer_sha256=footer_sha256(file),
-            converted=dict(sorted(converted.items())) or None,
+            converted=dict(sorted(totals.converted.items())) or None,
         )
+
+    def _blocks(
+        self, stream: SequenceStream, pipeline: Pipeline, generator: Generator | None
+    ) -> Generates[Block | Callable[[], Block]]:
+        """The blocks of the next shard, or what puts each in order, which is for the writer's thread."""
+        if generator:
+            yield from stream.shard_blocks(generator)
+            return
+        with closing(pipeline.windows(stream.shard_sequences())) as windows:
+            for window in windows:
+                yield window.block
 
     def _pipeline(self) -> Pipeline:
         return Pipeline(
@@ -299,6 +306,23 @@ class Worker:
             reach=self.teacher.reach,
             notice=self._notice,
         )
+
+
+class _Totals:
+    """What a shard's record says of its rows."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self.rows = self.tokens = 0
+        self.sums = Sums()
+        self.converted: Counter[str] = Counter()
+
+    def add(self, block: Block) -> None:
+        """Count the rows of one more block."""
+        self.rows += len(block.sequences)
+        self.tokens += len(block.distribution["logsumexp"])
+        self.sums += _sums(block, self._layout)
+        self.converted.update(note for s in block.sequences for note in s.notes)
 
 
 def _forget_locals(error: BaseException) -> None:

@@ -3,9 +3,10 @@
 In:   the sequences of a shard, and the teacher.
 Out:  Blocks in the order of the sequences.
 
-How:  sequences are taken a window at a time and sorted by length within it, so that batches carry little padding. While
-      the device works on a batch, the one before is copied to the host (once, through pinned memory) and put in order, and
-      the next window is read and tokenized. Nothing is carried from one shard to the next.
+How:  sequences are taken a window at a time and sorted by length within it, so that batches carry little padding. The next window is
+      taken, and what the device needs of it is made, on a thread of its own; the thread that launches does little else. While
+      the device works on a batch, the one before is copied to the host (once, through pinned memory, which torch uses again).
+      A complete window is put in order by whoever takes it. Nothing is carried from one shard to the next.
 
 Cost: two windows of statistics on the host, 6 bytes · T · K each.
 
@@ -13,12 +14,16 @@ Shape suffixes: N positions, M draws from the tail, D hidden.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from collections.abc import Sequence as SequenceOf
+from contextlib import closing
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from builder.capture.ahead import Ahead
 from builder.capture.distribution import Distribution, capture, concatenate
 from builder.capture.draws import uniforms
 from builder.capture.guard import FACTOR, NOISE, Guard, distance
@@ -42,20 +47,40 @@ Notice = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Window:
-    """Consecutive sequences, and the batches of them that have come back so far."""
+class _Batch:
+    """What the device is given."""
 
+    indices: list[int]
+    """Of its sequences in the window."""
     sequences: list[Sequence]
-    landed: list[tuple[list[int], Distribution]] = field(default_factory=list)
+    targets_N: Tensor
+    uniforms_NM: Tensor | None
+    kept_C: Tensor | None
+    """The positions whose columns of several values are kept; None for all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Batch:
+class Window:
+    """Consecutive sequences, and the batches of them that have come back so far."""
+
+    sequences: list[Sequence]
+    batches: list[_Batch]
+    """In the order in which they are launched."""
+    loss_only: bool
+    """Whether columns of several values are of positions in the loss mask only."""
+    landed: list[tuple[list[int], Distribution]] = field(default_factory=list)
+
+    def block(self) -> Block:
+        """Its rows, once all batches are back; may be called on any thread, once."""
+        return _in_order(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Launched:
     """A batch that was launched on the device."""
 
-    window: _Window
-    indices: list[int]
-    """Of its sequences in the window."""
+    window: Window
+    batch: _Batch
     is_last: bool
     """Whether the window is complete with it."""
     arrive: Callable[[], Distribution]
@@ -104,46 +129,79 @@ class Pipeline:
             ValueError: the teacher yields NaN or infinity, or other values than for the same sequence alone (names the document), or
                 one sequence alone does not fit the device's memory.
         """
-        in_flight: deque[_Batch] = deque()
-        for window in self._windows(sequences):
-            for batch in self._launched(window):
-                in_flight.append(batch)
-                if len(in_flight) > BATCHES_IN_FLIGHT:
-                    yield from self._land(in_flight.popleft())
+        return (window.block() for window in self.windows(sequences))
+
+    def windows(self, sequences: Iterator[Sequence]) -> Generator[Window]:
+        """The same as complete windows, for those who put them in order elsewhere."""
+        in_flight: deque[_Launched] = deque()
+        with closing(Ahead(self._windows(sequences), depth=1, name="batches")) as windows:
+            for window in windows:
+                for launched in self._launched(window):
+                    in_flight.append(launched)
+                    if len(in_flight) > BATCHES_IN_FLIGHT:
+                        yield from self._land(in_flight.popleft())
         while in_flight:
             yield from self._land(in_flight.popleft())
 
-    def _windows(self, sequences: Iterator[Sequence]) -> Iterator[_Window]:
+    def _windows(self, sequences: Iterator[Sequence]) -> Iterator[Window]:
         limit = min(WINDOW_BATCHES * self._batch_tokens, WINDOW_VALUES // self._layout.widest)
         window: list[Sequence] = []
         tokens = 0
         for sequence in sequences:
             if window and tokens + len(sequence.token_ids) > limit:
-                yield _Window(sequences=window)
+                yield self._window(window)
                 window, tokens = [], 0
             window.append(sequence)
             tokens += len(sequence.token_ids)
         if window:
-            yield _Window(sequences=window)
+            yield self._window(window)
 
-    def _launched(self, window: _Window) -> Iterator[_Batch]:
-        lengths = [len(sequence.token_ids) for sequence in window.sequences]
-        waiting = deque(length_sorted_batches(lengths, self._batch_tokens, self._teacher.reach))
+    def _window(self, sequences: list[Sequence]) -> Window:
+        lengths = [len(sequence.token_ids) for sequence in sequences]
+        batches = length_sorted_batches(lengths, self._batch_tokens, self._teacher.reach)
+        return Window(
+            sequences=sequences,
+            batches=[self._batch([sequences[i] for i in indices], indices) for indices in batches],
+            loss_only=self._layout.completions_only,
+        )
+
+    def _batch(self, sequences: list[Sequence], indices: SequenceOf[int] = ()) -> _Batch:
+        """What the device needs of some sequences."""
+        layout = self._layout
+        return _Batch(
+            indices=list(indices),
+            sequences=sequences,
+            targets_N=torch.from_numpy(
+                np.concatenate([s.targets for s in sequences], dtype=np.int64)
+            ),
+            uniforms_NM=torch.cat([self._uniforms(sequence) for sequence in sequences])
+            if layout.tail_samples
+            else None,
+            kept_C=_loss_positions(sequences) if layout.completions_only else None,
+        )
+
+    def _launched(self, window: Window) -> Iterator[_Launched]:
+        waiting = deque(window.batches)
+        window.batches.clear()
         while waiting:
-            indices = waiting.popleft()
-            arrive = self._launch([window.sequences[i] for i in indices])
+            batch = waiting.popleft()
+            arrive = self._launch(batch)
             if arrive is None:
-                middle = len(indices) // 2
-                waiting.extendleft([indices[middle:], indices[:middle]])
+                middle = len(batch.indices) // 2
+                halves = (batch.indices[middle:], batch.indices[:middle])
+                waiting.extendleft(
+                    self._batch([window.sequences[i] for i in half], half) for half in halves
+                )
             else:
-                yield _Batch(window=window, indices=indices, is_last=not waiting, arrive=arrive)
+                yield _Launched(window=window, batch=batch, is_last=not waiting, arrive=arrive)
 
-    def _launch(self, sequences: list[Sequence]) -> Callable[[], Distribution] | None:
+    def _launch(self, batch: _Batch) -> Callable[[], Distribution] | None:
         """Start the work on a batch; None if it does not fit the device's memory."""
         try:
-            return start_copy(self._capture(sequences))
+            return start_copy(self._capture(batch))
         except torch.OutOfMemoryError:
             pass  # what the failed attempt holds is let go with the exception, before the next attempt
+        sequences = batch.sequences
         longest = max(len(sequence.token_ids) for sequence in sequences)
         if len(sequences) == 1:
             raise ValueError(
@@ -159,14 +217,11 @@ class Pipeline:
             torch.cuda.empty_cache()
         return None
 
-    def _capture(self, sequences: list[Sequence]) -> Distribution:
+    def _capture(self, batch: _Batch) -> Distribution:
         """The statistics of a batch, on the device."""
         teacher, layout = self._teacher, self._layout
-        ids = [sequence.token_ids for sequence in sequences]
-        targets_N = torch.tensor([target for sequence in sequences for target in sequence.targets])
-        uniforms_NM = None
-        if layout.tail_samples:
-            uniforms_NM = torch.cat([self._uniforms(sequence) for sequence in sequences])
+        ids = [sequence.token_ids for sequence in batch.sequences]
+        targets_N, uniforms_NM = batch.targets_N, batch.uniforms_NM
         hidden_ND = teacher.hidden(ids) if layout.hidden_states else None
         pieces: Iterator[Tensor | Rounded]
         if layout.top_k == "all":
@@ -186,8 +241,8 @@ class Pipeline:
         )
         if hidden_ND is not None:
             distribution["hidden_states"] = hidden_ND.half().to(teacher.logits_device)
-        if layout.completions_only:
-            kept_C = to_device(_loss_positions(sequences), teacher.logits_device)
+        if batch.kept_C is not None:
+            kept_C = to_device(batch.kept_C, teacher.logits_device)
             for name, values in distribution.items():
                 if values.ndim == 2:
                     distribution[name] = values.index_select(0, kept_C)
@@ -202,16 +257,16 @@ class Pipeline:
             count=self._layout.tail_samples,
         )
 
-    def _land(self, batch: _Batch) -> Iterator[Block]:
-        """Take a batch in; yields the block of its window when that is complete."""
-        distribution = batch.arrive()
-        sequences = [batch.window.sequences[i] for i in batch.indices]
+    def _land(self, launched: _Launched) -> Iterator[Window]:
+        """Take a batch in; yields its window when that is complete."""
+        distribution = launched.arrive()
+        window, sequences = launched.window, launched.batch.sequences
         _check_finite(distribution, sequences, loss_only=self._layout.completions_only)
         self._check_alone(distribution, sequences)
-        batch.window.landed.append((batch.indices, distribution))
+        window.landed.append((launched.batch.indices, distribution))
         self._progress(len(distribution["logsumexp"]))
-        if batch.is_last:
-            yield _in_order(batch.window, loss_only=self._layout.completions_only)
+        if launched.is_last:
+            yield window
 
     def _check_alone(self, distribution: Distribution, sequences: list[Sequence]) -> None:
         """Run a sequence of some batches again, without the others, and compare."""
@@ -221,12 +276,12 @@ class Pipeline:
         sequence, loss_only = sequences[chosen], self._layout.completions_only
         limit, noise = NOISE[self._teacher.dtype], 0.0
         try:
-            alone = start_copy(self._capture([sequence]))()
+            alone = start_copy(self._capture(self._batch([sequence])))()
             found = _part(distribution, sequences, chosen, loss_only=loss_only)
             if (off := distance(found, alone)) <= limit:
                 return
             copies = [sequence] * len(sequences)
-            same = start_copy(self._capture(copies))()
+            same = start_copy(self._capture(self._batch(copies)))()
             noise = distance(_part(same, copies, chosen, loss_only=loss_only), alone)
         except torch.OutOfMemoryError:
             return  # the next batch is under way, too; there will be others to look at
@@ -293,12 +348,13 @@ def _part(
     }
 
 
-def _in_order(window: _Window, *, loss_only: bool) -> Block:
+def _in_order(window: Window) -> Block:
     """The block of a complete window: positions are brought back from the order of batches to that of sequences."""
     order_N = order_C = _order(window, [len(sequence.token_ids) for sequence in window.sequences])
-    if loss_only:
+    if window.loss_only:
         order_C = _order(window, [len(sequence.loss_positions) for sequence in window.sequences])
     whole = concatenate([distribution for _, distribution in window.landed])
+    window.landed.clear()
     ordered = {
         name: column.index_select(0, order_N if column.ndim == 1 else order_C)
         for name, column in whole.items()
@@ -306,7 +362,7 @@ def _in_order(window: _Window, *, loss_only: bool) -> Block:
     return Block(sequences=window.sequences, distribution=ordered)
 
 
-def _order(window: _Window, lengths: list[int]) -> Tensor:
+def _order(window: Window, lengths: list[int]) -> Tensor:
     """Where each value of the sequences, of which they have so many, stands among those that have landed."""
     starts, start = [0] * len(lengths), 0
     for indices, _ in window.landed:

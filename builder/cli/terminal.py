@@ -106,7 +106,8 @@ def quiet_libraries() -> None:
     import logging
     import warnings
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Texts are tokenized on all cores. Said in so many words, it keeps the library from warning of processes that fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore")
     import datasets
     import huggingface_hub

@@ -9,6 +9,7 @@ How:  a text is tokenized in pieces (`text.pieces`), so that a long one is never
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -18,6 +19,7 @@ from tokenizers.models import WordLevel
 
 from builder.corpus.documents import Document
 from builder.corpus.sequences import NO_TOKEN, Chunks, Form, Place, Rows, Sequence, Turns
+from builder.text import pieces as pieces_module
 from builder.text.pieces import Piece, Pieces
 
 NO_ID = 2**32 - 1
@@ -97,15 +99,34 @@ class Encoder:
             seams=lambda: self._pieces.seams,
         )
 
-    def sequences(self, document: Document, start: Place | None = None) -> Rows:
+    def whole(self, documents: SequenceOf[Document]) -> list[Piece | None]:
+        """The tokens of texts, made at once on all cores; None for what is not tokenized as a whole: chats, and long texts."""
+        are_short = [
+            self.chats is None and d.long_text is None and d.length <= pieces_module.WINDOW
+            for d in documents
+        ]
+        texts = [d.text for d, is_short in zip(documents, are_short, strict=True) if is_short]
+        found = iter(self._pieces.whole(texts))
+        return [next(found) if is_short else None for is_short in are_short]
+
+    def sequences(
+        self, document: Document, start: Place | None = None, *, whole: Piece | None = None
+    ) -> Rows:
         """The sequences of one document, one after the other, from one of them on; none if it has no tokens, or is truncated before anything
         that is to be learned.
+
+        Args:
+            document: a text or a chat.
+            start: the sequence's place; None for the first one.
+            whole: the document's tokens, where `whole` has made them.
 
         Raises:
             ValueError: it is a chat of which no tokens, or no mask, can be made; or no sequence starts at that place.
         """
         if self.chats is None:
-            return Chunks(self._form, document, self._pieces_of(document, start), start)
+            if whole is None or start is not None:
+                return Chunks(self._form, document, self._pieces_of(document, start), start)
+            return Chunks(self._form, document, iter([whole]), None)
         found: list[Sequence] = []
         notes = dict.fromkeys(document.notes)
         for turn in self.chats.turns(document):
@@ -192,7 +213,8 @@ def backend_copy(
         renamed: other strings for which some of its added tokens are to stand; their ids change, too.
     """
     description = json.loads(tokenizer.backend_tokenizer.to_str())
-    _keep_spaces(description)
+    for step in ("pre_tokenizer", "post_processor", "decoder"):
+        _keep_spaces(description[step])
     for token in description["added_tokens"]:
         token["content"] = (renamed or {}).get(token["content"], token["content"])
     copy = Tokenizer.from_str(json.dumps(description))

@@ -9,7 +9,7 @@ Sizes: see README. Columns of indices are split into byte streams before zstd (t
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -85,9 +85,24 @@ class ShardWriter:
     """Writes the blocks of one shard to an open file, on a thread of its own."""
 
     def __init__(
-        self, sink: pa.NativeFile, *, layout: Layout, profile: str, metadata: dict[str, str]
+        self,
+        sink: pa.NativeFile,
+        *,
+        layout: Layout,
+        profile: str,
+        metadata: dict[str, str],
+        seen: Callable[[Block], None] = lambda _: None,
     ) -> None:
-        """Start a Parquet file whose key–value metadata is `metadata`."""
+        """Start a Parquet file.
+
+        Args:
+            sink: the file.
+            layout: what the rows hold.
+            profile: `default` or `compact`.
+            metadata: its key–value metadata.
+            seen: told of each block before it is written, on the writer's thread.
+        """
+        self._seen = seen
         self._schema = arrow_schema(layout).with_metadata(metadata)
         self._completions_only = layout.completions_only
         self._row_group_tokens = min(ROW_GROUP_TOKENS, MAX_LIST_VALUES // layout.widest)
@@ -95,17 +110,23 @@ class ShardWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer")
         self._writing: Future[None] | None = None
 
-    def write(self, block: Block) -> None:
-        """Append rows while the caller goes on.
+    def write(self, block: Block | Callable[[], Block]) -> None:
+        """Append rows, or the rows that a call makes, while the caller goes on; `seen` is told of them on the writer's thread.
 
         Waits for the block before, so that no more than two are in memory, and raises what went wrong with it.
         """
-        self._finish()
-        self._writing = self._thread.submit(self._write_block, block)
+        self.finish()
+        self._writing = self._thread.submit(self._make_and_write, block)
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Wait until everything so far is written; raises what went wrong with it."""
         if self._writing is not None:
             self._writing.result()
+
+    def _make_and_write(self, block: Block | Callable[[], Block]) -> None:
+        made = block if isinstance(block, Block) else block()
+        self._seen(made)
+        self._write_block(made)
 
     def _write_block(self, block: Block) -> None:
         """Append rows, in row groups of at most ROW_GROUP_TOKENS tokens (or one row)."""
@@ -125,7 +146,7 @@ class ShardWriter:
         """Write the footer. After a failure the file is worthless, and only its buffers are let go."""
         try:
             if kind is None:
-                self._finish()
+                self.finish()
         finally:
             self._thread.shutdown()
             failed = kind is not None or (self._writing is not None and self._writing.exception())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from builder.build import worker
+from builder.build import stream, worker
 from builder.build.stream import SequenceStream
 from builder.build.worker import Pool
 from builder.dataset.manifest import read_manifest
@@ -181,6 +181,8 @@ def test_a_file_that_changes_before_it_is_opened(
     """Its shard is not computed first."""
     for number in range(3):
         write_jsonl(tmp_path / f"p-{number}.jsonl", sample_documents(24)[number * 8 :][:8])
+    monkeypatch.setattr(stream, "AHEAD", 0)  # else all of them are open by then
+    monkeypatch.setattr(stream, "BATCH_DOCUMENTS", 1)
     recipe = make_recipe(files="p-*.jsonl", output="shard_tokens = 100000")
     meanwhile(append, tmp_path / "p-2.jsonl", document=3)
     documents: list[int] = []
