@@ -156,6 +156,7 @@ def _canned(teacher: Teacher, draws: int) -> Iterator[None]:
     with (
         patch.object(teacher, "_body", lambda input_ids, use_cache: (input_ids[..., None],)),
         patch.object(teacher, "logits", logits),
+        patch.object(teacher, "rounded", logits),
         patch.object(pipeline, "capture", capture),
         patch.object(Guard, "choose", lambda *_: None),
         patch.object(worker, "open_teacher", lambda *_, **__: teacher),

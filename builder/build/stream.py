@@ -27,6 +27,8 @@ from builder.sources.opening import open_corpus
 from builder.sources.resolve import CorpusSource
 from builder.text.pieces import Piece
 
+LONG_DOCUMENT = 2
+"""Shards' worth of tokens by which a document is cut. Former versions cut none, so that this many keep most shards what they were."""
 BATCH_CHARACTERS = 2**17
 """Of texts that are tokenized at once: 26 MB while they are."""
 BATCH_DOCUMENTS = 512
@@ -48,10 +50,6 @@ class _Read:
     """Of the corpus behind it."""
     offset_of_last: Offset
     """To read it again."""
-
-
-LONG_DOCUMENT = 2
-"""Shards' worth of tokens by which a document is cut. Former versions cut none, so that this many keep most shards what they were."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -606,7 +606,7 @@ def test_a_disk_that_fills_up_loses_nothing(client, many_shards, expected, small
 
 
 MOMENTS = {
-    "while reading": ("builder.corpus.sequences", "Encoder.encode", 12),
+    "while reading": ("builder.corpus.encoder", "Encoder.sequences", 12),
     "in the teacher": ("builder.teacher.model", "Teacher.logits", 6),
     "while writing": ("pyarrow.parquet", "ParquetWriter.write_table", 4),
     "between two shards": ("builder.build.state", "BuildState.add", 3),
