@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.card.charts import Curves, entropy_svg, marks, mass_svg, measure
+from builder.card.citation import citation
 from builder.card.licences import licence_head, licence_text
 from builder.card.markdown import plain
 from builder.card.recipe_text import recipe_toml
@@ -165,6 +166,8 @@ def _variables(
         "reproduce_note": _reproduce_note(recipe),
         "fingerprint": plain(manifest["fingerprint"]),
         "licence": licence_text(manifest),
+        "publisher": plain(release["repo"].split("/")[0]) if release else "",
+        "citation": citation(manifest, release),
         "changelog": _changelog(release),
     }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from datasets import load_dataset
 from markdown_it import MarkdownIt
@@ -25,6 +26,7 @@ from builder.dataset.identity import fingerprint, row_fingerprint
 from builder.dataset.manifest import read_manifest
 from builder.recipe import Recipe, load_recipe
 from builder.verify.verify import record_recomputation, verify
+from logit_dataset import distillation_loss
 from logit_dataset.schema import Layout, columns
 from tests import loopback_hub as stand_in
 from tests.conftest import recipe_text, sample_documents, write_jsonl
@@ -312,3 +314,49 @@ def test_licences_and_languages_are_identifiers(tiny_teacher_dir, tmp_path, line
     path.write_text(recipe_text(tiny_teacher_dir, "x.jsonl", corpus=line))
     with pytest.raises(ValueError, match=rf"corpus\.{line.split()[0]}"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize("options", ["tail_samples = 0", "tail_samples = 3"])
+def test_the_plain_loss_of_the_card_is_that_of_the_package(
+    tiny_teacher_dir, tmp_path, monkeypatch, options
+):
+    """And its trainer trains, on what its collator makes of the same rows."""
+    write_jsonl(tmp_path / "corpus.jsonl", sample_documents(4))
+    (tmp_path / "recipe.toml").write_text(
+        recipe_text(tiny_teacher_dir, "corpus.jsonl", output=f"top_k = 5\n{options}")
+    )
+    build(load_recipe(tmp_path / "recipe.toml"), tmp_path, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    card = (tmp_path / "out" / "README.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    names: dict = {}
+    for snippet in snippets:
+        exec(compile(snippet.replace("path/to/this/directory", "out"), "README.md", "exec"), names)
+    assert len(snippets) == 3
+    assert max(len(snippet.splitlines()) for snippet in snippets) <= 18
+    batch = names["LogitCollator"].of("out")([names["row"]])
+    names = {}
+    torch.manual_seed(0)
+    for snippet in snippets[:2]:
+        text = snippet.replace("path/to/this/directory", "out").replace("optimizer.step()", "")
+        exec(compile(text, "README.md", "exec"), names)
+    loss = "tail_draws" if "3" in options else "tail_bucket"
+    expected = distillation_loss(names["student"](batch["input_ids"]), batch, loss=loss)
+    assert names["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_card_says_how_to_cite_it_and_what_not_to_train_with(manifest, curves):
+    card = render_card(manifest, curves=curves)
+    assert (
+        "**A plain `SFTTrainer` learns from the text of these rows alone, without a word.**" in card
+    )
+    assert "pip install logit-dataset" in card
+    assert "Published by" not in card
+    assert "@misc{tiny,\n  title = {{tiny: distributions of tiny}},\n" in card
+    assert f"fingerprint {manifest['fingerprint'][:12]}}}" in card
+    entry = {"version": "1.0.0", "date": "2026-11-26", "changes": ["x"]}
+    release = {"repo": "some-org/set", "version": "1.0.0", "changelog": [entry]}
+    card = render_card(manifest, curves=curves, release=release)
+    assert "\nPublished by some-org.\n" in card
+    assert "  author = {{some-org}},\n  year = {2026},\n  version = {1.0.0},\n  url = {https://huggingface.co/datasets/some-org/set},\n}\n```" in card  # fmt: skip
+    assert 'LogitCollator.of("some-org/set", revision="v1.0.0")' in card
