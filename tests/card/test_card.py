@@ -23,6 +23,7 @@ from builder.card.markdown import plain
 from builder.card.recipe_text import recipe_toml
 from builder.card.records import read_verification
 from builder.dataset.identity import fingerprint, row_fingerprint
+from builder.dataset.info import spell_token
 from builder.dataset.manifest import read_manifest
 from builder.recipe import Recipe, load_recipe
 from builder.verify.verify import record_recomputation, verify
@@ -81,6 +82,27 @@ def test_hostile_text_is_shown_and_does_nothing(text):
     assert table.count("<td") == 1
     assert table.endswith("</table>\n<p>after</p>\n")
     assert text_of(re.search(r"<td>(.*?)</td>", table)[1]) == shown
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_tokens_of_one_position_do_nothing(manifest, curves, text):
+    record = {
+        **{"date": "2026-11-26", "environment": {"device": "CPU"}, "rows": 1, "tokens": 1},
+        **{"seed": 1, "max_abs_error": 0.1, "mean_abs_error": 0.1, "top1_agreement": 1.0},
+        **{"nll_stored": 1.0, "nll_recomputed": 1.0},
+    }
+    example = {
+        **{"context": "a b", "is_cut": True, "tokens": ["x", "y"], "probabilities": [0.6, 0.2]},
+        **{"listed": 9, "rest": 0.1, "tail": 0.1, "draws": ["z"], "following": "f", "rank": None},
+        **{"following_probability": 0.01, "entropy": 1.2},
+    }
+    hostile = example | {"context": text, "tokens": [text, text], "draws": [text, text], "following": text}  # fmt: skip
+    outlines = []
+    for shown in (example, hostile):
+        card = render_card(manifest, curves=curves, verification={**record, "example": shown})
+        html = MARKDOWN.render(card.split("---\n", 2)[2])
+        outlines.append(re.findall(r"<(?:h\d|table|tr|td|script|img|a |pre|hr|ul|ol)[^>]*>", html))
+    assert outlines[0] == outlines[1]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -230,7 +252,31 @@ def test_pictures_of_extreme_teachers_stay_within_their_frame(curves):
     assert marks(50) == [1, 2, 5, 10, 20, 50]
 
 
-def test_a_recorded_recomputation_is_shown_as_it_was(built, manifest, tiny_teacher_dir, tmp_path):
+def assert_one_position(card, dataset, example, tokenizer):
+    """The table is what a row of the dataset holds, most probable first, and sums to 1."""
+    section = card.split("## One position\n")[1].split("## Load it")[0]
+    (table,) = re.findall(r"<tbody>.*?</tbody>", MARKDOWN.render(section), re.DOTALL)
+    cells = re.findall(r"<td>(.*?)</td>", table)
+    shares = {text_of(name): float(share.rstrip("%")) / 100 for name, share in zip(cells[::2], cells[1::2], strict=True)}  # fmt: skip
+    followed = [name for name in shares if "← followed" in name]
+    assert len(followed) == 1
+    assert sum(p for name, p in shares.items() if "followed, among" not in name) == pytest.approx(1, abs=0.004)  # fmt: skip
+    assert [*example["probabilities"]] == sorted(example["probabilities"], reverse=True)
+    found = 0
+    for path in sorted((dataset / "data").iterdir()):
+        for row in pq.read_table(path).to_pylist():
+            for t, logprobs in enumerate(row["topk_logprobs"]):
+                here = [round(float(np.exp(np.float64(p))), 4) for p in logprobs[:5]]
+                if here == example["probabilities"] and round(row["entropy"][t], 3) == example["entropy"]:  # fmt: skip
+                    assert tokenizer.decode(row["input_ids"][: t + 1])[-100:] == example["context"]
+                    assert [spell_token(tokenizer, i) for i in row["topk_indices"][t][:5]] == example["tokens"]  # fmt: skip
+                    found += 1
+    assert found >= 1
+
+
+def test_a_recorded_recomputation_is_shown_as_it_was(
+    built, manifest, tiny_teacher_dir, tiny_tokenizer, tmp_path
+):
     copied = Path(shutil.copytree(built, tmp_path / "copy"))
     report = verify(copied, recompute=4, seed=11, teacher_path=tiny_teacher_dir)
     record_recomputation(copied, report, "cpu")
@@ -238,6 +284,7 @@ def test_a_recorded_recomputation_is_shown_as_it_was(built, manifest, tiny_teach
     card = (copied / "README.md").read_text()
     assert "4 random rows" in card
     assert "seed 11" in card
+    assert_one_position(card, copied, report.recomputed["example"], tiny_tokenizer)
     assert f"{report.recomputed['max_abs_error']:.2g} at most" in card
     manifest["shards"][0]["sha256"] = "0"
     assert read_verification(copied, manifest) is None  # of other data
