@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from builder.card.charts import Curves, entropy_svg, marks, mass_svg, measure
+from builder.card.citation import citation
+from builder.card.example import context_of, table_of
 from builder.card.licences import licence_head, licence_text
 from builder.card.markdown import plain
 from builder.card.recipe_text import recipe_toml
@@ -155,6 +157,7 @@ def _variables(
         "entropy_alt": "Distribution of the entropy of the teacher’s predictions",
         "provenance": _provenance(manifest),
         "verification": _verification_text(verification, where),
+        **_example(verification),
         "tail_mass": f"{1 - _topk_mass(manifest):.1%}",
         "max_length": f"{sequences['max_length']:,}",
         "chunked": ", and longer documents were cut off there"
@@ -165,6 +168,8 @@ def _variables(
         "reproduce_note": _reproduce_note(recipe),
         "fingerprint": plain(manifest["fingerprint"]),
         "licence": licence_text(manifest),
+        "publisher": plain(release["repo"].split("/")[0]) if release else "",
+        "citation": citation(manifest, release),
         "changelog": _changelog(release),
     }
 
@@ -415,6 +420,18 @@ def _verification_text(record: dict[str, Any] | None, where: str) -> str:
         f"texts is {record['nll_stored']:.4f} as stored and {record['nll_recomputed']:.4f} as recomputed. Do not take our word "
         f"for it: `logit-dataset verify {where} --recompute 5` takes other rows each time."
     )
+
+
+def _example(record: dict[str, Any] | None) -> dict[str, Any]:
+    found = record.get("example") if record else None
+    if not found:
+        return {"example": []}
+    entropy = f"{found['entropy']:.2f}"
+    return {
+        "example": table_of(found),
+        "example_context": context_of(found),
+        "example_entropy": entropy,
+    }
 
 
 def _reproduce_note(recipe: dict[str, Any]) -> str:

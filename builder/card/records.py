@@ -54,6 +54,26 @@ class Floor(_Values):
     mean_abs_error: float
 
 
+Share = Annotated[float, Field(ge=0, le=1.01)]
+
+
+class Example(_Values):
+    """One position of a row that was recomputed."""
+
+    context: str
+    is_cut: bool
+    tokens: Annotated[list[str], Field(min_length=1, max_length=5)]
+    probabilities: Annotated[list[Share], Field(min_length=1, max_length=5)]
+    listed: Count
+    rest: Share
+    tail: Share
+    draws: Annotated[list[str], Field(max_length=5)]
+    following: str
+    rank: Count | None
+    following_probability: Share | None
+    entropy: float
+
+
 class Verification(_Values):
     """What `verify --recompute --record` found."""
 
@@ -68,6 +88,7 @@ class Verification(_Values):
     nll_stored: float
     nll_recomputed: float
     floor: Floor | None = None
+    example: Example | None = None
 
 
 class Entry(_Values):

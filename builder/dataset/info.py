@@ -188,6 +188,22 @@ def alternatives(
             f"choose a position before a completion's token, {where}"
         )
     tokenizer = dataset_tokenizer(manifest, teacher_path)
+    return alternatives_of(values, targets, position, index, tokenizer)
+
+
+def alternatives_of(
+    values: dict[str, Any], targets: list[int], position: int, index: int, tokenizer: Any
+) -> Alternatives:
+    """The same, of a row that has been read.
+
+    Args:
+        values: the row.
+        targets: the token that follows each position.
+        position: one that is kept.
+        index: its place in columns of several values.
+        tokenizer: the teacher's.
+    """
+    ids = values["input_ids"]
     topk_ids, topk_logprobs, tail_logprob = _ranked(values, position, index)
     drawn = values["tail_indices"][index].tolist() if "tail_indices" in values else []
     following = targets[position]

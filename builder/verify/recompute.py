@@ -24,6 +24,7 @@ from builder.corpus.sequences import NO_TOKEN
 from builder.dataset.identity import teacher_differences
 from builder.dataset.lookup import teacher_source
 from builder.dataset.manifest import ShardRecord
+from builder.dataset.telling import Row, telling_position
 from builder.recipe import TeacherRecipe, read_section
 from builder.sources.opening import open_teacher
 from builder.sources.resolve import TeacherSource
@@ -92,6 +93,7 @@ def recompute_rows(
     stored = [row.stored for row in rows]
     for one in stored:
         _read_alone(one, teacher, layout, manifest["recipe"], found)
+    example = telling_position([_telling(one) for one in stored], teacher.tokenizer)
     if recipe.dtype == "float32":
         for one, reading in zip(stored, found.alone, strict=True):
             lines = list(too_far_in_float32(reading.errors))
@@ -106,7 +108,17 @@ def recompute_rows(
         found.notices += noise.notices
         found.floor = noise.floor
     found.problems += _judge_draws(stored, found.distances, recipe.dtype)
-    return _statistics(stored, found, seed, recipe.dtype, layout), found.problems
+    statistics = _statistics(stored, found, seed, recipe.dtype, layout)
+    return {**statistics, **({"example": example} if example else {})}, found.problems
+
+
+def _telling(row: StoredRow) -> Row:
+    values = {name: column.numpy() for name, column in row.columns.items()}
+    return Row(
+        values={"input_ids": row.input_ids, **values},
+        targets=row.targets,
+        kept_T=row.mask_T.numpy(),
+    )
 
 
 # Runs of the teacher

@@ -8,8 +8,9 @@ from logit_dataset.load import LogitDataset
 
 TITLES = {"axolotl": "axolotl", "distillkit": "DistillKit", "maxtext": "MaxText"}
 OF_TAIL: dict[Tail, str] = {
-    "draws": "The mass outside the top {top_k}{known} is kept as {draws} ids drawn from it, each with the weight p_tail / {draws}. Their loss is an "
-    "unbiased estimate of the one over the whole vocabulary, in value and gradient. An id may come twice; that is right.",
+    "draws": "The mass outside the top {top_k}{known} is kept as {draws} ids drawn from it, each with the weight p_tail / {draws}. The gradient is "
+    "an unbiased estimate of the one over the whole vocabulary. The loss is it too but for a constant that no student changes, so it does "
+    "not end at 0. An id may come twice; that is right.",
     "bucket": "The mass outside the top {top_k}{known} is what the weights lack, which the loss takes for one event.",
     "none": "**The mass outside the top {top_k}{known} is lost.** The student learns to be more certain "
     "than its teacher.",
@@ -109,7 +110,7 @@ def _configuration(
         "axolotl": f"""plugins:
   - axolotl.integrations.kd.KDPlugin
 kd_trainer: true
-kd_temperature: 1.0
+kd_temperature: 1.0  # the weights are those of temperature 1
 kd_beta: 0.0
 kd_normalize_topk: false  # with true, the mass outside the list is taken away again
 kd_ce_alpha: 0.0

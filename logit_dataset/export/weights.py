@@ -1,8 +1,9 @@
 """A teacher's distribution → ids with log-weights, for losses that know a top K and nothing else.
 
 Such a loss takes Σ_i w_i f(id_i) for the expectation of f. With a tail of M draws, the weights of the head are its probabilities, and each
-draw's is p_tail / M: then that sum is an unbiased estimate of the expectation under the whole distribution, of value and gradient, and the
-weights sum to 1. Without the draws it teaches that there is no tail.
+draw's is p_tail / M: then that sum is an unbiased estimate of the expectation under the whole distribution, and the weights sum to 1. Of a
+KL that is the cross-entropy, and so the gradient. Its other part, Σ w log w, is a constant, but not the teacher's entropy: such a KL is
+not 0 for the teacher itself. Without the draws it teaches that there is no tail.
 
 Shape suffixes: N positions, K ids of the head, M draws, X = K or K + M ids with weights.
 """

@@ -32,7 +32,7 @@ def collator_for(
     """The `data_collator` of a trainer, of whose arguments what would lose the distributions is set right.
 
     Args:
-        rows: the training data.
+        rows: the training data, or else those to evaluate on.
         collator: as it was given; None for one that knows of the dataset what its rows tell.
         projection: for the collator.
         args: the TrainingArguments. `remove_unused_columns` becomes False; and no process hands batches out to others.
@@ -53,8 +53,10 @@ def collator_for(
     args.remove_unused_columns = False
     if args.accelerator_config.dispatch_batches is None:
         args.accelerator_config.dispatch_batches = False  # batches differ in length
+    if collator is None and isinstance(rows, Mapping):  # several to evaluate on
+        rows = next(iter(rows.values()), None)
     if collator is None:
-        collator = LogitCollator.of(rows)
+        collator = LogitCollator() if rows is None else LogitCollator.of(rows)
     if isinstance(collator, LogitCollator):
         return replace(collator, projection=projection or collator.projection, number_rows=True)
     if projection is not None:
@@ -95,6 +97,7 @@ class Distilling(_Trainer):
             ValueError: the processes would divide a sequence among themselves.
         """
         self.loss, self.temperature, self.text_weight = loss, temperature, text_weight
+        self._evaluated = torch.zeros(len(SUMS), dtype=torch.float64)
         # What `loss_is_scaled_for_ga` says, in the words of transformers before 5.19.
         self.model_accepts_loss_kwargs = True
         for name in ("cp", "sp"):

@@ -189,8 +189,9 @@ def test_the_card_is_valid_and_its_python_runs_as_pasted(pair, name, monkeypatch
         exec(compile(snippet.replace("path/to/this/directory", "out"), "README.md", "exec"), names)
     row, kept = names["row"], names["kept"]
     assert kept.tolist() == np.flatnonzero(loss_mask(row["completion_mask"])).tolist()
-    assert len(names["topk_indices"]) == len(kept)
+    assert len(names["row"]["topk_indices"]) == len(kept) == len(names["draws"])
     assert 0.1 < names["loss"].item() < 20
+    assert names["trainer"].state.global_step == 10
     shape = "C,K" if name == "kept" else "T,K"
     assert f"| `topk_indices` | int32 [{shape}] |" in card
     assert "| `completion_mask` | bool [T] |" in card

@@ -665,11 +665,12 @@ def test_card_and_info_say_who_wrote_what_and_how(make_recipe, tmp_path, tiny_te
 
 
 @pytest.mark.parametrize("output", ["", "completions_only = true", 'top_k = "all"'])
-def test_the_python_of_the_card_runs_as_pasted(output, make_recipe, tmp_path):
+def test_the_python_of_the_card_runs_as_pasted(output, make_recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     run(make_recipe(generation=DRAWN, output=output), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     snippets = [part.split("```")[0] for part in card.split("```python\n")[1:]]
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     code = "\n".join(snippets).replace("path/to/this/directory", str(tmp_path / "out"))
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from datasets import load_dataset
 from markdown_it import MarkdownIt
@@ -22,9 +23,11 @@ from builder.card.markdown import plain
 from builder.card.recipe_text import recipe_toml
 from builder.card.records import read_verification
 from builder.dataset.identity import fingerprint, row_fingerprint
+from builder.dataset.info import spell_token
 from builder.dataset.manifest import read_manifest
 from builder.recipe import Recipe, load_recipe
 from builder.verify.verify import record_recomputation, verify
+from logit_dataset import distillation_loss
 from logit_dataset.schema import Layout, columns
 from tests import loopback_hub as stand_in
 from tests.conftest import recipe_text, sample_documents, write_jsonl
@@ -79,6 +82,27 @@ def test_hostile_text_is_shown_and_does_nothing(text):
     assert table.count("<td") == 1
     assert table.endswith("</table>\n<p>after</p>\n")
     assert text_of(re.search(r"<td>(.*?)</td>", table)[1]) == shown
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_tokens_of_one_position_do_nothing(manifest, curves, text):
+    record = {
+        **{"date": "2026-11-26", "environment": {"device": "CPU"}, "rows": 1, "tokens": 1},
+        **{"seed": 1, "max_abs_error": 0.1, "mean_abs_error": 0.1, "top1_agreement": 1.0},
+        **{"nll_stored": 1.0, "nll_recomputed": 1.0},
+    }
+    example = {
+        **{"context": "a b", "is_cut": True, "tokens": ["x", "y"], "probabilities": [0.6, 0.2]},
+        **{"listed": 9, "rest": 0.1, "tail": 0.1, "draws": ["z"], "following": "f", "rank": None},
+        **{"following_probability": 0.01, "entropy": 1.2},
+    }
+    hostile = example | {"context": text, "tokens": [text, text], "draws": [text, text], "following": text}  # fmt: skip
+    outlines = []
+    for shown in (example, hostile):
+        card = render_card(manifest, curves=curves, verification={**record, "example": shown})
+        html = MARKDOWN.render(card.split("---\n", 2)[2])
+        outlines.append(re.findall(r"<(?:h\d|table|tr|td|script|img|a |pre|hr|ul|ol)[^>]*>", html))
+    assert outlines[0] == outlines[1]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -228,7 +252,31 @@ def test_pictures_of_extreme_teachers_stay_within_their_frame(curves):
     assert marks(50) == [1, 2, 5, 10, 20, 50]
 
 
-def test_a_recorded_recomputation_is_shown_as_it_was(built, manifest, tiny_teacher_dir, tmp_path):
+def assert_one_position(card, dataset, example, tokenizer):
+    """The table is what a row of the dataset holds, most probable first, and sums to 1."""
+    section = card.split("## One position\n")[1].split("## Load it")[0]
+    (table,) = re.findall(r"<tbody>.*?</tbody>", MARKDOWN.render(section), re.DOTALL)
+    cells = re.findall(r"<td>(.*?)</td>", table)
+    shares = {text_of(name): float(share.rstrip("%")) / 100 for name, share in zip(cells[::2], cells[1::2], strict=True)}  # fmt: skip
+    followed = [name for name in shares if "← followed" in name]
+    assert len(followed) == 1
+    assert sum(p for name, p in shares.items() if "followed, among" not in name) == pytest.approx(1, abs=0.004)  # fmt: skip
+    assert [*example["probabilities"]] == sorted(example["probabilities"], reverse=True)
+    found = 0
+    for path in sorted((dataset / "data").iterdir()):
+        for row in pq.read_table(path).to_pylist():
+            for t, logprobs in enumerate(row["topk_logprobs"]):
+                here = [round(float(np.exp(np.float64(p))), 4) for p in logprobs[:5]]
+                if here == example["probabilities"] and round(row["entropy"][t], 3) == example["entropy"]:  # fmt: skip
+                    assert tokenizer.decode(row["input_ids"][: t + 1])[-100:] == example["context"]
+                    assert [spell_token(tokenizer, i) for i in row["topk_indices"][t][:5]] == example["tokens"]  # fmt: skip
+                    found += 1
+    assert found >= 1
+
+
+def test_a_recorded_recomputation_is_shown_as_it_was(
+    built, manifest, tiny_teacher_dir, tiny_tokenizer, tmp_path
+):
     copied = Path(shutil.copytree(built, tmp_path / "copy"))
     report = verify(copied, recompute=4, seed=11, teacher_path=tiny_teacher_dir)
     record_recomputation(copied, report, "cpu")
@@ -236,6 +284,7 @@ def test_a_recorded_recomputation_is_shown_as_it_was(built, manifest, tiny_teach
     card = (copied / "README.md").read_text()
     assert "4 random rows" in card
     assert "seed 11" in card
+    assert_one_position(card, copied, report.recomputed["example"], tiny_tokenizer)
     assert f"{report.recomputed['max_abs_error']:.2g} at most" in card
     manifest["shards"][0]["sha256"] = "0"
     assert read_verification(copied, manifest) is None  # of other data
@@ -312,3 +361,49 @@ def test_licences_and_languages_are_identifiers(tiny_teacher_dir, tmp_path, line
     path.write_text(recipe_text(tiny_teacher_dir, "x.jsonl", corpus=line))
     with pytest.raises(ValueError, match=rf"corpus\.{line.split()[0]}"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize("options", ["tail_samples = 0", "tail_samples = 3"])
+def test_the_plain_loss_of_the_card_is_that_of_the_package(
+    tiny_teacher_dir, tmp_path, monkeypatch, options
+):
+    """And its trainer trains, on what its collator makes of the same rows."""
+    write_jsonl(tmp_path / "corpus.jsonl", sample_documents(4))
+    (tmp_path / "recipe.toml").write_text(
+        recipe_text(tiny_teacher_dir, "corpus.jsonl", output=f"top_k = 5\n{options}")
+    )
+    build(load_recipe(tmp_path / "recipe.toml"), tmp_path, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    card = (tmp_path / "out" / "README.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    names: dict = {}
+    for snippet in snippets:
+        exec(compile(snippet.replace("path/to/this/directory", "out"), "README.md", "exec"), names)
+    assert len(snippets) == 3
+    assert max(len(snippet.splitlines()) for snippet in snippets) <= 18
+    batch = names["LogitCollator"].of("out")([names["row"]])
+    names = {}
+    torch.manual_seed(0)
+    for snippet in snippets[:2]:
+        text = snippet.replace("path/to/this/directory", "out").replace("optimizer.step()", "")
+        exec(compile(text, "README.md", "exec"), names)
+    loss = "tail_draws" if "3" in options else "tail_bucket"
+    expected = distillation_loss(names["student"](batch["input_ids"]), batch, loss=loss)
+    assert names["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_card_says_how_to_cite_it_and_what_not_to_train_with(manifest, curves):
+    card = render_card(manifest, curves=curves)
+    assert (
+        "**A plain `SFTTrainer` learns from the text of these rows alone, without a word.**" in card
+    )
+    assert "pip install logit-dataset" in card
+    assert "Published by" not in card
+    assert "@misc{tiny,\n  title = {{tiny: distributions of tiny}},\n" in card
+    assert f"fingerprint {manifest['fingerprint'][:12]}}}" in card
+    entry = {"version": "1.0.0", "date": "2026-11-26", "changes": ["x"]}
+    release = {"repo": "some-org/set", "version": "1.0.0", "changelog": [entry]}
+    card = render_card(manifest, curves=curves, release=release)
+    assert "\nPublished by some-org.\n" in card
+    assert "  author = {{some-org}},\n  year = {2026},\n  version = {1.0.0},\n  url = {https://huggingface.co/datasets/some-org/set},\n}\n```" in card  # fmt: skip
+    assert 'LogitCollator.of("some-org/set", revision="v1.0.0")' in card

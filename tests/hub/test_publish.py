@@ -600,7 +600,7 @@ def test_the_card_is_valid_and_its_snippets_run_as_pasted(hub, client, publish, 
     card = (out / "README.md").read_text()
     assert stand_in.card_errors(card) == []
     snippets = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     code = "\n".join(snippets)
     result = client.python(
         f"{code}\nfrom huggingface_hub import DatasetCard\ncard = DatasetCard.load('org/set')\ncard.validate()\n"
@@ -611,7 +611,7 @@ def test_the_card_is_valid_and_its_snippets_run_as_pasted(hub, client, publish, 
     row = pq.read_table(out / "data" / "train-000-00000.parquet").slice(0, 1).to_pylist()[0]
     T = len(row["input_ids"])
     assert result.stdout.splitlines()[:2] == [f"torch.Size([{T}])", f"torch.Size([{T}, 20]) torch.Size([{T}, 20])"]  # fmt: skip
-    assert 0 < float(result.stdout.splitlines()[-1]) < 5
+    assert 0 < float(result.stdout.splitlines()[-1]) < 8  # a cross-entropy: the dataset has draws
 
 
 def test_the_version_follows_from_the_manifests(small, large):

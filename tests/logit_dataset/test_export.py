@@ -262,6 +262,24 @@ def test_the_teacher_is_its_own_best_student_in_their_loss(exported, teacher_dir
     assert abs(gradients["draws"]) < 0.001
 
 
+def test_with_draws_their_loss_is_the_whole_cross_entropy_but_for_a_constant(
+    exported, sources, teacher_dir
+):
+    """Which no student changes: between two students, it differs as the true KL does."""
+    rows = exported("drawn", "axolotl")
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_dir).double()
+    found, expected, generator = [], [], torch.Generator().manual_seed(0)
+    for row in rows:
+        with torch.no_grad():
+            logits = teacher(torch.tensor([row["input_ids"]])).logits[0]
+        other = logits + torch.randn(logits.shape, generator=generator).double()
+        listed = [row[f"target_{what}"] for what in ("token_ids", "logprobs", "mask")]
+        found.append(their_loss(other, *listed) - their_loss(logits, *listed))
+        logp, logq = logits.log_softmax(-1), other.log_softmax(-1)
+        expected.append((logp.exp() * (logp - logq)).sum(-1)[:-1].mean())
+    assert np.mean(found) == pytest.approx(np.mean(expected), rel=0.1)
+
+
 @pytest.mark.parametrize(("to", "options"), [("axolotl", {}), ("distillkit", {}), ("distillkit", {"tail": "bucket"}), ("distillkit", {"packed": True}), ("maxtext", {})])  # fmt: skip
 def test_the_readme_has_the_configuration_and_what_is_lost(sources, tmp_path, to, options):
     if to == "maxtext":

@@ -8,10 +8,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from logit_dataset import distillation_loss, distillation_loss_from_hidden
+from logit_dataset import distillation_loss, distillation_loss_from_hidden, load_logits
 from logit_dataset.divergences import Loss
 from logit_dataset.gather import _prepare, gather_logprobs
 from logit_dataset.losses import _at_temperature
+from tests.conftest import REPOSITORY
 
 LOSSES = get_args(Loss)
 B, T, V, K, J = 2, 5, 37, 6, 4
@@ -535,3 +536,15 @@ def test_the_first_id_too_many_is_out_of_bounds_where_nothing_looks_before():
     with pytest.raises(RuntimeError, match="out of bounds"):
         padded_CV.gather(1, other_CJ)
     assert _prepare(logits, rows, none, none, 1.0)[1] == 0
+
+
+def test_the_graph_breaks_of_a_compiled_loss_are_as_many_as_the_docs_say(built):
+    import torch._dynamo
+
+    batch = next(iter(load_logits(built).batches(batch_size=2)))
+    logits = torch.randn(*batch["input_ids"].shape, 448, requires_grad=True)
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(distillation_loss)(logits, batch)
+    assert found.graph_break_count == 7
+    text = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
+    assert "breaks the graph seven times" in text

@@ -122,6 +122,16 @@ def test_the_teacher_stays_where_it_is_and_is_moved_by_data_that_are_not(
     assert norms[0] < 0.01 * norms[1]
 
 
+def test_a_trainer_only_to_evaluate(teacher, rows, tmp_path):
+    arguments = TrainingArguments(str(tmp_path), **QUIET)
+    some = {"a": rows.select(range(5))}
+    for options in ({}, {"eval_dataset": some}, {"data_collator": LogitCollator.of(rows)}):
+        trainer = DistillationTrainer(teacher, arguments, **options)
+        found = trainer.evaluate(some)
+        assert abs(found["eval_a_kl"]) < 0.005
+    assert trainer.predict(rows.select(range(5))).metrics["test_kl"] == found["eval_a_kl"]
+
+
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_students_learn(make, student, rows, kind):
     arguments = {"num_train_epochs": 6, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}

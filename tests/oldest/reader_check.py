@@ -316,6 +316,18 @@ def test_the_command_says_what_to_install():
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_the_command_exports_all_the_same(tmp_path):
+    command = Path(sys.executable).with_name("logit-dataset")
+    to = ["export", DATASETS / "everything", "--to", "axolotl", "--output", tmp_path / "out"]
+    done = subprocess.run([command, *to], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "out" / "data").iterdir()
+    rows = pq.read_table(file)
+    manifest = json.loads((DATASETS / "everything" / "manifest.json").read_text())
+    assert len(rows) == manifest["totals"]["rows"]
+    assert rows.column_names[-3:] == ["target_token_ids", "target_logprobs", "target_mask"]
+
+
 def test_the_docs_train_a_student(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "smollm2-135m-python-docs").symlink_to((DATASETS / "plain").resolve())
