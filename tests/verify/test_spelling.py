@@ -8,7 +8,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from builder.corpus.documents import Document
-from builder.corpus.sequences import Encoder, Sequence
+from builder.corpus.encoder import Encoder
+from builder.corpus.sequences import Sequence
 from builder.recipe import SequencesRecipe
 from builder.verify.spelling import Spelled, Speller
 from tests.chats import CHATML, MARKERS
