@@ -1,5 +1,6 @@
 """A finished dataset → what it is, for a person or a program."""
 
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -318,21 +319,26 @@ def _layout(manifest: dict[str, Any]) -> Layout:
 def spell_token(tokenizer: Any, token: int) -> str:
     """The text of one token, spaces included; bytes of a part of a character as in <0xE2>, and <id 9> for no token."""
     raw: str | None = tokenizer.convert_ids_to_tokens(token)
-    if raw is None:  # logits are often padded beyond the tokenizer's vocabulary
-        return f"<id {token}>"
     # Decoded alone, a token of such a tokenizer would lose the space at its beginning.
-    return raw.replace("▁", " ") if raw.startswith("▁") else _spell(tokenizer, [token])
+    return raw.replace("▁", " ") if raw and raw.startswith("▁") else _spell(tokenizer, [token])
 
 
 def _spell(tokenizer: Any, tokens: list[int]) -> str:
-    """The text of some tokens, with the bytes of characters of which only a part is there."""
+    """The text of some tokens, with the bytes of characters of which only a part is there, and <id 9> for what is no token."""
+    pieces = tokenizer.convert_ids_to_tokens(tokens)
+    if None in pieces:  # logits are often padded beyond the tokenizer's vocabulary
+        parts = []
+        for is_token, some in itertools.groupby(zip(tokens, pieces, strict=True), lambda one: one[1] is not None):  # fmt: skip
+            ids = [token for token, _ in some]
+            parts += [_spell(tokenizer, ids)] if is_token else [f"<id {token}>" for token in ids]
+        return "".join(parts)
     text: str = tokenizer.decode(tokens)
     if "\ufffd" not in text:
         return text
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    raw = "".join(tokenizer.convert_ids_to_tokens(tokens))
+    raw = "".join(pieces)
     if not all(character in byte_of for character in raw):
         return text  # not a byte-level vocabulary
     exact = bytes(byte_of[character] for character in raw).decode("utf-8", "surrogateescape")

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from builder.build.build import build
+from builder.dataset import info
 from builder.dataset.info import (
     MAX_POSITIONS,
     alternatives,
@@ -256,3 +257,13 @@ def test_a_context_that_ends_inside_a_character_shows_its_bytes(
         for position in (length - 2, length - 1)
     ]
     assert contexts == ["a \ufffd and <0xCE>", "a \ufffd and Ω"]
+
+
+def test_a_text_with_ids_that_are_no_tokens_is_spelled(tiny_tokenizer):
+    """A teacher whose logits are padded may write them, in the middle of a character, too."""
+    ids = tiny_tokenizer.encode("Hi é", add_special_tokens=False)
+    beyond = len(tiny_tokenizer) + 5
+    spelled = info._spell(tiny_tokenizer, [*ids[:-1], beyond, beyond + 1, ids[-1]])
+    assert f"<id {beyond}><id {beyond + 1}>" in spelled
+    assert spelled.startswith("Hi")
+    assert info._spell(tiny_tokenizer, [beyond]) == f"<id {beyond}>"
