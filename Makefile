@@ -51,7 +51,7 @@ test-reader: .venv/.ready-dev $(READER)/.ready
 	cd $(READER)/check && PYTHONPATH=../later ../bin/python -m pytest -q -c /dev/null --noconftest reader_check.py -k "hub or said or versions"
 
 test-gpu: .venv/.ready-dev
-	.venv/bin/python -m pytest -m gpu
+	.venv/bin/python -m pytest -m gpu tests/gpu
 
 experiment: .venv/.ready
 	.venv/bin/python -m examples.experiment $(if $(QUICK),--quick)

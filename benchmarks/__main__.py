@@ -14,7 +14,7 @@ from benchmarks import sample
 
 SECTIONS = (
     *("capture", "options", "generation", "storage", "reading", "students"),
-    *("scaling", "memory", "startup", "host"),
+    *("scaling", "memory", "startup", "host", "shapes"),
 )
 BARS = {
     "build_over_forward": {"float32": 0.96, "bfloat16": 0.93},
@@ -45,6 +45,8 @@ def main() -> None:
     results: dict[str, Any] = {"machine": sample.machine(options.device)}
     print(" · ".join(f"{name} {value}" for name, value in results["machine"].items()))
     started = time.perf_counter()
+    if "shapes" in options.only:
+        results["shapes"] = _shapes(options)
     if "capture" in options.only:
         results["capture"] = _capture(options)
     if "options" in options.only:
@@ -71,6 +73,24 @@ def main() -> None:
         results["host"] = _host(options)
     sample.write_json(options.output, results)
     print(f"\n{time.perf_counter() - started:,.0f} s; all numbers are in {options.output}")
+
+
+def _shapes(options: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import shapes
+
+    found = shapes.measure(options.device, options.rounds)
+    copy = found["copy_gigabytes_per_second"]
+    for size, ways in found["capture"].items():
+        _table(
+            f"capture of random logits, {size} (a copy: {copy:,} GB/s)",
+            {
+                name: f"{way['microseconds_a_row']} µs a row, {way['gigabytes_per_second']:,} GB/s"
+                for name, way in ways.items()
+            },
+        )
+    for name, rates in found["tokens_per_second"].items():
+        _table(f"random weights, {name}, tokens/s", {key: f"{v:,}" for key, v in rates.items()})
+    return found
 
 
 def _capture(options: argparse.Namespace) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from builder.dataset.manifest import read_manifest
 from builder.dataset.shards import ShardWriter
 from builder.plan.estimate import product_flops
 from builder.plan.plan import EMBEDDED, flop_per_token
+from builder.teacher import model
 from builder.teacher.model import Teacher
 
 
@@ -115,7 +116,9 @@ def stages(dtype: str, device: str, tokens: int, base: Path) -> dict[str, float]
             (Corpus, "__iter__", "corpus"),
             (Encoder, "encode", "tokenize"),
             (Teacher, "hidden", "body"),
-            (Teacher, "_apply_head", "head"),
+            (model, "_apply", "head"),
+            (distribution, "largest", "statistics"),
+            (distribution, "refine", "statistics"),
             (distribution, "_capture_rows", "statistics"),
             (pipeline, "_in_order", "order"),
             (ShardWriter, "_write_block", "write (own thread)"),

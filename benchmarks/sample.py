@@ -38,9 +38,9 @@ def recipe(dtype: str, tokens: int, **output: object) -> Recipe:
 
 
 def load(dtype: str, device: str) -> Teacher:
-    """The embedded teacher."""
+    """The embedded teacher, as it runs by itself: in 16 bits with rounded logits."""
     directory, _ = demo.embedded_teacher()
-    return load_teacher(str(directory), dtype=dtype, device=device)
+    return load_teacher(str(directory), dtype=dtype, device=device, head_dtype="teacher")
 
 
 def sequences(teacher: Teacher, tokens: int) -> list[Sequence]:

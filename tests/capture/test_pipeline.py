@@ -146,33 +146,3 @@ def test_packing_and_unpacking_changes_no_bit(top_k):
         assert torch.equal(
             after.contiguous().view(torch.uint8), before.contiguous().view(torch.uint8)
         )
-
-
-@pytest.mark.gpu
-def test_a_gpu_gives_the_rows_of_the_cpu(tiny_model, tiny_tokenizer, sequences, teacher):
-    import copy
-
-    on_gpu = Teacher(copy.deepcopy(tiny_model), tiny_tokenizer, device=torch.device("cuda"))
-    _, blocks = run(on_gpu, sequences)
-    assert all(block.distribution["logsumexp"].device.type == "cpu" for block in blocks)
-    assert_each_equals_alone(teacher, blocks)
-
-
-@pytest.mark.gpu
-def test_no_statistic_waits_for_the_gpu():
-    logits = torch.randn(700, 49_152, device="cuda")
-    targets = torch.randint(49_152, (700,), device="cuda")
-    options = {"top_k": 50, "temperatures": (2.0,)}
-    uniforms_NM = uniforms(0, "doc", 0, num_positions=700, count=4)
-    on_gpu = {**options, "uniforms_NM": uniforms_NM.cuda()}
-    torch.cuda.set_sync_debug_mode("error")  # any call that waits raises
-    try:
-        arrive = module.start_copy(capture(logits.split(300), targets, **on_gpu))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    found = arrive()
-    expected = capture([logits.cpu()], targets.cpu(), **options, uniforms_NM=uniforms_NM)
-    torch.testing.assert_close(found["logsumexp"], expected["logsumexp"])
-    torch.testing.assert_close(found["logsumexp_t2"], expected["logsumexp_t2"])
-    # Given the same logits; only where a sum's last bit decides may it be another.
-    assert (found["tail_indices"] == expected["tail_indices"]).float().mean() > 0.99

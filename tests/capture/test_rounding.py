@@ -162,7 +162,7 @@ def test_ties_of_rounded_logits_are_told_apart_however_many(top_k, dtype):
 
 @pytest.mark.parametrize(("step", "anew"), [(0.015, []), (0.001, [5])])
 def test_without_doubt_no_row_is_made_anew(monkeypatch, step, anew):
-    """Between the 50th and the 64th are 0.2 nats, more than rounding to sixteenths can move; or 0.01."""
+    """Between the 50th and the 72nd are 0.3 nats, more than rounding to sixteenths can move; or 0.02."""
     counted: list[int] = []
 
     def whole(piece: Rounded, rows_R: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def test_a_target_from_outside_that_is_larger_than_the_kth(monkeypatch):
     assert 200 in found["topk_indices"]
 
 
-@pytest.mark.parametrize("finite", [0, 1, 19, 20, 63, 64, 65])
+@pytest.mark.parametrize("finite", [0, 1, 19, 20, 71, 72, 73])
 def test_fewer_finite_logits_than_are_looked_at(finite):
     torch.manual_seed(finite)
     exact_NV = torch.full((4, 500), -torch.inf, dtype=torch.float64)

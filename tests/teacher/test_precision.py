@@ -137,33 +137,6 @@ def test_the_call_for_cuda_is_one_that_torch_knows(dtype):
     assert precision.by_out_dtype not in precision.products_for(CPU)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 5, 640])
-@HALVES
-def test_products_on_a_gpu(dtype, rows):
-    torch.manual_seed(0)
-    inputs = torch.randn(rows, 576, device="cuda", dtype=dtype)
-    weights = torch.randn(49_152, 576, device="cuda", dtype=dtype)
-    expected = precision.by_float64(inputs, weights)
-    errors = {
-        product.__name__: largest_error(product(inputs, weights), expected)
-        for product in precision.products_for(inputs.device)
-    }
-    assert max(errors.values()) < 1e-4, errors
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("family", AFTER)
-def test_a_gpu_uses_its_own_way(family, save):
-    teacher = load(save(make_model(family)), torch.bfloat16, device="cuda")
-    assert teacher._exact.product is precision.by_out_dtype
-    sequences = random_sequences()
-    expected_NV = exact(teacher, teacher.hidden(sequences), family)
-    pieces = list(teacher.rounded(sequences))
-    assert all(piece.dtype == torch.float32 for piece in pieces)
-    assert largest_error(torch.cat(pieces), expected_NV) < 1e-4
-
-
 def test_a_teacher_in_float32_is_what_it_was(save):
     directory = save(make_model("gemma2"))
     one, other = (load(directory, torch.float32, head_dtype=d) for d in ("float32", "teacher"))
