@@ -8,12 +8,14 @@ How:  an epoch is a list of blocks. The row groups are put in an order (files sh
       is a function of the seed and the epoch, so a place in it is three numbers: epoch, block, row. Threads decode the next
       block while the trainer works on this one; what they raise is raised again here.
 
-Cost: three blocks in memory (43 MB each at k = 50, 270 MB with whole distributions). Rows are copied once, from Arrow's memory into the batch.
+Cost: two blocks in memory, and what is decoded ahead, AHEAD blocks (a block is 43 MB at k = 50, 270 MB with whole distributions). Rows are
+      copied once, from Arrow's memory into the batch.
 
 Shape suffixes: B rows of a batch, T their length, K values a position, P pieces (sequences, or parts of long ones).
 """
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +35,8 @@ BUFFER_VALUES = 2**27
 """Limit on T · K of a block, for whole distributions: as many row groups."""
 READERS = 2
 """Threads that decode row groups; each lets Arrow use all cores. Four were slower on two cores."""
+AHEAD = 1.5
+"""Blocks that are decoded before they are wanted. More than one, else threads would wait while the last row group of one is decoded."""
 PADDING = {"target_ids": NO_TARGET, "sequence_ids": -1, "row_ids": -1, **NO_PROBABILITY}
 """What stands where no token is; 0 in all other columns: losses of others look all ids up before they multiply by a mask."""
 
@@ -210,16 +214,25 @@ class Batches(IterableDataset[dict[str, Tensor]]):
     def _pieces(self) -> Iterator[tuple[Piece, tuple[int, int]]]:
         """The pieces of the rest of the epoch, each with its place (block, row)."""
         blocks, first, row = self._blocks(), self._block, self._row
+        upcoming = deque(group for block in blocks[first:] for group in block)
+        most = int(self._buffer_tokens * AHEAD)
         with ThreadPoolExecutor(READERS, thread_name_prefix="logit-dataset") as pool:
+            ahead: deque[tuple[int, Future[list[Piece]]]] = deque()
 
-            def submit(index: int) -> list[Future[list[Piece]]]:
-                groups = blocks[index] if index < len(blocks) else []
-                return [pool.submit(self._decode, group) for group in groups]
+            def submit() -> None:
+                """Have as many row groups decoded as may be ahead; one, however large."""
+                room = most - sum(tokens for tokens, _ in ahead)
+                while upcoming and (not ahead or upcoming[0].num_tokens <= room):
+                    group = upcoming.popleft()
+                    room -= group.num_tokens
+                    ahead.append((group.num_tokens, pool.submit(self._decode, group)))
 
-            ahead = submit(first)
+            submit()
             for index in range(first, len(blocks)):
-                pieces = [piece for part in ahead for piece in part.result()]
-                ahead = submit(index + 1)
+                pieces: list[Piece] = []
+                for _ in blocks[index]:
+                    pieces += ahead.popleft()[1].result()
+                    submit()
                 order: npt.NDArray[np.int64] = np.arange(len(pieces))
                 if self._seed is not None:
                     key = (self._seed, self._epoch, self._rank, index)
