@@ -313,18 +313,19 @@ def test_two_turns_build_with_every_family_a_row_an_answer(build, teacher, name,
     assert len(dataset) == len(found)
 
 
-def test_a_shard_ends_with_a_chat_and_not_within_its_answers(build, killer, tmp_path, teacher):
-    """So that a build that is killed anywhere has each answer once."""
+@pytest.mark.parametrize("shard_tokens", [10, 60])
+def test_a_build_that_is_killed_anywhere_has_each_answer_once(build, killer, tmp_path, teacher, shard_tokens):  # fmt: skip
+    """A shard ends within the answers of a chat only where that is longer than two shards."""
     rows = [{"id": f"c{i}", "messages": CHATS["three turns"]} for i in range(6)]
-    options = {"sequences": LAST, "output": "shard_tokens = 30"}
+    options = {"sequences": LAST, "output": f"shard_tokens = {shard_tokens}"}
     base = tmp_path / "killed"
     base.mkdir()
     recipe = build.recipe(base, rows, THINKS, **options)
     assert killer.build(recipe, tmp_path / "whole")["status"] == 0
     files = [read_rows_of(tmp_path / "whole", record.file) for record in records_of(read_manifest(tmp_path / "whole"))]  # fmt: skip
     assert len(files) > 2
-    for ids in files:
-        assert [name.rpartition("/")[2] for name in ids] == ["0", "1", "2"] * (len(ids) // 3)
+    assert [name for ids in files for name in ids] == [f"c{i}/{j}" for i in range(6) for j in range(3)]  # fmt: skip
+    assert all(len(ids) % 3 == 0 for ids in files) is (shard_tokens == 60)
     output = tmp_path / "parts"
     assert killer.build(recipe, output, at_step="os.replace#5:before")["killed"]
     before = finished_shards(output)
@@ -334,6 +335,7 @@ def test_a_shard_ends_with_a_chat_and_not_within_its_answers(build, killer, tmp_
     totals = [read_manifest(path)["totals"] for path in (output, tmp_path / "whole")]
     assert totals[0]["documents"] == totals[1]["documents"] == 6
     assert totals[0]["rows"] == 18
+    assert not verify(output, recompute=18, teacher_path=teacher).problems
 
 
 def read_rows_of(output: Path, file: str) -> list[str]:
