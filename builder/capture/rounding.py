@@ -11,10 +11,10 @@ How:  more entries than K are made in float32 and put in their places, so that e
       off by no more than the largest rounding that was seen among these, and a quarter. Where that could reach the K-th, or a
       target from outside does, the whole row is made in float32.
 
-Cost: of the embedded teacher in bfloat16 (72 entries for a top K of 50) some 30 µs a position on one core of 1,500; a row as a whole takes 6 ms, which one of 1,100 needed
-      with 64 entries, and none of 3,364 with these.
-      Its log-probabilities, which rounding moves by 0.034 nats on average, are then within 10⁻⁵ of those of float64, beyond what
-      float16 does to them; the log-partition within 10⁻⁴, where it was off by 0.02.
+Cost: of the embedded teacher in bfloat16 (72 entries for a top K of 50) some 30 of 1,500 µs a position on one core. A row as a whole
+      takes 6 ms: one of 1,100 needed it with 64 entries, and none of 3,364 with 72. Log-probabilities, which rounding moves by 0.034
+      nats on average, are then within 10⁻⁵ of those of float64, beyond what float16 does to them; the log-partition within 10⁻⁴,
+      where it was off by 0.02.
 
 Shape suffixes: R positions, P padded vocabulary, V vocabulary, K top-k, C entries in float32.
 """

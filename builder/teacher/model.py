@@ -36,7 +36,16 @@ from torch import Tensor
 from builder.checkpoint.quantisation import count_parameters
 from builder.teacher.head import body_of, head_of
 from builder.teacher.lengths import forgetting, reach_of
-from builder.teacher.precision import Exact, Picker, Rounded, error, find, find_picker, with_product
+from builder.teacher.precision import (
+    Exact,
+    Picker,
+    Rounded,
+    error,
+    find,
+    find_picker,
+    is_float32,
+    with_product,
+)
 from builder.tokenizer.tokenizer import origin_of
 
 CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES = 64 * 2**20, 256 * 2**20
@@ -321,6 +330,8 @@ class Teacher:
 
     def _use_float32(self) -> None:
         """Have logits in float32 from here on; where they cannot be had, note it."""
+        if is_float32(self.model):
+            return
         vocab = self.model.get_input_embeddings().num_embeddings
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(vocab, (1, PROBE_LENGTHS[-1]), generator=generator)

@@ -18,8 +18,8 @@ How:  a 16-bit product is summed in float32 and rounded at its end: to an eighth
 
       Which of these is right is found out at load, against the product in float64 (`Teacher`).
 
-Cost: OUT_DTYPE 4 bytes a logit in place of 2. RESIDUAL twice the product. Picked 4 to 6 µs a row for 64 entries of width 576 on one core,
-      and a float32 copy of the layer's weights.
+Cost: OUT_DTYPE 4 bytes a logit in place of 2. RESIDUAL twice the product. Picked 4 to 15 µs a row for 64 entries of width 576 on one
+      core, by how many of the weights are in its cache, and a float32 copy of the layer's weights.
 
 Shape suffixes: N positions, R some of them, C picked entries, V vocabulary, D hidden.
 """
@@ -103,6 +103,12 @@ def output_layer(model: Any) -> OutputLayer | None:
     return OutputLayer(path=tuple(name.split(".")), linear=linear) if name else None
 
 
+def is_float32(model: Any) -> bool:
+    """Whether a model in 16 bits keeps the layer that makes its logits in float32 by itself."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    return isinstance(weight, Tensor) and weight.dtype == torch.float32
+
+
 def _is_plain(weight: Tensor) -> bool:
     return type(weight.data) in (Tensor, DTensor)
 
@@ -140,6 +146,8 @@ def find(own: Any, run: Callable[[Any], Tensor], *, device: torch.device) -> Exa
             expected_NV = run(with_product(own, layer, by_float64))
             view = with_product(own, layer, product)
             found_NV = run(view)
+        except torch.OutOfMemoryError:
+            raise  # which says nothing of what is right
         except UNFIT:
             continue
         if found_NV.dtype == torch.float32 and error(found_NV, expected_NV) <= TOLERANCE:
@@ -164,6 +172,8 @@ def find_picker(own: Any, exact: Exact, hidden_ND: Tensor) -> "Picker | None":
     try:
         picker = Picker(own, exact.layer)
         found_NC = picker(hidden_ND, ids_NC)
+    except torch.OutOfMemoryError:
+        raise
     except UNFIT:
         return None
     if found_NC.dtype != torch.float32 or found_NC.shape != ids_NC.shape:

@@ -185,6 +185,31 @@ def test_where_a_model_rounds_by_itself_it_is_said(tiny_tokenizer):
         assert torch.equal(a, b)
 
 
+def test_a_head_that_is_in_float32_by_itself_is_left_alone(tiny_tokenizer):
+    class OwnFloat32(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = self.model(*args, **kwargs)
+            output.logits = self.lm_head(output.last_hidden_state.float())
+            return output
+
+    model = make(OwnFloat32)
+    model.lm_head = model.lm_head.float()
+    teacher = Teacher(model, tiny_tokenizer, device=CPU)
+    assert teacher.dtype == torch.bfloat16
+    assert (teacher.head_dtype, teacher.notices) == (None, ())
+    (piece,) = teacher.rounded(random_sequences())
+    assert piece.dtype == torch.float32
+
+
+def test_want_of_memory_is_no_reason_to_round(tiny_tokenizer, monkeypatch):
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(precision, "by_float64", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        Teacher(make(LlamaForCausalLM), tiny_tokenizer, device=CPU)
+
+
 def test_packed_weights_stay_with_their_own_product(tiny_tokenizer):
     model = make(LlamaForCausalLM)
 
