@@ -109,18 +109,19 @@ def naive(teacher: Teacher, sequences: list[Sequence], base: Path) -> float:
 
 
 def stages(dtype: str, device: str, tokens: int, base: Path) -> dict[str, float]:
-    """Share of a build's time by stage. On a GPU, whose work is not waited for, only the sum is meaningful."""
+    """Share of a build's time by stage. On a GPU, whose work is not waited for, only the sum is meaningful. What runs on other threads takes
+    none of the time of the one that launches."""
     clock: dict[str, float] = {}
     with ExitStack() as stack:
         for owner, name, label in (
-            (Corpus, "__iter__", "corpus"),
-            (Encoder, "encode", "tokenize"),
+            (Corpus, "__iter__", "corpus (own thread)"),
+            (Encoder, "whole", "tokenize (own thread)"),
             (Teacher, "hidden", "body"),
             (model, "_apply", "head"),
             (distribution, "largest", "statistics"),
             (distribution, "refine", "statistics"),
             (distribution, "_capture_rows", "statistics"),
-            (pipeline, "_in_order", "order"),
+            (pipeline, "_in_order", "order (writer's thread)"),
             (ShardWriter, "_write_block", "write (own thread)"),
         ):
             stack.enter_context(sample.timed(owner, name, clock, label))

@@ -19,7 +19,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from builder.corpus.documents import Document
-from builder.corpus.encoder import Encoder
+from builder.corpus.encoder import Encoder, backend_copy
 from builder.corpus.sequences import NO_TOKEN, Sequence, length_sorted_batches
 
 TRAINING_TEXT = [
@@ -455,3 +455,11 @@ def test_batches_by_example():
     assert length_sorted_batches([5, 5, 5], 10) == [[0, 1], [2]]
     assert length_sorted_batches([50], 10) == [[0]]
     assert length_sorted_batches([], 10) == []
+
+
+def test_a_token_that_is_called_like_a_setting_keeps_its_id():
+    vocab = {"a": 0, "trim_offsets": 1, "b": 2}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert backend_copy(tokenizer, match_special=False).encode("b trim_offsets").ids == [2, 1]
