@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from builder.checkpoint import arrival, checkpoint, gguf
 from builder.checkpoint.checkpoint import named
@@ -23,6 +23,7 @@ from builder.teacher.attention import (
     is_kernel,
 )
 from builder.teacher.model import HeadDtype, Teacher, Together, is_spread
+from builder.teacher.multimodal import empty_towers, family_of
 from builder.tokenizer.files import TokenizerError
 from builder.tokenizer.tokenizer import Origin, load, note_origin
 
@@ -88,13 +89,15 @@ def load_teacher(
             **({"device_map": "auto"} if spread else {}),
             **({"distributed_config": split} if split else {}),
         )
-    first_device = torch.device(device)
+    first_device, is_cut = torch.device(device), False
     try:
         if split is not None:
             _check_split(model, split.tp_size)
         if is_spread(model):
             first_device = _first_device(model)
         else:
+            if split is None and quantisation is None:
+                is_cut = empty_towers(model)
             model = model.to(first_device)
         arrival.check_values(model)
         return Teacher(
@@ -104,6 +107,7 @@ def load_teacher(
             together=together,
             quantisation=quantisation,
             head_dtype=head_dtype,
+            is_cut=is_cut,
         )
     except ValueError as error:
         raise ValueError(f"{named(location)}: {error}") from None
@@ -189,9 +193,14 @@ def _load_pretrained(
     checkpoint.refuse_ambiguous(location)
     shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = checkpoint.read_config(location, commit=revision)
+    family: Any = AutoModelForCausalLM
+    with suppress(Exception):  # where it cannot be read, loading says why
+        family = family_of(
+            AutoConfig.from_pretrained(location, **shared), trust_remote_code=trust_remote_code
+        )
     try:
         # Tensors are only ever read from safetensors: a pickle file can run code.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = family.from_pretrained(
             location, use_safetensors=True, output_loading_info=True, **shared, **options
         )
     except (ValueError, OSError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
