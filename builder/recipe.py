@@ -122,7 +122,8 @@ class CorpusRecipe(_Source):
     split: str = "train"
     """Its split."""
     files: tuple[str, ...] = ()
-    """Local files or globs (.txt, .jsonl, .parquet; .txt and .jsonl also .gz or .zst), relative to the recipe."""
+    """Local files, globs or folders, relative to the recipe: .txt, .jsonl, .csv and .parquet, all but the last also .gz or .zst; .txt may stand
+    beside .jsonl. One needs no brackets."""
     embedded: Literal["python-docs"] | None = None
     """A corpus that every Python brings: the language reference."""
     text_column: str = "text"
@@ -503,9 +504,24 @@ def load_recipe(path: Path) -> Recipe:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     try:
         # JSON mode, since TOML and JSON share lists where Recipe has tuples.
-        return Recipe.model_validate_json(json.dumps(values, default=str))
+        return Recipe.model_validate_json(json.dumps(_as_meant(values), default=str))
     except ValidationError as error:
         raise ValueError(f"{path}: {_problems(error)}") from None
+
+
+def _as_meant(values: dict[str, Any]) -> dict[str, Any]:
+    """What TOML makes of what people write: 1e6 is a float there, and one file no list."""
+    meant = {}
+    for name, section in values.items():
+        if isinstance(section, dict):
+            section = {
+                key: int(value) if isinstance(value, float) and value.is_integer() else value
+                for key, value in section.items()
+            }
+            if name == "corpus" and isinstance(section.get("files"), str):
+                section["files"] = [section["files"]]
+        meant[name] = section
+    return meant
 
 
 def _problems(error: ValidationError) -> str:

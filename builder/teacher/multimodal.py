@@ -33,8 +33,17 @@ def family_of(config: Any, *, trust_remote_code: bool = False) -> Any:
 
 
 def empty_towers(model: Any) -> bool:
-    """Give back the memory of what reads pictures and sound; whether there is such a part."""
-    kept = {model.get_input_embeddings().weight, *_head_weights(model)}
+    """Give back the memory of what reads pictures and sound; whether there is such a part.
+
+    Raises:
+        ValueError: the model takes no token ids.
+    """
+    try:
+        kept = {model.get_input_embeddings().weight, *_head_weights(model)}
+    except (NotImplementedError, AttributeError):
+        raise ValueError(
+            f"{type(model).__name__} is not a causal language model: it takes no token ids; use a decoder-only model"
+        ) from None
     is_cut = False
     for tower in _towers(model):
         parameters = list(tower.parameters())
