@@ -98,7 +98,12 @@ def expect(recipe: Recipe, sources: Sources) -> tuple[int | None, float | None]:
 def _count_tokens(recipe: Recipe, sources: Sources) -> tuple[int | None, float]:
     """Tokens of a build, counted where the sample is all of it, else scaled from the sample; and the share of positions in the loss mask."""
     corpus, teacher = recipe.corpus, sources.teacher
-    tokenizer = load_tokenizer(teacher.location, commit=teacher.commit, tokenizer=teacher.tokenizer)
+    tokenizer = load_tokenizer(
+        teacher.location,
+        commit=teacher.commit,
+        tokenizer=teacher.tokenizer,
+        weights=teacher.weights,
+    )
     encoder = make_encoder(recipe, tokenizer, sources.template)
     documents = open_corpus(corpus, sources.corpus, are_prompts=recipe.generation is not None)
     num_documents = num_rows = num_tokens = num_kept = 0

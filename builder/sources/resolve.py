@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from builder.recipe import CorpusRecipe, Recipe, SequencesRecipe, TeacherRecipe
+from builder.recipe import OWN, CorpusRecipe, Recipe, SequencesRecipe, TeacherRecipe
 from builder.sources import demo
 from builder.sources.changes import Seen, Watch, deciding_files, hash_file
 from builder.text.files import COMPRESSED, JSON_LINES, suffix_of
@@ -53,6 +53,8 @@ class TeacherSource:
     """Directory of the tokenizer, where it is not at `location`."""
     config: str | None = None
     """A config.json that decides for a GGUF file."""
+    weights: tuple[str, ...] | None = None
+    """Files that a Python file is given; None for all other teachers."""
     attention: str
     """As the recipe says, else the best that the teacher's class supports."""
     files: tuple[Path, ...] = ()
@@ -228,6 +230,8 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
         directories.append(directory)
         location, sha256 = str(directory), _tree_sha256(directory, known)
         provenance = {"kind": "directory", "name": directory.name, "sha256": sha256}
+    elif recipe.python:
+        return _python_teacher(recipe, base, known)
     else:
         assert recipe.gguf
         file = _existing(base, recipe.gguf, "teacher.gguf", "file")
@@ -258,6 +262,27 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
     )
 
 
+def _python_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> TeacherSource:
+    """Pin a teacher that is code of the user's. It is not run here."""
+    assert recipe.python
+    code = _existing(base, recipe.python, "teacher.python", "file")
+    if code.suffix != ".py":
+        raise ValueError(f"teacher.python: {recipe.python!r} is not a .py file")
+    weights = [_existing(base, path, "teacher.weights", "file") for path in recipe.weights]
+    return TeacherSource(
+        location=str(code),
+        attention=OWN,
+        weights=tuple(map(str, weights)),
+        files=(code, *weights),
+        provenance={
+            "kind": "python",
+            "name": code.name,
+            "sha256": known.sha256(code),
+            "weights_sha256": [known.sha256(path) for path in weights],
+        },
+    )
+
+
 def read_chat_template(recipe: SequencesRecipe, base: Path) -> str | None:
     """The chat template that a recipe names, if any.
 
@@ -276,8 +301,8 @@ def read_chat_template(recipe: SequencesRecipe, base: Path) -> str | None:
 
 
 def local_teacher(recipe: TeacherRecipe, base: Path) -> Path | None:
-    """Where a recipe's teacher is, if it is a directory or file of the user's."""
-    path = recipe.path or recipe.gguf
+    """Where a recipe's teacher is, if it is a directory or file of the user's: of Python code, that file."""
+    path = recipe.path or recipe.gguf or recipe.python
     return base / expand_home(path) if path else None
 
 

@@ -5,6 +5,7 @@ How:  transformers loads. Weights are read from safetensors and GGUF only, for a
       refused: both would work, and be wrong.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from builder.teacher.attention import (
 )
 from builder.teacher.model import HeadDtype, Teacher, Together, is_spread
 from builder.teacher.multimodal import empty_towers, family_of
+from builder.teacher.own import load_own
 from builder.tokenizer.files import TokenizerError
 from builder.tokenizer.tokenizer import Origin, load, note_origin
 
@@ -45,11 +47,12 @@ def load_teacher(
     together: Together | None = None,
     config: str | None = None,
     head_dtype: HeadDtype = "float32",
+    weights: Sequence[str] | None = None,
 ) -> Teacher:
-    """Load a teacher from the Hub (at a commit), from a directory, or from a GGUF file.
+    """Load a teacher from the Hub (at a commit), from a directory, from a GGUF file, or by Python code of the user's.
 
     Args:
-        location: Hub repository, directory, or path of a .gguf file.
+        location: Hub repository, directory, or path of a .gguf or .py file.
         tokenizer: directory of the tokenizer, for a GGUF file whose own one cannot be rebuilt.
         attention: attention implementation as transformers names it; None for the best that its class supports.
         device: a torch device.
@@ -58,11 +61,14 @@ def load_teacher(
         together: see `Teacher`.
         config: original config.json, or its directory, for a GGUF file that does not say enough of the model.
         head_dtype: see `Teacher`.
+        weights: paths that a .py file is given, which is run; None for all other teachers.
 
     Raises:
         ValueError: with one line on what is wrong with this teacher and what to do.
     """
     torch_dtype: torch.dtype = getattr(torch, dtype)
+    if weights is not None:
+        return _load_own(Path(location), weights, torch_dtype, torch.device(device))
     code: dict[str, Any] = {"commit": commit, "trust_remote_code": trust_remote_code}
     attention = attention or best_attention(location, config=config, **code)
     if location.endswith(".gguf"):
@@ -113,6 +119,17 @@ def load_teacher(
         raise ValueError(f"{named(location)}: {error}") from None
 
 
+def _load_own(
+    path: Path, weights: Sequence[str], dtype: torch.dtype, device: torch.device
+) -> Teacher:
+    try:
+        own, own_tokenizer = load_own(path, weights, dtype=dtype)
+        arrival.check_values(own)
+        return Teacher(own.to(device), own_tokenizer, device=device)
+    except ValueError as error:
+        raise ValueError(f"{named(str(path))}: {error}") from error
+
+
 def _check_attention(attention: str, location: str, model_class: Any) -> None:
     try:
         if model_class:
@@ -122,9 +139,15 @@ def _check_attention(attention: str, location: str, model_class: Any) -> None:
 
 
 def load_tokenizer(
-    location: str, *, commit: str | None = None, tokenizer: str | None = None
+    location: str,
+    *,
+    commit: str | None = None,
+    tokenizer: str | None = None,
+    weights: Sequence[str] | None = None,
 ) -> Any:
-    """The tokenizer of a teacher alone, without its weights; arguments and errors as for `load_teacher`."""
+    """The tokenizer of a teacher alone, without its weights (but a .py file makes both); arguments and errors as for `load_teacher`."""
+    if weights is not None:
+        return load_teacher(location, weights=weights).tokenizer
     if location.endswith(".gguf"):
         return _gguf_tokenizer(Path(location), Path(tokenizer) if tokenizer else None)
     return _tokenizer_at(location, revision=commit)

@@ -37,6 +37,7 @@ from builder.checkpoint.quantisation import count_parameters
 from builder.teacher.head import body_of, head_of
 from builder.teacher.lengths import forgetting, reach_of
 from builder.teacher.precision import Exact, Picker, Rounded, error, find, find_picker, with_product
+from builder.teacher.own import OwnModel
 from builder.tokenizer.tokenizer import origin_of
 
 CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES = 64 * 2**20, 256 * 2**20
@@ -151,6 +152,11 @@ class Teacher:
         return {
             "architecture": type(self.model).__name__,
             "parameters": self._num_parameters(),
+            **(
+                {"state_sha256": self.model.state_sha256}
+                if isinstance(self.model, OwnModel)
+                else {}
+            ),
             **({"quantisation": self.quantisation} if self.quantisation else {}),
             "dtype": _name(self.dtype),
             **({"head_dtype": self.head_dtype} if self.head_dtype else {}),
