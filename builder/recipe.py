@@ -44,7 +44,11 @@ KERNEL = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}(:\w+)?", re.ASCII)
 
 
 def _attention(value: Any) -> Any:
-    if value is None or value in (*ATTENTIONS, OWN) or (type(value) is str and KERNEL.fullmatch(value)):
+    if (
+        value is None
+        or value in (*ATTENTIONS, OWN)
+        or (type(value) is str and KERNEL.fullmatch(value))
+    ):
         return value
     raise ValueError(
         f"expected one of {', '.join(ATTENTIONS)}, or a kernel of the Hub with its full commit, as ORG/NAME@COMMIT"
