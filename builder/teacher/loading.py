@@ -5,12 +5,14 @@ How:  transformers loads. Weights are read from safetensors and GGUF only, for a
       refused: both would work, and be wrong.
 """
 
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -156,7 +158,7 @@ def load_tokenizer(
 def _tokenizer_at(location: str, *, revision: str | None = None, trust: bool = False) -> Any:
     try:
         return load(location, commit=revision, trust_remote_code=trust)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except Exception as error:  # tokenizers raises nothing narrower
         raise ValueError(f"{named(location)}: {_explain_load(error, location, revision)}") from None
 
 
@@ -226,7 +228,9 @@ def _load_pretrained(
         loaded: Any = family.from_pretrained(
             location, use_safetensors=True, output_loading_info=True, **shared, **options
         )
-    except (ValueError, OSError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a class comes to that a stranger's config.json is for
         raise ValueError(f"{named(location)}: {_explain_load(error, location, revision)}") from None
     model, report = loaded
     config = config or checkpoint.read_config(location, commit=revision)  # of the Hub
@@ -272,10 +276,16 @@ def _explain_load(error: Exception, location: str, commit: str | None) -> str:
             f"its weights are quantised by {said.get('quant_method')}, which needs a package that is not installed ({message[:200]}); "
             "install it, or use the unquantised model"
         )
+    if isinstance(error, json.JSONDecodeError):
+        return f"one of its JSON files is not valid ({message[:100]}); download it again"
     if isinstance(error, KeyError):
         return (
             f"its config.json cannot be read ({message[:200]}); correct it, or update transformers"
         )
+    if isinstance(error, StrictDataclassError) or "not a valid JSON file" in message:
+        return f"its config.json is not valid ({message[:200]}); correct it"
+    if not isinstance(error, ValueError | OSError | ImportError | RuntimeError | SafetensorError):
+        return f"it cannot be made of its files ({type(error).__name__}: {message[:200]}); correct them, or download it again"
     if "tiktoken" in message:
         return "it has no tokenizer.json, and other vocabularies are not read; save it with a fast tokenizer's save_pretrained"
     if isinstance(error, SafetensorError):
