@@ -1,8 +1,8 @@
-"""Train the model of my_teacher.py on the documentation that every Python brings: a minute on two cores.
+"""Train the model of my_teacher.py on the documentation that every Python brings.
 
     python examples/own_teacher/train_teacher.py --output out/own_teacher
 
-It writes what `recipe.toml` names (model.pt, tokenizer.json, corpus.jsonl), and copies the recipe and my_teacher.py beside it.
+A step takes about a second of one core, so all of it a minute or two. It writes what `recipe.toml` names (model.pt, tokenizer.json, corpus.jsonl), and copies the recipe and my_teacher.py beside it.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     """Train, and return the loss of each step."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=300, help="of 2,048 tokens")
+    parser.add_argument("--steps", type=int, default=120, help="of 2,048 tokens")
     options = parser.parse_args(arguments)
 
     texts = [text for _, text in sorted(topics.items())]

@@ -122,6 +122,7 @@ def test_manifest_card_and_info_say_what_it_is(dataset, trained, cli):
         assert digest in card
     assert "--teacher my_teacher.py" in card
     assert "SmallModel" in card
+    assert "attention =" not in card
     assert "is not in this dataset" in " ".join(card.split())
     status, told, said = cli("info", dataset)
     assert status == 0, said
