@@ -70,7 +70,9 @@ def load_teacher(
     """
     torch_dtype: torch.dtype = getattr(torch, dtype)
     if weights is not None:
-        return _load_own(Path(location), weights, torch_dtype, torch.device(device))
+        return _load_own(
+            Path(location), weights, torch_dtype, torch.device(device), head_dtype=head_dtype
+        )
     code: dict[str, Any] = {"commit": commit, "trust_remote_code": trust_remote_code}
     attention = attention or best_attention(location, config=config, **code)
     if location.endswith(".gguf"):
@@ -122,12 +124,17 @@ def load_teacher(
 
 
 def _load_own(
-    path: Path, weights: Sequence[str], dtype: torch.dtype, device: torch.device
+    path: Path,
+    weights: Sequence[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    head_dtype: HeadDtype,
 ) -> Teacher:
     try:
         own, own_tokenizer = load_own(path, weights, dtype=dtype)
         arrival.check_values(own)
-        return Teacher(own.to(device), own_tokenizer, device=device)
+        return Teacher(own.to(device), own_tokenizer, device=device, head_dtype=head_dtype)
     except ValueError as error:
         raise ValueError(f"{named(str(path))}: {error}") from error
 

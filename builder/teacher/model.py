@@ -36,8 +36,8 @@ from torch import Tensor
 from builder.checkpoint.quantisation import count_parameters
 from builder.teacher.head import body_of, head_of
 from builder.teacher.lengths import forgetting, reach_of
-from builder.teacher.precision import Exact, Picker, Rounded, error, find, find_picker, with_product
 from builder.teacher.own import OwnModel
+from builder.teacher.precision import Exact, Picker, Rounded, error, find, find_picker, with_product
 from builder.tokenizer.tokenizer import origin_of
 
 CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES = 64 * 2**20, 256 * 2**20
