@@ -99,6 +99,18 @@ def sorted_topics():
     return sorted(topics)
 
 
+def test_in_16_bits_it_is_its_own_measure(own, cli, tmp_path):
+    recipe = own / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("python =", 'dtype = "bfloat16"\npython ='))
+    out, code = tmp_path / "out", own / "my_teacher.py"
+    status, _, said = cli("build", recipe, "--output", out, "--device", "cpu")
+    assert status == 0, said
+    status, told, said = cli("verify", out, "--recompute", 9, "--teacher", code, "--device", "cpu")
+    assert status == 0, told + said
+    assert "(floor: max" in told
+    assert json.loads((out / "manifest.json").read_text())["teacher"]["dtype"] == "bfloat16"
+
+
 def test_manifest_card_and_info_say_what_it_is(dataset, trained, cli):
     manifest = json.loads((dataset / "manifest.json").read_text())
     found = manifest["teacher"]
