@@ -44,13 +44,19 @@ KERNEL = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}(:\w+)?", re.ASCII)
 
 
 def _attention(value: Any) -> Any:
-    if value is None or value in ATTENTIONS or (type(value) is str and KERNEL.fullmatch(value)):
+    if (
+        value is None
+        or value in (*ATTENTIONS, OWN)
+        or (type(value) is str and KERNEL.fullmatch(value))
+    ):
         return value
     raise ValueError(
         f"expected one of {', '.join(ATTENTIONS)}, or a kernel of the Hub with its full commit, as ORG/NAME@COMMIT"
     )
 
 
+OWN = "own"
+"""Stands in plans and manifests for the attention of a teacher that is the user's code."""
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 Attention = Annotated[str | None, PlainValidator(_attention)]
 TopK = Annotated[int | Literal["all"], PlainValidator(_top_k)]
@@ -68,7 +74,7 @@ UNSAID = {
     "corpus": (
         *("prompt_column", "tools_column", "documents_column", "chat_template_kwargs_column"),
     ),
-    "teacher": ("device_map", "tensor_parallel", "config"),
+    "teacher": ("device_map", "tensor_parallel", "config", "python", "weights"),
     "sequences": ("learn", "chat_template_kwargs", "chat_template_date", "drop_unwritten"),
 }
 """Fields that a plan holds only if the recipe sets them to other values than their defaults: they are younger than the fingerprints of some
@@ -122,7 +128,8 @@ class CorpusRecipe(_Source):
     split: str = "train"
     """Its split."""
     files: tuple[str, ...] = ()
-    """Local files or globs (.txt, .jsonl, .parquet; .txt and .jsonl also .gz or .zst), relative to the recipe."""
+    """Local files, globs or folders, relative to the recipe: .txt, .jsonl, .csv and .parquet, all but the last also .gz or .zst; .txt may stand
+    beside .jsonl. One needs no brackets."""
     embedded: Literal["python-docs"] | None = None
     """A corpus that every Python brings: the language reference."""
     text_column: str = "text"
@@ -178,7 +185,7 @@ class CorpusRecipe(_Source):
 
 
 class TeacherRecipe(_Source):
-    """The language model whose distributions are captured: exactly one of `repo`, `path`, `gguf`, `embedded`."""
+    """The language model whose distributions are captured: exactly one of `repo`, `path`, `gguf`, `python`, `embedded`."""
 
     repo: str | None = None
     """A model on the Hub, with safetensors weights."""
@@ -188,6 +195,11 @@ class TeacherRecipe(_Source):
     """A local directory as `save_pretrained` writes it, relative to the recipe."""
     gguf: str | None = None
     """A local GGUF file, relative to the recipe; its weights are dequantised."""
+    python: str | None = None
+    """A Python file of your own, relative to the recipe, whose function `load_teacher(*weights)` returns a torch module (ids [B, T] →
+    logits [B, T, V], causal) and its tokenizer. It is run."""
+    weights: tuple[str, ...] = ()
+    """Files with its weights, whose paths that function is given."""
     embedded: Literal["smollm2-135m-instruct"] | None = None
     """A teacher that comes as a Python package: SmolLM2-135M-Instruct, Q4_1."""
     tokenizer: str | None = None
@@ -195,7 +207,7 @@ class TeacherRecipe(_Source):
     config: str | None = None
     """The original config.json, or its directory, for a GGUF file that does not say all of its model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Type of the weights and of the forward pass. Statistics are float32 in any case."""
+    """Type of the weights and of the forward pass; with `python`, float32 unless it is named. Statistics are float32 in any case."""
     head_dtype: Literal["float32", "teacher"] = "float32"
     """Type of the logits of a 16-bit teacher: in float32, the product of its head is kept as it is summed; `teacher` rounds it to `dtype`, as
     the model does by itself. Datasets from before this key are of `teacher`, and an unfinished one stays so where it is left out."""
@@ -213,8 +225,18 @@ class TeacherRecipe(_Source):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _exactly_one(self, "repo", "path", "gguf", "embedded")
-        is_kernel = self.attention not in (None, *ATTENTIONS)
+        _exactly_one(self, "repo", "path", "gguf", "python", "embedded")
+        _only_with(self, "python", "weights")
+        if self.python and "dtype" not in self.model_fields_set:
+            self.__dict__["dtype"] = "float32"  # as plain modules are
+        if self.attention == OWN and not self.python:
+            raise ValueError(f"attention = {OWN!r} means something only with python; leave it out")
+        for name in ("attention", "device_map", "tensor_parallel"):
+            if self.python and getattr(self, name) not in (None, OWN):
+                raise ValueError(
+                    f"{name} means nothing with python, whose code decides; leave it out"
+                )
+        is_kernel = self.attention not in (None, OWN, *ATTENTIONS)
         if is_kernel and not self.trust_remote_code:
             raise ValueError(
                 f"attention = {self.attention!r} runs code from the Hub; set trust_remote_code = true, if you trust it"
@@ -382,6 +404,10 @@ class Recipe(_Section):
                 "a teacher that is split over processes (teacher.tensor_parallel) cannot write; use teacher.device_map, or leave "
                 "out [generation]"
             )
+        if self.teacher.python:
+            raise ValueError(
+                "a teacher of your own code (teacher.python) cannot write, for it has no generate; leave out [generation]"
+            )
         if self.generation.max_new_tokens >= self.sequences.max_length:
             raise ValueError(
                 f"generation.max_new_tokens is {self.generation.max_new_tokens}, which leaves no room for a prompt in "
@@ -478,9 +504,11 @@ class Recipe(_Section):
                 if getattr(model, field) == _default(model, field):
                     del values[section][field]
         values["corpus"]["files"] = [_portable(path) for path in self.corpus.files]
-        for field in ("path", "gguf", "tokenizer", "config"):
+        for field in ("path", "gguf", "python", "tokenizer", "config"):
             if values["teacher"].get(field):
                 values["teacher"][field] = _portable(values["teacher"][field])
+        if self.teacher.weights:
+            values["teacher"]["weights"] = [_portable(path) for path in self.teacher.weights]
         if self.sequences.chat_template:
             values["sequences"]["chat_template"] = _portable(self.sequences.chat_template)
         return values
@@ -503,9 +531,25 @@ def load_recipe(path: Path) -> Recipe:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     try:
         # JSON mode, since TOML and JSON share lists where Recipe has tuples.
-        return Recipe.model_validate_json(json.dumps(values, default=str))
+        return Recipe.model_validate_json(json.dumps(_as_meant(values), default=str))
     except ValidationError as error:
         raise ValueError(f"{path}: {_problems(error)}") from None
+
+
+def _as_meant(values: dict[str, Any]) -> dict[str, Any]:
+    """What TOML makes of what people write: 1e6 is a float there, and one file no list."""
+    meant = {}
+    for name, section in values.items():
+        if isinstance(section, dict):
+            section = {
+                key: int(value) if isinstance(value, float) and value.is_integer() else value
+                for key, value in section.items()
+            }
+            for key in ("files", "weights"):
+                if isinstance(section.get(key), str):
+                    section[key] = [section[key]]
+        meant[name] = section
+    return meant
 
 
 def _problems(error: ValidationError) -> str:
@@ -550,9 +594,13 @@ def _only_with(section: BaseModel, source: str, *fields: str) -> None:
 
 def _portable(path: str) -> str:
     """What of a path can be published: all of it only if it stays below the recipe's directory."""
+    return path if is_below(path) else Path(path).name
+
+
+def is_below(path: str) -> bool:
+    """Whether a path stays below the directory at which it starts."""
     parts = Path(path)
-    leads_elsewhere = parts.is_absolute() or ".." in parts.parts or path.startswith("~")
-    return parts.name if leads_elsewhere else path
+    return not (parts.is_absolute() or ".." in parts.parts or path.startswith("~"))
 
 
 def _explain(problem: Any) -> str:

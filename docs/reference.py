@@ -52,6 +52,8 @@ EXAMPLES: dict[str, dict[str, str]] = {
         "revision": 'repo = "Qwen/Qwen3-8B"; revision = "main"',
         "path": 'path = "../models/mine"',
         "gguf": 'gguf = "mine-Q8_0.gguf"',
+        "python": 'python = "my_teacher.py"; weights = ["model.pt"]',
+        "weights": 'python = "my_teacher.py"; weights = ["model.pt", "tokenizer.json"]',
         "embedded": 'embedded = "smollm2-135m-instruct"',
         "tokenizer": 'gguf = "mine-Q8_0.gguf"; tokenizer = "mine"',
         "config": 'gguf = "mine-Q8_0.gguf"; config = "mine/config.json"',

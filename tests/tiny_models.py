@@ -53,7 +53,12 @@ QWEN4_EXP = {
     **{"indexer_compress_ratio": 2, "hc_lowrank": 8, "ple_layer_ids": [1], "heads_per_ngram": 2},
     **{"ngram_vocab_size_base": 64, "split_ngram_parts": 2, "eos_token_id": 0},
 }
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+"""Positions in three directions, for heads of eight."""
+OF_MROPE = {"text_config": {"rope_parameters": MROPE}}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(["qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glmga", "glm_ocr"], OF_MROPE),
+    **dict.fromkeys(["qwen2_5_omni_thinker", "paddleocr_vl"], OF_MROPE),
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
     "cohere": {"logit_scale": 1.0},
     "cohere2": {"logit_scale": 1.0},
@@ -63,6 +68,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"sliding_attention": PLAIN, "full_attention": PLAIN},
         "logit_scale": 1.0,
     },
+    "deepseek_vl_hybrid": {"high_res_vision_config": {"image_size": 64}},
+    "glm4v_moe": {"text_config": {"head_dim": 16, "rope_parameters": MROPE}},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "deepseek_v4": {
@@ -80,6 +87,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
     },
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [32, 32]}},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"mamba_n_heads": 8},
@@ -91,12 +99,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
+    "mistral4": {"head_dim": 16},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp": {"text_config": QWEN4_EXP},
     "qwen4_exp_text": QWEN4_EXP,
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
+    "step3p7": {"text_config": {"sliding_window": 8}},
     "xlm": {"causal": True},
     "xlstm": {"hidden_size": 64},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
@@ -196,10 +206,10 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
     return values
 
 
-def tiny_model(config: PreTrainedConfig) -> Any:
-    """A random model whose distributions are peaked, so that scales and soft-caps matter."""
+def tiny_model(config: PreTrainedConfig, family: Any = AutoModelForCausalLM) -> Any:
+    """A random model of the class that a family of classes has for it, whose distributions are peaked, so that scales and soft-caps matter."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = family.from_config(config)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             std = float(parameter.detach().float().std())

@@ -52,7 +52,9 @@ def make_order(recipe: Recipe, sources: Sources, output: Path, known: KnownSourc
         paths += sources.corpus.files
     if not (recipe.teacher.embedded or recipe.teacher.repo):
         teacher = sources.teacher
-        for place in filter(None, (teacher.location, teacher.tokenizer, teacher.config)):
+        for place in filter(
+            None, (teacher.location, teacher.tokenizer, teacher.config, *(teacher.weights or ()))
+        ):
             path = Path(place)
             paths += [p for p in path.iterdir() if p.is_file()] if path.is_dir() else [path]
     return Order(

@@ -156,7 +156,7 @@ def _variables(
         "mass_alt": "Probability inside the k most probable tokens, against k",
         "entropy_alt": "Distribution of the entropy of the teacher’s predictions",
         "provenance": _provenance(manifest),
-        "verification": _verification_text(verification, where),
+        "verification": _verification_text(verification, where) + _own_code_text(manifest, where),
         **_example(verification),
         "tail_mass": f"{1 - _topk_mass(manifest):.1%}",
         "max_length": f"{sequences['max_length']:,}",
@@ -339,6 +339,7 @@ def _provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
             f"with {plain(teacher['attention'])} attention"
             + (f", logits in {plain(head)}" if (head := teacher.get("head_dtype")) else ""),
         ),
+        *_own_weights(manifest),
         *_quantisation(teacher),
         (
             "vocabulary",
@@ -354,6 +355,31 @@ def _provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
             f"{manifest['totals']['tokens_per_second']:,.0f} tokens/s",
         ),
     ]
+
+
+def _own_weights(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """The files that a teacher of its author's own code is given."""
+    names = manifest["recipe"]["teacher"].get("weights") or []
+    digests = manifest["teacher"].get("weights_sha256") or []
+    files = [
+        f"{plain(name)}, SHA-256 `{plain(digest)}`"
+        for name, digest in zip(names, digests, strict=False)
+    ]
+    return [("weights", "; ".join(files))] if files else []
+
+
+def _own_code_text(manifest: dict[str, Any], where: str) -> str:
+    """What running the teacher takes, if it is its author's own code."""
+    recipe = manifest["recipe"]["teacher"]
+    if not recipe.get("python"):
+        return ""
+    code, beside = plain(recipe["python"]), [plain(name) for name in recipe.get("weights") or []]
+    weights = f", and {', '.join(beside)} beside it" if beside else ""
+    return (
+        f" The teacher is code of its author’s ({code}), which is not in this dataset, and which reading the dataset does not need. To run "
+        f"it again, get that file{weights}, with the hashes below, read it, for it is run, and name it: `logit-dataset verify {where} "
+        f"--recompute 5 --teacher {code}`."
+    )
 
 
 def _quantisation(teacher: dict[str, Any]) -> list[tuple[str, str]]:
@@ -435,7 +461,9 @@ def _example(record: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _reproduce_note(recipe: dict[str, Any]) -> str:
-    local = [recipe["teacher"].get(key) for key in ("path", "gguf", "tokenizer", "config")]
+    local = [
+        recipe["teacher"].get(key) for key in ("path", "gguf", "python", "tokenizer", "config")
+    ]
     local.append(recipe["sequences"].get("chat_template"))
     if recipe["corpus"]["files"] or any(local):
         return " beside the files that it names (their hashes are in the manifest)"

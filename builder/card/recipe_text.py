@@ -32,6 +32,8 @@ def recipe_toml(recipe: dict[str, Any], manifest: dict[str, Any]) -> str:
             values.setdefault("head_dtype", "teacher")  # as older code did without saying so
         if commit := manifest.get(section, {}).get("commit"):
             values["revision"] = commit
+        if values.get("python"):
+            values.pop("attention", None)  # it is the code's own
         defaults = {
             name: field.get_default(call_default_factory=True)
             for name, field in model.model_fields.items()

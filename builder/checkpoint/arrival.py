@@ -73,7 +73,18 @@ def check(
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("an adapter was put on top of it; merge them, and name the result")
-    if missing := sorted(report["missing_keys"]):
+    if layers := sorted(name for name in report["unexpected_keys"] if "lora_" in name):
+        raise ValueError(
+            f"the checkpoint has {_count(layers)}, which {'is' if len(layers) == 1 else 'are'} an adapter's; merge it into its model, "
+            "and name the result"
+        )
+    missing = sorted(report["missing_keys"])
+    if method and missing and all(SCALES.search(name) for name in missing):
+        raise ValueError(
+            f"config.json says that its weights are quantised by {method}, but the checkpoint has no {_count(missing)}; download it again, or "
+            "remove quantization_config if its weights are plain numbers"
+        )
+    if missing:
         raise ValueError(
             f"the checkpoint has no {_count(missing)}, which would be filled with random numbers; "
             "use a complete causal language model"
@@ -179,9 +190,7 @@ def _check_unexpected(
     ]
     if not dropped:
         return
-    if any("lora_" in name for name in dropped):
-        advice = "merge the adapter that is in it"
-    elif any(re.search(r"(^|\.)encoder\.", name) for name in dropped):
+    if any(re.search(r"(^|\.)encoder\.", name) for name in dropped):
         advice = "use a decoder-only model"
     elif dropped[0] in beyond:
         advice = f"config.json says num_hidden_layers = {num_layers}: correct that"

@@ -107,6 +107,8 @@ def explain_missing(location: str) -> str | None:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         return f"it lacks {missing[0]}{more}, which {INDEX} names; download it" if missing else None
     if parts := sorted(path.name for path in directory.glob("*.safetensors")):
+        if all(part.startswith("adapter") for part in parts):
+            return f"it has {parts[0]}, which is an adapter's, and no {WEIGHTS}; merge it into the model that it belongs to, and name the result"
         return (
             f"it has {parts[0]}, but neither {WEIGHTS} nor {INDEX}, which would say what belongs to the model; download the "
             "index, too, or save the model again with save_pretrained"

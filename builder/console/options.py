@@ -22,7 +22,7 @@ TeacherOption = Annotated[
     Path | None,
     typer.Option(
         "--teacher",
-        help="The teacher's directory or GGUF file, where the recipe names a local one.",
+        help="The teacher's directory, GGUF file or Python file, where the recipe names a local one. A Python file is run.",
     ),
 ]
 

@@ -8,9 +8,11 @@ How:  `datasets` streams Parquet files and the Hub's datasets, `text.files` all 
       it stopped, and reads a row group of it, or a file of lines, again up to the place. It is not the library's own state, which
       differs between a run that was resumed and one that was not.
       JSON lines are parsed here: `datasets` would guess one type a column from the first file, so that an id like "2024-01-01" becomes
-      a date, and a column that is null or of another type elsewhere ends the build.
+      a date, and a column that is null or of another type elsewhere ends the build. With CSV it would also read 007 as a number, NA as
+      nothing, and a line with a comma too many as one of shifted columns.
 """
 
+import csv
 import hashlib
 import itertools
 import json
@@ -31,6 +33,8 @@ from builder.corpus.messages import Message
 from builder.corpus.rows import Columns, NotRead, Said, read_row
 from builder.text.files import PART, LongText, TextFiles
 
+LocalFormat = Literal["text", "json", "lines", "parquet", "csv"]
+"""Of local files; `lines` are texts beside JSON lines."""
 PARQUET_BATCH_ROWS = 1000
 """Documents of a local Parquet file in memory at once; by default it would be a row group, however large."""
 
@@ -78,7 +82,7 @@ class Document:
 def open_local(
     files: tuple[Path, ...],
     *,
-    format: Literal["text", "json", "parquet"],
+    format: LocalFormat,
     text_unit: Literal["file", "line"],
     columns: tuple[str, ...],
 ) -> IterableDataset | TextFiles:
@@ -88,7 +92,7 @@ def open_local(
         ValueError: the first Parquet file cannot be read or lacks a column.
     """
     if format != "parquet":
-        return TextFiles(files=files, unit=text_unit if format == "text" else "line")
+        return TextFiles(files=files, unit=text_unit)
     _check_parquet(files[0], columns)
     return load_dataset(
         "parquet",
@@ -132,7 +136,7 @@ class Corpus:
         *,
         columns: Columns,
         without_last_answer: bool = False,
-        format: Literal["hub", "text", "json", "parquet"] = "hub",
+        format: LocalFormat | Literal["hub"] = "hub",
         file_names: tuple[str, ...] = (),
         partition: int = 0,
         num_partitions: int = 1,
@@ -145,7 +149,7 @@ class Corpus:
             stream: from `open_local` or `open_hub`.
             columns: what columns mean; where there is none of ids, or it is null, these are hashes of the text, or of the chat.
             without_last_answer: end each chat where the assistant is to speak next, so that it is a prompt.
-            format: what the stream's rows are; those of `json` are lines, each an object whose keys are the columns.
+            format: what the stream's rows are; those of JSON lines are objects whose keys are the columns.
             file_names: names of the stream's files for messages.
             partition: which of `num_partitions` contiguous ranges of files to read.
             start: an offset that an earlier Corpus of the same stream reported.
@@ -213,7 +217,7 @@ class Corpus:
             self._file, self._row_group = self._file + 1, 0
 
     def _document(self, row: dict[str, Any]) -> Document | None:
-        text = row.get("text")
+        text = row.get(self._columns.text if self._format == "lines" else "text")
         if isinstance(text, LongText):
             return None if text.is_blank else Document(id=text.sha256[:16], long_text=text)
         try:
@@ -242,10 +246,15 @@ class Corpus:
     def _rows_of_file(self) -> Iterator[dict[str, Any]]:
         """The rows of the current file from the current place on."""
         for row in self._stream_of_file():
-            if self._row == 1 and isinstance(self.stream, TextFiles) and self.stream.unit == "line":
-                row["text"] = row["text"].removeprefix("\ufeff")  # a byte order mark is no text
-            if self._format != "json":
+            stream = self.stream
+            if not isinstance(stream, TextFiles) or stream.is_csv(self._file):
                 yield row
+                continue
+            if self._row == 1 and stream.unit_of(self._file) == "line":
+                row["text"] = row["text"].removeprefix("\ufeff")  # a byte order mark is no text
+            if not stream.is_json(self._file):
+                # Beside other files, the text stands where these have theirs.
+                yield {self._columns.text: row["text"]} if self._format == "lines" else row
             elif line := row["text"].strip():
                 yield self._parse(line)
 
@@ -316,7 +325,7 @@ class Corpus:
 
     def _where_exactly(self) -> str:
         """With the line, or the row within its row group."""
-        if self._format == "json":
+        if isinstance(self.stream, TextFiles) and self.stream.is_json(self._file):
             return f"{self._where()} line {self._row:,}"
         group = f" of row group {self._row_group:,}" if self._row_group else ""
         return f"{self._where()} row {self._row:,}{group}"
@@ -342,7 +351,15 @@ def _readable(where: str, advice: str = "mend it or leave it out") -> Iterator[N
             f"{where} is not valid UTF-8 (byte 0x{error.object[error.start]:02x} after …{before!r}); "
             "convert it, or leave it out"
         ) from None
-    except (pa.ArrowException, ValueError, OSError, EOFError, zlib.error, ZstdError) as error:
+    except (
+        pa.ArrowException,
+        ValueError,
+        OSError,
+        EOFError,
+        csv.Error,
+        zlib.error,
+        ZstdError,
+    ) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{where} cannot be read ({reason}); {advice}") from None
 

@@ -20,7 +20,7 @@ LIMITS = ("max_documents", "max_tokens")
 
 PINNED = {
     "corpus": ("files", "revision"),
-    "teacher": ("path", "gguf", "tokenizer", "config", "revision"),
+    "teacher": ("path", "gguf", "python", "weights", "tokenizer", "config", "revision"),
     "sequences": ("chat_template",),
 }
 """Fields for which a plan holds hashes or a commit, so that how they are spelled decides nothing."""
@@ -34,7 +34,7 @@ LOADED = (
     *("architecture", "parameters", "dtype", "attention", "vocab_size", "hidden_size"),
     *("tokenizer_vocab_size", "tokenizer_sha256", "eos_token_id", "prefix_ids", "suffix_ids"),
     *("generation_eos_ids", "quantisation", "tokenizer_source", "tokenizer_file_sha256"),
-    "head_dtype",
+    *("head_dtype", "state_sha256"),
 )
 """Of a manifest's teacher, what loading it has shown; the rest is of the plan."""
 

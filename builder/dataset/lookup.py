@@ -13,7 +13,7 @@ from builder.dataset.identity import differences
 from builder.dataset.manifest import FILE_NAME, read_manifest, records_of
 from builder.dataset.shards import nested_values
 from builder.dataset.unpacking import check_unpacked_size
-from builder.recipe import TeacherRecipe, read_section
+from builder.recipe import TeacherRecipe, is_below, read_section
 from builder.sources.resolve import KnownSources, TeacherSource, resolve_teacher
 from builder.teacher.loading import load_tokenizer
 from logit_dataset.schema import shortest_cut
@@ -26,6 +26,8 @@ def teacher_source(manifest: dict[str, Any], teacher_path: Path | None = None) -
         ValueError: it cannot be found, or is another one than the manifest names.
     """
     values = dict(manifest["recipe"]["teacher"])
+    if values.get("python"):
+        return _checked(manifest, _python_source(values, teacher_path))
     is_local = bool(values.get("path") or values.get("gguf"))
     if teacher_path is not None:
         if not is_local:
@@ -43,6 +45,35 @@ def teacher_source(manifest: dict[str, Any], teacher_path: Path | None = None) -
     except ValueError as error:
         hint = "; name it with --teacher PATH" if is_local else ""
         raise ValueError(f"{error}{hint}") from None
+    return _checked(manifest, source)
+
+
+def _python_source(values: dict[str, Any], teacher_path: Path | None) -> TeacherSource:
+    """The Python file that the user names, and its weights beside it. A file that a manifest names is not run."""
+    names = [values["python"], *values.get("weights", ())]
+    if not all(isinstance(name, str) and is_below(name) for name in names):
+        raise ValueError(f"{FILE_NAME}: recipe.teacher names files outside of its directory")
+    if teacher_path is None:
+        beside = f" and {', '.join(map(repr, names[1:]))}" if names[1:] else ""
+        raise ValueError(
+            f"the teacher is code of its author's, and no dataset's code is run: get {names[0]!r}{beside}, read the code, and name it "
+            "with --teacher PATH; its weights lie beside it"
+        )
+    file, known = teacher_path.absolute(), KnownSources()
+    depth = len(Path(names[0]).parts)
+    bases = [file.parents[depth - 1], file.parent]
+    weights = [
+        next((str(base / name) for base in bases if (base / name).is_file()), Path(name).name)
+        for name in names[1:]
+    ]
+    recipe = read_section(
+        TeacherRecipe, {**values, "python": str(file), "weights": weights}, "recipe.teacher"
+    )
+    return resolve_teacher(recipe, file.parent, known)
+
+
+def _checked(manifest: dict[str, Any], source: TeacherSource) -> TeacherSource:
+    """A source, if it is the one that a manifest pins."""
     recorded = {key: manifest["teacher"].get(key) for key in source.provenance}
     changes = differences(recorded, source.provenance, "teacher")
     if changes := [change for change in changes if not change.startswith("teacher.name")]:
@@ -57,7 +88,9 @@ def dataset_tokenizer(manifest: dict[str, Any], teacher_path: Path | None = None
         ValueError: it cannot be found, or is another one than the manifest names.
     """
     source = teacher_source(manifest, teacher_path)
-    return load_tokenizer(source.location, commit=source.commit, tokenizer=source.tokenizer)
+    return load_tokenizer(
+        source.location, commit=source.commit, tokenizer=source.tokenizer, weights=source.weights
+    )
 
 
 def file_of_row(directory: Path, row: int) -> tuple[str, int]:

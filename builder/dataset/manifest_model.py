@@ -76,6 +76,8 @@ class RecipeTeacher(_Section):
     repo: str | None = None
     path: str | None = None
     gguf: str | None = None
+    python: str | None = None
+    weights: list[str] = []
     tokenizer: str | None = None
     embedded: str | None = None
     dtype: str
@@ -159,6 +161,7 @@ class Teacher(_Section):
     sha256: str | None = None
     package: str | None = None
     version: str | None = None
+    weights_sha256: list[Digest] = []
     architecture: str
     parameters: Count
     dtype: str

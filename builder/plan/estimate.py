@@ -98,7 +98,12 @@ def expect(recipe: Recipe, sources: Sources) -> tuple[int | None, float | None]:
 def _count_tokens(recipe: Recipe, sources: Sources) -> tuple[int | None, float]:
     """Tokens of a build, counted where the sample is all of it, else scaled from the sample; and the share of positions in the loss mask."""
     corpus, teacher = recipe.corpus, sources.teacher
-    tokenizer = load_tokenizer(teacher.location, commit=teacher.commit, tokenizer=teacher.tokenizer)
+    tokenizer = load_tokenizer(
+        teacher.location,
+        commit=teacher.commit,
+        tokenizer=teacher.tokenizer,
+        weights=teacher.weights,
+    )
     encoder = make_encoder(recipe, tokenizer, sources.template)
     documents = open_corpus(corpus, sources.corpus, are_prompts=recipe.generation is not None)
     num_documents = num_rows = num_tokens = num_kept = 0
@@ -161,11 +166,27 @@ def _share_of_corpus(
         total: int = sum(pq.read_metadata(path).num_rows for path in source.files)
         return num_rows / total
     sizes = [path.stat().st_size for path in source.files]
+    if source.format == "lines":
+        return _share_of_files(documents) / sum(sizes)
     if source.format == "text" and recipe.corpus.text_unit == "file":
         return sum(sizes[:num_rows]) / sum(sizes)
     lines = itertools.chain.from_iterable(_open(path) for path in source.files)
     size = sum(len(line) for line in itertools.islice(lines, num_rows))
     return size / (sum(sizes) * _expansion(max(source.files, key=lambda path: path.stat().st_size)))
+
+
+def _share_of_files(documents: Corpus) -> float:
+    """Bytes of texts and JSON lines up to where a corpus has been read."""
+    stream, offset = documents.stream, documents.offset
+    assert isinstance(stream, TextFiles)
+    number: int = offset["file"]
+    path = stream.files[number]
+    before = sum(file.stat().st_size for file in stream.files[:number])
+    if stream.unit_of(number) == "file":
+        return before + path.stat().st_size
+    with _open(path) as lines:
+        read = sum(len(line) for line in itertools.islice(lines, offset["row"]))
+    return before + read / _expansion(path)
 
 
 def _expansion(path: Path) -> float:

@@ -19,6 +19,7 @@ from builder.corpus.documents import open_local
 from builder.corpus.shapes import looks_like_messages
 from builder.recipe import CorpusRecipe, SequencesRecipe
 from builder.sources.resolve import CorpusSource, KnownSources, resolve_corpus
+from builder.text.files import is_json_lines
 
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 EMBEDDED = "smollm2-135m-instruct"
@@ -122,9 +123,13 @@ def _first_rows(source: CorpusSource) -> list[dict[str, Any]]:
     if source.format == "parquet":
         batch = next(pq.ParquetFile(path).iter_batches(batch_size=ROWS), None)
         return batch.to_pylist() if batch is not None else []
-    if source.format != "json":
+    if source.format == "csv":
+        records = open_local(source.files[:1], format="csv", text_unit="line", columns=())
+        return list(itertools.islice(records, ROWS))
+    if source.format not in ("json", "lines"):
         return []
-    lines = open_local(source.files, format="json", text_unit="line", columns=())
+    files = tuple(file for file in source.files if is_json_lines(file))
+    lines = open_local(files, format="json", text_unit="line", columns=())
     try:
         rows = [json.loads(line["text"]) for line in itertools.islice(lines, ROWS) if line["text"].strip()]  # fmt: skip
     except json.JSONDecodeError as error:

@@ -21,6 +21,7 @@ from builder.corpus.rows import USUAL_NAMES
 from builder.corpus.shapes import looks_like_messages
 from builder.recipe import CorpusRecipe, Recipe
 from builder.sources.resolve import CorpusSource, KnownSources
+from builder.text.files import is_json_lines
 
 CHATS = ("messages", "conversations", "conversation")
 PROMPT, COMPLETION = "prompt", "completion"
@@ -129,8 +130,12 @@ def _rows(corpus: CorpusRecipe, source: CorpusSource) -> Iterator[dict[str, Any]
     elif source.format == "parquet":
         names = tuple(USUAL.intersection(pq.read_schema(source.files[0]).names))
         yield from open_local(source.files[:1], format="parquet", text_unit="file", columns=names)
-    elif source.format == "json":
-        for line in open_local(source.files, format="json", text_unit="line", columns=()):
+    elif source.format == "csv":
+        yield from open_local(source.files, format="csv", text_unit="line", columns=())
+    elif source.format in ("json", "lines"):
+        # Beside them, texts of files go where these have theirs.
+        files = tuple(path for path in source.files if is_json_lines(path))
+        for line in open_local(files, format="json", text_unit="line", columns=()):
             if text := line["text"].removeprefix("\ufeff").strip():
                 row = json.loads(text)
                 yield row if isinstance(row, dict) else {}

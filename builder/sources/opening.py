@@ -110,6 +110,7 @@ def open_teacher(recipe: TeacherRecipe, source: TeacherSource, *, device: str) -
         commit=source.commit,
         tokenizer=source.tokenizer,
         config=source.config,
+        weights=source.weights,
         dtype=recipe.dtype,
         head_dtype=recipe.head_dtype,
         attention=source.attention,

@@ -13,18 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from builder.recipe import CorpusRecipe, Recipe, SequencesRecipe, TeacherRecipe
+from builder.recipe import OWN, CorpusRecipe, Recipe, SequencesRecipe, TeacherRecipe
 from builder.sources import demo
 from builder.sources.changes import Seen, Watch, deciding_files, hash_file
+from builder.text.files import COMPRESSED, JSON_LINES, suffix_of
 
-CorpusFormat = Literal["hub", "text", "json", "parquet"]
+CorpusFormat = Literal["hub", "text", "json", "lines", "parquet", "csv"]
 
 _FORMATS: dict[str, CorpusFormat] = {
     ".txt": "text",
-    ".jsonl": "json",
-    ".ndjson": "json",
+    **dict.fromkeys(JSON_LINES, "json"),
     ".parquet": "parquet",
+    ".csv": "csv",
 }
+KINDS = ".txt, .jsonl, .csv or .parquet (all but the last also with .gz or .zst)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,8 @@ class TeacherSource:
     """Directory of the tokenizer, where it is not at `location`."""
     config: str | None = None
     """A config.json that decides for a GGUF file."""
+    weights: tuple[str, ...] | None = None
+    """Files that a Python file is given; None for all other teachers."""
     attention: str
     """As the recipe says, else the best that the teacher's class supports."""
     files: tuple[Path, ...] = ()
@@ -183,10 +187,13 @@ def resolve_corpus(recipe: CorpusRecipe, base: Path, known: KnownSources) -> Cor
             format="json", files=(path,), provenance={"kind": "embedded", **provenance}
         )
     files = _expand(recipe.files, base)
-    formats = {path: _format(path) for path in files}
-    if len(set(formats.values())) > 1:
-        found = ", ".join(sorted(set(formats.values())))
-        raise ValueError(f"corpus.files mixes formats ({found}); give files of one format")
+    formats = {_format(path) for path in files}
+    if formats == {"text", "json"}:
+        formats = {"lines"}
+    if len(formats) > 1:
+        raise ValueError(
+            f"corpus.files mixes formats ({', '.join(sorted(formats))}); give files of one format, or .txt beside .jsonl"
+        )
     root = files[0].parent
     while not all(path.is_relative_to(root) for path in files):
         root = root.parent
@@ -194,7 +201,7 @@ def resolve_corpus(recipe: CorpusRecipe, base: Path, known: KnownSources) -> Cor
         {"file": path.relative_to(root).as_posix(), "sha256": known.sha256(path)} for path in files
     ]
     return CorpusSource(
-        format=formats[files[0]], files=files, provenance={"kind": "files", "files": listing}
+        format=formats.pop(), files=files, provenance={"kind": "files", "files": listing}
     )
 
 
@@ -223,6 +230,8 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
         directories.append(directory)
         location, sha256 = str(directory), _tree_sha256(directory, known)
         provenance = {"kind": "directory", "name": directory.name, "sha256": sha256}
+    elif recipe.python:
+        return _python_teacher(recipe, base, known)
     else:
         assert recipe.gguf
         file = _existing(base, recipe.gguf, "teacher.gguf", "file")
@@ -253,6 +262,27 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
     )
 
 
+def _python_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> TeacherSource:
+    """Pin a teacher that is code of the user's. It is not run here."""
+    assert recipe.python
+    code = _existing(base, recipe.python, "teacher.python", "file")
+    if code.suffix != ".py":
+        raise ValueError(f"teacher.python: {recipe.python!r} is not a .py file")
+    weights = [_existing(base, path, "teacher.weights", "file") for path in recipe.weights]
+    return TeacherSource(
+        location=str(code),
+        attention=OWN,
+        weights=tuple(map(str, weights)),
+        files=(code, *weights),
+        provenance={
+            "kind": "python",
+            "name": code.name,
+            "sha256": known.sha256(code),
+            "weights_sha256": [known.sha256(path) for path in weights],
+        },
+    )
+
+
 def read_chat_template(recipe: SequencesRecipe, base: Path) -> str | None:
     """The chat template that a recipe names, if any.
 
@@ -271,8 +301,8 @@ def read_chat_template(recipe: SequencesRecipe, base: Path) -> str | None:
 
 
 def local_teacher(recipe: TeacherRecipe, base: Path) -> Path | None:
-    """Where a recipe's teacher is, if it is a directory or file of the user's."""
-    path = recipe.path or recipe.gguf
+    """Where a recipe's teacher is, if it is a directory or file of the user's: of Python code, that file."""
+    path = recipe.path or recipe.gguf or recipe.python
     return base / expand_home(path) if path else None
 
 
@@ -340,26 +370,52 @@ def _commit_on_hub(repo: str, revision: str, repo_type: Literal["dataset", "mode
 
 
 def _expand(patterns: tuple[str, ...], base: Path) -> tuple[Path, ...]:
-    files: list[Path] = []
+    """The files that patterns name, each once, in their order; of a folder, all files below it of a format that is known."""
+    files: dict[Path, None] = {}
     for pattern in patterns:
-        found = sorted(glob.glob(str(base / expand_home(pattern)), recursive=True))
-        matches = [path for path in map(Path, found) if path.is_file()]
-        if not matches:
+        full = base / expand_home(pattern)
+        if full.is_dir():
+            found = _files_below(full, pattern)
+        else:
+            found = [Path(path) for path in sorted(glob.glob(str(full), recursive=True))]
+            found = [path for path in found if path.is_file()]
+        if not found:
             raise ValueError(f"corpus.files: nothing matches {pattern!r} (looked in {base or '.'})")
-        files += [path.resolve() for path in matches if path.resolve() not in files]
+        files |= dict.fromkeys(path.resolve() for path in found)
     return tuple(files)
 
 
-def _format(path: Path) -> CorpusFormat:
-    suffixes = path.suffixes
-    compressed = bool(suffixes) and suffixes[-1] in (".gz", ".zst")
-    name = suffixes[-2] if compressed and len(suffixes) > 1 else path.suffix
-    if name not in _FORMATS or (compressed and name == ".parquet"):
+def _files_below(folder: Path, pattern: str) -> list[Path]:
+    """The files in a folder and its folders, hidden ones apart.
+
+    Raises:
+        ValueError: none of them, or only a part, is of a format that is known.
+    """
+    found = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part[0] == "." for part in path.relative_to(folder).parts)
+    ]
+    if not found:
+        raise ValueError(f"corpus.files: the folder {pattern!r} holds no file; expected {KINDS}")
+    if others := [path for path in found if _known_format(path) is None]:
+        ending = next((f"*{p.suffix}" for p in found if _known_format(p)), "*.txt")
         raise ValueError(
-            f"corpus.files: cannot tell the format of {path.name!r}; expected .txt, .jsonl or .parquet "
-            "(.txt and .jsonl also with .gz or .zst)"
+            f"corpus.files: the folder {pattern!r} holds {others[0].name}{f' and {len(others) - 1} more' if len(others) > 1 else ''}, "
+            f"which {'is' if len(others) == 1 else 'are'} not {KINDS}; name the files, as {str(Path(pattern) / '**' / ending)!r}"
         )
-    return _FORMATS[name]
+    return found
+
+
+def _known_format(path: Path) -> CorpusFormat | None:
+    found = _FORMATS.get(suffix_of(path))
+    return None if found == "parquet" and path.suffix in COMPRESSED else found
+
+
+def _format(path: Path) -> CorpusFormat:
+    if (found := _known_format(path)) is None:
+        raise ValueError(f"corpus.files: cannot tell the format of {path.name!r}; expected {KINDS}")
+    return found
 
 
 def _existing(base: Path, path: str, key: str, kind: Literal["file", "directory"]) -> Path:

@@ -14,12 +14,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations import hub_kernels
 from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
 
 from builder.checkpoint import gguf
+from builder.teacher.multimodal import family_of
 
 
 def best_attention(
@@ -37,9 +38,11 @@ def best_attention(
         ValueError: the Hub cannot be reached.
     """
     try:
-        found = class_of(
-            location, commit=commit, trust_remote_code=trust_remote_code, config=config
-        )
+        found = _config_of(location, commit, trust_remote_code, config)
+        classes = [
+            _class_for(found, location, commit, trust_remote_code),
+            *_classes_of_towers(found),
+        ]
     except Exception as error:  # whatever reading a stranger's file, or running its code, comes to
         if "couldn't connect" in str(error):  # what loads would wait as long for each of its files
             raise ValueError(
@@ -47,7 +50,7 @@ def best_attention(
                 "teacher.path"
             ) from None
         return "sdpa"
-    return "sdpa" if found._supports_sdpa else "eager"
+    return "sdpa" if all(part._supports_sdpa for part in classes) else "eager"
 
 
 def class_of(
@@ -57,21 +60,39 @@ def class_of(
     trust_remote_code: bool = False,
     config: str | None = None,
 ) -> Any:
-    """The class of a teacher, as `AutoModelForCausalLM` would choose it."""
+    """The class of a teacher, as transformers would choose it in its family (`multimodal.family_of`).
+
+    Raises:
+        LookupError: there is none.
+    """
+    found = _config_of(location, commit, trust_remote_code, config)
+    return _class_for(found, location, commit, trust_remote_code)
+
+
+def _config_of(location: str, commit: str | None, trust: bool, config: str | None) -> Any:
     path = Path(location)
     if path.suffix == ".gguf":
-        found = gguf.read_config(path, config=Path(config) if config else None)
-    else:
-        found = AutoConfig.from_pretrained(
-            location, revision=commit, trust_remote_code=trust_remote_code
-        )
-    reference = getattr(found, "auto_map", {}).get("AutoModelForCausalLM")
-    if reference and trust_remote_code:
+        return gguf.read_config(path, config=Path(config) if config else None)
+    return AutoConfig.from_pretrained(location, revision=commit, trust_remote_code=trust)
+
+
+def _class_for(found: Any, location: str, commit: str | None, trust: bool) -> Any:
+    family = family_of(found, trust_remote_code=trust)
+    reference = getattr(found, "auto_map", {}).get(family.__name__)
+    if reference and trust:
         return get_class_from_dynamic_module(reference, location, revision=commit)
-    classes: Any = AutoModelForCausalLM._model_mapping[type(found)]
+    classes: Any = family._model_mapping[type(found)]
     named = {c.__name__: c for c in (classes if isinstance(classes, list | tuple) else [classes])}
     asked = [named[name] for name in found.architectures or () if name in named]
     return (asked or list(named.values()))[0]
+
+
+def _classes_of_towers(config: Any) -> list[Any]:
+    """Of a class that is made of several: transformers gives the parts the attention of the whole."""
+    if family_of(config) is AutoModelForCausalLM:
+        return []
+    parts: list[Any] = [type(getattr(config, name, None)) for name in config.sub_configs]
+    return [MODEL_MAPPING[part] for part in parts if part in MODEL_MAPPING]
 
 
 def check_attention(attention: str, model_class: Any) -> None:

@@ -5,13 +5,16 @@ How:  transformers loads. Weights are read from safetensors and GGUF only, for a
       refused: both would work, and be wrong.
 """
 
+import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from builder.checkpoint import arrival, checkpoint, gguf
 from builder.checkpoint.checkpoint import named
@@ -23,6 +26,8 @@ from builder.teacher.attention import (
     is_kernel,
 )
 from builder.teacher.model import HeadDtype, Teacher, Together, is_spread
+from builder.teacher.multimodal import empty_towers, family_of
+from builder.teacher.own import load_own
 from builder.tokenizer.files import TokenizerError
 from builder.tokenizer.tokenizer import Origin, load, note_origin
 
@@ -44,11 +49,12 @@ def load_teacher(
     together: Together | None = None,
     config: str | None = None,
     head_dtype: HeadDtype = "float32",
+    weights: Sequence[str] | None = None,
 ) -> Teacher:
-    """Load a teacher from the Hub (at a commit), from a directory, or from a GGUF file.
+    """Load a teacher from the Hub (at a commit), from a directory, from a GGUF file, or by Python code of the user's.
 
     Args:
-        location: Hub repository, directory, or path of a .gguf file.
+        location: Hub repository, directory, or path of a .gguf or .py file.
         tokenizer: directory of the tokenizer, for a GGUF file whose own one cannot be rebuilt.
         attention: attention implementation as transformers names it; None for the best that its class supports.
         device: a torch device.
@@ -57,11 +63,16 @@ def load_teacher(
         together: see `Teacher`.
         config: original config.json, or its directory, for a GGUF file that does not say enough of the model.
         head_dtype: see `Teacher`.
+        weights: paths that a .py file is given, which is run; None for all other teachers.
 
     Raises:
         ValueError: with one line on what is wrong with this teacher and what to do.
     """
     torch_dtype: torch.dtype = getattr(torch, dtype)
+    if weights is not None:
+        return _load_own(
+            Path(location), weights, torch_dtype, torch.device(device), head_dtype=head_dtype
+        )
     code: dict[str, Any] = {"commit": commit, "trust_remote_code": trust_remote_code}
     attention = attention or best_attention(location, config=config, **code)
     if location.endswith(".gguf"):
@@ -88,13 +99,15 @@ def load_teacher(
             **({"device_map": "auto"} if spread else {}),
             **({"distributed_config": split} if split else {}),
         )
-    first_device = torch.device(device)
+    first_device, is_cut = torch.device(device), False
     try:
         if split is not None:
             _check_split(model, split.tp_size)
         if is_spread(model):
             first_device = _first_device(model)
         else:
+            if split is None and quantisation is None:
+                is_cut = empty_towers(model)
             model = model.to(first_device)
         arrival.check_values(model)
         return Teacher(
@@ -104,9 +117,26 @@ def load_teacher(
             together=together,
             quantisation=quantisation,
             head_dtype=head_dtype,
+            is_cut=is_cut,
         )
     except ValueError as error:
         raise ValueError(f"{named(location)}: {error}") from None
+
+
+def _load_own(
+    path: Path,
+    weights: Sequence[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    head_dtype: HeadDtype,
+) -> Teacher:
+    try:
+        own, own_tokenizer = load_own(path, weights, dtype=dtype)
+        arrival.check_values(own)
+        return Teacher(own.to(device), own_tokenizer, device=device, head_dtype=head_dtype)
+    except ValueError as error:
+        raise ValueError(f"{named(str(path))}: {error}") from error
 
 
 def _check_attention(attention: str, location: str, model_class: Any) -> None:
@@ -118,9 +148,15 @@ def _check_attention(attention: str, location: str, model_class: Any) -> None:
 
 
 def load_tokenizer(
-    location: str, *, commit: str | None = None, tokenizer: str | None = None
+    location: str,
+    *,
+    commit: str | None = None,
+    tokenizer: str | None = None,
+    weights: Sequence[str] | None = None,
 ) -> Any:
-    """The tokenizer of a teacher alone, without its weights; arguments and errors as for `load_teacher`."""
+    """The tokenizer of a teacher alone, without its weights (but a .py file makes both); arguments and errors as for `load_teacher`."""
+    if weights is not None:
+        return load_teacher(location, weights=weights).tokenizer
     if location.endswith(".gguf"):
         return _gguf_tokenizer(Path(location), Path(tokenizer) if tokenizer else None)
     return _tokenizer_at(location, revision=commit)
@@ -129,7 +165,7 @@ def load_tokenizer(
 def _tokenizer_at(location: str, *, revision: str | None = None, trust: bool = False) -> Any:
     try:
         return load(location, commit=revision, trust_remote_code=trust)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except Exception as error:  # tokenizers raises nothing narrower
         raise ValueError(f"{named(location)}: {_explain_load(error, location, revision)}") from None
 
 
@@ -189,12 +225,19 @@ def _load_pretrained(
     checkpoint.refuse_ambiguous(location)
     shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = checkpoint.read_config(location, commit=revision)
+    family: Any = AutoModelForCausalLM
+    with suppress(Exception):  # where it cannot be read, loading says why
+        family = family_of(
+            AutoConfig.from_pretrained(location, **shared), trust_remote_code=trust_remote_code
+        )
     try:
         # Tensors are only ever read from safetensors: a pickle file can run code.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = family.from_pretrained(
             location, use_safetensors=True, output_loading_info=True, **shared, **options
         )
-    except (ValueError, OSError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a class comes to that a stranger's config.json is for
         raise ValueError(f"{named(location)}: {_explain_load(error, location, revision)}") from None
     model, report = loaded
     config = config or checkpoint.read_config(location, commit=revision)  # of the Hub
@@ -240,10 +283,16 @@ def _explain_load(error: Exception, location: str, commit: str | None) -> str:
             f"its weights are quantised by {said.get('quant_method')}, which needs a package that is not installed ({message[:200]}); "
             "install it, or use the unquantised model"
         )
+    if isinstance(error, json.JSONDecodeError):
+        return f"one of its JSON files is not valid ({message[:100]}); download it again"
     if isinstance(error, KeyError):
         return (
             f"its config.json cannot be read ({message[:200]}); correct it, or update transformers"
         )
+    if isinstance(error, StrictDataclassError) or "not a valid JSON file" in message:
+        return f"its config.json is not valid ({message[:200]}); correct it"
+    if not isinstance(error, ValueError | OSError | ImportError | RuntimeError | SafetensorError):
+        return f"it cannot be made of its files ({type(error).__name__}: {message[:200]}); correct them, or download it again"
     if "tiktoken" in message:
         return "it has no tokenizer.json, and other vocabularies are not read; save it with a fast tokenizer's save_pretrained"
     if isinstance(error, SafetensorError):

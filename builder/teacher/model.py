@@ -36,6 +36,7 @@ from torch import Tensor
 from builder.checkpoint.quantisation import count_parameters
 from builder.teacher.head import body_of, head_of
 from builder.teacher.lengths import forgetting, reach_of
+from builder.teacher.own import OwnModel
 from builder.teacher.precision import (
     Exact,
     Picker,
@@ -82,6 +83,7 @@ class Teacher:
         together: Together | None = None,
         quantisation: dict[str, Any] | None = None,
         head_dtype: HeadDtype = "float32",
+        is_cut: bool = False,
     ) -> None:
         """Wrap a loaded model, and find out which way to its logits is right.
 
@@ -93,6 +95,7 @@ class Teacher:
                 one that is not.
             quantisation: how its weights are packed, as plain JSON values; None if they are plain numbers.
             head_dtype: "float32" has the logits of a model in 16 bits before they are rounded, wherever that can be had.
+            is_cut: whether the weights of some parts, through which no text passes, were given back.
 
         Raises:
             ValueError: the model is not causal, its logits hold NaN, or the tokenizer does not fit it.
@@ -106,6 +109,7 @@ class Teacher:
         self.device = device
         self.dtype: torch.dtype = model.dtype
         self.quantisation = quantisation
+        self._is_cut = is_cut
         _check_tokenizer(model, tokenizer)
         self.reach = reach_of(self.model)
         """How long a batch may be for a sequence in it. Those with the same reach may share one."""
@@ -157,6 +161,11 @@ class Teacher:
         return {
             "architecture": type(self.model).__name__,
             "parameters": self._num_parameters(),
+            **(
+                {"state_sha256": self.model.state_sha256}
+                if isinstance(self.model, OwnModel)
+                else {}
+            ),
             **({"quantisation": self.quantisation} if self.quantisation else {}),
             "dtype": _name(self.dtype),
             **({"head_dtype": self.head_dtype} if self.head_dtype else {}),
@@ -170,7 +179,7 @@ class Teacher:
         }
 
     def _num_parameters(self) -> int:
-        if self.quantisation:
+        if self.quantisation or self._is_cut:
             return count_parameters(self.model)
         return sum(parameter.numel() for parameter in self.model.parameters())
 
@@ -299,7 +308,7 @@ class Teacher:
         ids_T = torch.randint(vocab, (PROBE_LENGTHS[0],), generator=generator)
         prefixes = [ids_T[:length].tolist() for length in PROBE_LENGTHS]
 
-        alone_TV = self._whole(ids_T[None].to(self.device))[0].float()
+        alone_TV = self._of_text(ids_T).float()
         self.vocab_size, self.logits_device = alone_TV.shape[1], alone_TV.device
         if not bool(alone_TV.isfinite().any(-1).all()) or bool(alone_TV.isnan().any()):
             raise ValueError(
@@ -309,7 +318,7 @@ class Teacher:
         expected_NV = torch.cat([alone_TV[:length] for length in PROBE_LENGTHS])
 
         tolerance = PROBE_TOLERANCE[self.dtype]
-        shorter = [self._whole(torch.tensor([ids], device=self.device))[0] for ids in prefixes]
+        shorter = [self._of_text(torch.tensor(ids)) for ids in prefixes]
         if not (change := error(torch.cat(shorter), expected_NV)) <= tolerance:
             raise ValueError(
                 f"{type(self.model).__name__} is not a causal language model: its logits at a position change "
@@ -325,8 +334,37 @@ class Teacher:
             is_right = ours.shape == expected_NV.shape and error(ours, expected_NV) <= tolerance
             self.logits_device = ours.device if is_right else alone_TV.device
             return self.vocab_size, is_right
-        except (AttributeError, TypeError, RuntimeError, IndexError):
-            return self.vocab_size, False  # an architecture whose forward does not come apart
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # an architecture whose forward does not come apart
+            return self.vocab_size, False
+
+    def _of_text(self, ids_T: Tensor) -> Tensor:
+        """[T, V] of a text alone, through the whole model.
+
+        Raises:
+            ValueError: the model does not take that.
+        """
+        name = type(self.model).__name__
+        try:
+            logits_TV = self._whole(ids_T[None].to(self.device))[0]
+            if len(logits_TV) == len(ids_T):
+                return logits_TV
+            problem = f"it yields {len(logits_TV)} rows of logits for {len(ids_T)} tokens"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever the code of a model comes to that misses its picture
+            if self._is_split:
+                raise  # it may be about the other processes
+            said = (" ".join(str(error).split()) or "no message")[:200]
+            problem = f"{type(error).__name__}: {said}"
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"{name} is not a causal language model, but an encoder–decoder; use a decoder-only model"
+            )
+        raise ValueError(
+            f"{name} does not run on a text alone ({problem}); use a model of text, or correct config.json"
+        )
 
     def _use_float32(self) -> None:
         """Have logits in float32 from here on; where they cannot be had, note it."""

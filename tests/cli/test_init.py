@@ -113,3 +113,19 @@ def test_a_recipe_that_exists_stays(init, tmp_path):
     status, _, err = init("--corpus", "texts.jsonl")
     assert status == 1
     assert "exists; choose another directory, or remove it" in err
+
+
+def test_csv_and_texts_beside_json_lines_have_their_columns(init, tmp_path):
+    (tmp_path / "a.csv").write_text('body,n\n"Some text, and more.",1\n')
+    status, _, said = init("--corpus", "a.csv")
+    assert status == 0, said
+    assert load_recipe(tmp_path / "mine" / "recipe.toml").corpus.text_column == "body"
+    (tmp_path / "mine" / "recipe.toml").unlink()
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("A text.")
+    write_jsonl(folder / "b.jsonl", [{"body": "Another text.", "n": "1"}])
+    status, _, said = init("--corpus", "texts")
+    assert status == 0, said
+    corpus = load_recipe(tmp_path / "mine" / "recipe.toml").corpus
+    assert (corpus.text_column, corpus.files) == ("body", ("../texts",))

@@ -272,16 +272,16 @@ def test_a_column_that_only_later_rows_lack_counts_as_blank(tmp_path):
     ("files", "message"),
     [
         (["none-*.txt"], r"nothing matches 'none-\*\.txt' \(looked in .*\)"),
-        (["a.txt", "a.jsonl"], r"mixes formats \(json, text\); give files of one format"),
-        (["a.csv"], r"cannot tell the format of 'a\.csv'; expected \.txt, \.jsonl or \.parquet"),
+        (["a.txt", "a.csv"], r"mixes formats \(csv, text\); give files of one format"),
+        (["a.tsv"], r"cannot tell the format of 'a\.tsv'; expected \.txt, \.jsonl, \.csv or"),
         (["a.parquet.gz"], r"cannot tell the format of 'a\.parquet\.gz'"),
         (["a.gz"], r"cannot tell the format of 'a\.gz'"),
-        (["folder"], r"nothing matches 'folder'"),
+        (["folder"], r"the folder 'folder' holds no file"),
     ],
 )
 def test_files_that_cannot_be_a_corpus_are_refused(tmp_path, files, message):
     (tmp_path / "folder").mkdir()
-    for name in ("a.txt", "a.jsonl", "a.csv", "a.parquet.gz", "a.gz"):
+    for name in ("a.txt", "a.csv", "a.tsv", "a.parquet.gz", "a.gz"):
         (tmp_path / name).write_text("x")
     with pytest.raises(ValueError, match=rf"corpus\.files: {message}|corpus\.files {message}"):
         open_files(tmp_path, *files)

@@ -124,7 +124,7 @@ HOMELESS = {
     "an adapter in it": (
         extra(**{"model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.ones(2, 32)}),
         None,
-        r"lora_A.* merge the adapter that is in it",
+        r"lora_A.* adapter's; merge it into its model",
     ),
     "a classifier": (
         extra(**{"score.weight": torch.ones(2, 32)}),
