@@ -95,6 +95,30 @@ FOUND_COLUMNS = (
 """Fields that are found in the corpus, where the recipe leaves them open."""
 
 
+EXPECTED = {
+    "string_type": 'text in quotes, such as "x"',
+    "string_too_long": "at most {max_length:,} characters",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "tuple_type": 'a list, such as ["x"]',
+    "dict_type": "a table, such as {{ x = 1 }}",
+    "model_type": "a section of keys and values",
+    "literal_error": "{expected}",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+}
+"""What a value should be, by the kind of problem that pydantic reports."""
+PATTERNS = {
+    "name": "a name as the Hub takes it: letters, digits, '.', '-' and '_', at most 96, the first a letter or digit",
+    "license": "an identifier of a licence, such as apache-2.0 or cc-by-sa-4.0",
+    "language": "a code of two or three small letters, such as en, or code, or multilingual",
+}
+"""What a text should be, by the key."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
@@ -572,9 +596,8 @@ def read_section(model: type[_AnySection], values: Any, where: str) -> _AnySecti
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         path = ".".join([where, *map(str, problem["loc"])])
-        message = problem["msg"].removeprefix("Value error, ")
         raise ValueError(
-            f"manifest.json: {path}: {message}, so that its teacher cannot be run; install the version that built the dataset"
+            f"manifest.json: {path}: {_expected(problem)}, so that its teacher cannot be run; install the version that built the dataset"
         ) from None
 
 
@@ -616,8 +639,23 @@ def _explain(problem: Any) -> str:
         near = difflib.get_close_matches(problem["loc"][-1], names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
         return f"unknown key {where!r}; {hint}"
-    message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
         return f"{where!r} is missing"
-    given = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
-    return f"{where}: {message}{given}"
+    given = "" if isinstance(problem["input"], dict) else f" (found {_shown(problem['input'])})"
+    return f"{where}: {_expected(problem)}{given}"
+
+
+def _expected(problem: Any) -> str:
+    message = problem["msg"].removeprefix("Value error, ")
+    if words := EXPECTED.get(problem["type"]):
+        message = f"expected {words.format(**problem.get('ctx', {}))}"
+    elif problem["type"] == "string_pattern_mismatch":
+        named = [str(part) for part in problem["loc"] if part in PATTERNS]
+        message = f"expected {PATTERNS[named[-1]]}"
+    return str(message)
+
+
+def _shown(value: Any) -> str:
+    """A value as TOML writes it."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:79]}…"

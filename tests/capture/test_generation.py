@@ -579,15 +579,18 @@ def test_a_recipe_without_it_is_the_same_as_ever(make_recipe):
         ),
         (
             {"generation": "max_new_tokens = 0"},
-            r"generation\.max_new_tokens: Input should be greater",
+            r"generation\.max_new_tokens: expected more than 0",
         ),
         (
             {"generation": "max_new_tokens = 64"},
             r"max_new_tokens is 64, which leaves no room for a prompt in sequences\.max_length = 64",
         ),
-        ({"generation": f"{DRAWN}\ntop_p = 0.0"}, r"generation\.top_p: Input should be greater"),
-        ({"generation": f"{DRAWN}\ntop_p = 1.5"}, r"generation\.top_p: Input should be less"),
-        ({"generation": f"{DRAWN}\ntemperature = -1"}, r"generation\.temperature: Input should"),
+        ({"generation": f"{DRAWN}\ntop_p = 0.0"}, r"generation\.top_p: expected more than 0"),
+        ({"generation": f"{DRAWN}\ntop_p = 1.5"}, r"generation\.top_p: expected at most 1"),
+        (
+            {"generation": f"{DRAWN}\ntemperature = -1"},
+            r"generation\.temperature: expected at least 0",
+        ),
         ({"generation": f"{DRAWN}\ntemperature = 0.001"}, r"expected at least 0\.01, or 0 for"),
         ({"generation": f"{GREEDY}\nseed = 1"}, "seed means something only where tokens are drawn"),
         ({"generation": f"{GREEDY}\ntop_p = 0.9"}, "top_p means something only where tokens"),

@@ -227,18 +227,18 @@ def test_draws_depend_on_seed_and_document_and_not_on_how_the_work_is_cut(
         ),
         ('top_k = "some"', r"output\.top_k: expected a whole number"),
         ("top_k = true", r"output\.top_k: expected a whole number"),
-        ("tail_samples = -1", r"output\.tail_samples: Input should be greater than or equal to 0"),
+        ("tail_samples = -1", r"output\.tail_samples: expected at least 0"),
         ('top_k = "all"\ntail_samples = 4', r"leaves no tail to draw from; leave out tail_samples"),
         ("tail_samples = 0\nseed = 1", "seed means something only with tail_samples; leave it out"),
         ("temperatures = [2, 2.0]", r"temperatures are \[2\.0, 2\.0\], expected different ones"),
         ("temperatures = [1.0]", r"and not 1, which is always stored"),
         (
             "temperatures = [0.05]",
-            r"temperatures\.0: Input should be greater than or equal to 0\.1",
+            r"temperatures\.0: expected at least 0\.1",
         ),
         ("temperatures = [1.2345678]", r"temperature 1\.2345678 has too many digits"),
-        ("temperatures = 2.0", r"output\.temperatures: Input should be a valid"),
-        ("hidden_states = 1", r"output\.hidden_states: Input should be a valid boolean"),
+        ("temperatures = 2.0", r"output\.temperatures: expected a list"),
+        ("hidden_states = 1", r"output\.hidden_states: expected true or false"),
     ],
 )
 def test_a_wrong_option_is_one_line(make_recipe, output, message):
