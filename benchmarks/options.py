@@ -19,7 +19,7 @@ OPTIONS: dict[str, dict[str, object]] = {
 
 
 def measure(dtype: str, *, device: str, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
-    """For each option: build ÷ plain build, microseconds a position more than it, bytes a token more than it."""
+    """For each option: build ÷ plain build, microseconds a position more than it, bytes per token more than it."""
     with tempfile.TemporaryDirectory() as scratch:
 
         def seconds_and_bytes(options: dict[str, object]) -> tuple[float, float]:

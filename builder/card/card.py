@@ -290,7 +290,7 @@ def _statistics(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         ("rows", f"{totals['rows']:,}, from {totals['documents']:,} {_documents(manifest)}"),
         (
             "size",
-            f"{totals['bytes'] / 1e6:,.1f} MB, {float(totals['bytes_per_token'])} bytes a token",
+            f"{totals['bytes'] / 1e6:,.1f} MB, {float(totals['bytes_per_token'])} bytes per token",
         ),
         ("entropy", f"{totals['mean_entropy']:.3f} nats on average"),
         *share,

@@ -137,7 +137,7 @@ def build(
     totals = result.manifest["totals"]
     say(
         f"{output}: {result.status}, {totals['tokens']:,} tokens in {totals['rows']:,} rows, "
-        f"{totals['bytes_per_token']} bytes a token"
+        f"{totals['bytes_per_token']} bytes per token"
     )
     if publish_to and published:
         say_published(publish_to, *published)

@@ -50,8 +50,7 @@ def verify(
 ) -> None:
     """Check that a dataset is what its manifest says: hashes, totals, every row's invariants, the card; with --recompute also the teacher.
 
-    It prints a line a problem and exits with 1, or says that there are none. What is no problem but should be known goes to stderr,
-    as a note.
+    It prints one line per problem and exits with 1, or says that there are none. Notes, which are not problems, go to stderr.
 
     Whoever can change a file can make its hash fit. What is found even then, without the teacher: a manifest that contradicts itself;
     values that break an invariant of the schema; rows, chunks or documents that are missing, repeated or in another order than

@@ -88,7 +88,7 @@ def facts(directory: Path) -> dict[str, str]:
         **_completions(totals),
         **_converted(totals),
         **({"written": written} if written else {}),
-        "disk": f"{totals['bytes'] / 1e6:,.1f} MB in {summary['shards']} files, {totals['bytes_per_token']} bytes a token",
+        "disk": f"{totals['bytes'] / 1e6:,.1f} MB in {summary['shards']} files, {totals['bytes_per_token']} bytes per token",
         "stored": _stored(layout),
         **_share(summary),
         "entropy": f"{totals['mean_entropy']:.3f} nats on average",

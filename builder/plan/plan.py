@@ -7,7 +7,7 @@ Compute:  a forward pass costs 2 FLOP a parameter and token, and 2 · layers · 
           Scaling Laws for Neural Language Models, section 2.1 and table 1). Statistics, writing and sending hide behind it
           (README, Speed). How much of a GPU's peak that reaches was measured on an H100 (MEASURED), by the size of the teacher;
           other GPUs are taken to reach the same share of theirs.
-Storage:  bytes a token as measured of the embedded dataset (`bytes_per_token`); files as the recipe cuts them.
+Storage:  bytes per token as measured of the embedded dataset (`bytes_per_token`); files as the recipe cuts them.
 The Hub:  its limits (`remote`), and how many shards an `outbox` brings in a commit.
 """
 
@@ -317,12 +317,12 @@ def describe(work: Work) -> str:
     """What it takes, for a person."""
     gpus = f"{work.workers} GPU{'s' if work.workers > 1 else ''}"
     lines = {
-        "teacher": f"{work.parameters:,.0f} parameters: {work.flop_per_token / 1e9:,.3g} GFLOP a token, "
+        "teacher": f"{work.parameters:,.0f} parameters: {work.flop_per_token / 1e9:,.3g} GFLOP per token, "
         f"{work.attention_share:.0%} of it for attention",
         "speed": f"{work.tokens_per_second:,.0f} tokens/s: {work.utilization:.0%} ({work.utilization_is}) of {work.peak_flops / 1e12:,.4g} "
         f"TFLOPS{f' of one {work.gpu}' if work.gpu else ''}",
         "compute": f"{work.gpu_hours:,.1f} GPU hours for {work.tokens:,} tokens: {_time(work.gpu_hours / work.workers)} on {gpus}",
-        "data": f"{_size(work.bytes)}, {work.bytes_per_token:.0f} bytes a token, in {work.shards:,} shards of {_size(work.shard_bytes)}",
+        "data": f"{_size(work.bytes)}, {work.bytes_per_token:.0f} bytes per token, in {work.shards:,} shards of {_size(work.shard_bytes)}",
         "the Hub": f"{_time(work.upload_hours)} to send at {work.upload_mbit:,.0f} Mbit/s; {work.commits:,} commits, for which "
         f"at least {_time(work.commit_hours)} have to pass",
         "disk": f"{_size(work.disk_bytes)} with --publish-to ORG/NAME --discard-local",

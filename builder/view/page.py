@@ -8,7 +8,7 @@ How:  page.html is the page, page.css its looks, page.js what it does. All words
       of JSON: arrays in base64, in the very types of the dataset. Nothing from outside is markup: Jinja escapes it, the JSON holds no `<`, and
       the page's own policy (CSP) lets nothing run but the script whose hash it names.
 
-Cost: 180 bytes a token, 270 with another dataset (SmolLM2, K = 50, 4 draws): 1.9 and 2.8 MB for 20 rows of 512 tokens. 0.6 s for 7,700.
+Cost: 180 bytes per token, 270 with another dataset (SmolLM2, K = 50, 4 draws): 1.9 and 2.8 MB for 20 rows of 512 tokens. 0.6 s for 7,700.
 """
 
 import base64

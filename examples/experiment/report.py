@@ -180,7 +180,7 @@ def _costs(dataset: dict[str, Any]) -> str:
     lines = [
         "### What a target costs",
         "",
-        "| arm | bytes a token, raw | in Parquet | what has to be run |",
+        "| arm | bytes per token, raw | in Parquet | what has to be run |",
         "|---|---|---|---|",
     ]
     api = dataset["api"]

@@ -204,7 +204,7 @@ def test_the_card_says_what_each_column_takes(built, manifest, curves):
     older = copy.deepcopy(manifest)
     for shard in older["shards"]:
         del shard["column_bytes"]
-    assert "meaning | bytes a token |" not in render_card(older, curves=curves)
+    assert "meaning | bytes per token |" not in render_card(older, curves=curves)
 
 
 def test_build_and_card_write_the_same_bytes(built, manifest, cli, tmp_path):

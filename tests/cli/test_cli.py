@@ -169,7 +169,7 @@ def test_each_step_prints_the_next_one(cli, make_recipe, tmp_path):
     what, following = built.stdout.splitlines()
     assert what == (
         f"{output}: complete, {totals['tokens']:,} tokens in {totals['rows']} rows, "
-        f"{totals['bytes_per_token']} bytes a token"
+        f"{totals['bytes_per_token']} bytes per token"
     )
     assert following.startswith("next: logit-dataset verify ")
 

@@ -50,7 +50,7 @@ def test_the_description_has_the_totals(built):
         f"tiny @ {manifest['teacher']['sha256'][:12]}, {manifest['teacher']['parameters']:,} param",
         f"local files (1) @ {manifest['corpus']['files'][0]['sha256'][:12]}",
         f"{totals['tokens']:,} tokens in {totals['rows']} rows of 24 documents\n",
-        f"in {len(manifest['shards'])} files, {totals['bytes_per_token']} bytes a token",
+        f"in {len(manifest['shards'])} files, {totals['bytes_per_token']} bytes per token",
         f"top 20     {totals['mean_topk_mass']:.1%} of the probability",
         f"entropy    {totals['mean_entropy']:.3f} nats",
         f"perplexity {totals['teacher_perplexity']} of",

@@ -60,7 +60,7 @@ def test_a_trillion_tokens_of_an_8b_teacher_by_hand():
     assert found.utilization == pytest.approx(23_667 * (16e9 + 2 * 36 * 1024 * 4096) / 989e12)
     assert found.tokens_per_second == pytest.approx(989e12 * 0.39010 / 16.62e9, rel=1e-3)
     assert found.gpu_hours == pytest.approx(11_966, rel=1e-3)
-    # 10 + 2 (text) + 50 · 3.0 + 4 · 3.5 bytes a token
+    # 10 + 2 (text) + 50 · 3.0 + 4 · 3.5 bytes per token
     assert found.bytes_per_token == 176
     assert found.bytes == 176e12
     assert found.shards == 20_000
@@ -247,10 +247,10 @@ def test_the_command_says_it_to_a_person_and_to_a_program(cli):
     status, out, err = cli("plan", EMBEDDED_RECIPE, "--tokens", "1e9", "--gpu", "a100")
     assert (status, err) == (0, "")
     assert out.splitlines() == [
-        "teacher   134,515,008 parameters: 0.287 GFLOP a token, 6% of it for attention",
+        "teacher   134,515,008 parameters: 0.287 GFLOP per token, 6% of it for attention",
         "speed     20,611 tokens/s: 30% (as others on an H100) of 19.5 TFLOPS of one a100",
         "compute   13.5 GPU hours for 1,000,000,000 tokens: 13.5 hours on 1 GPU",
-        "data      162.0 GB, 162 bytes a token, in 100,000 shards of 1.6 MB",
+        "data      162.0 GB, 162 bytes per token, in 100,000 shards of 1.6 MB",
         "the Hub   21.6 minutes to send at 1,000 Mbit/s; 50,002 commits, for which at least 16.2 days have to pass",
         "disk      6.5 MB with --publish-to ORG/NAME --discard-local",
         "together  16.2 days: all of it goes on at the same time, and committing takes longest",
