@@ -12,6 +12,7 @@ Cost: 30 µs an item. It is only worth while for what lets go of Python's lock, 
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -39,6 +40,8 @@ class Ahead(Generic[Item]):
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         self._made: deque[Future[Item | _End]] = deque()
         self._is_closed = False
+        self._running = Lock()
+        """Held by who runs the iterator."""
 
     def __iter__(self) -> "Ahead[Item]":
         return self
@@ -52,21 +55,29 @@ class Ahead(Generic[Item]):
         if self._is_closed:
             raise StopIteration
         while len(self._made) <= self._depth:
-            self._made.append(self._thread.submit(next, self._items, END))
+            self._made.append(self._thread.submit(self._make))
         try:
-            item = self._made.popleft().result()
+            item = self._made[0].result()
         except BaseException:
             self.close()
             raise
         if isinstance(item, _End):
             self.close()
             raise StopIteration
+        self._made.popleft()
         return item
 
     def close(self) -> None:
         """Make no more; waits for the one that is being made."""
         self._is_closed = True
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        # The executor does not know the thread of a `submit` that was interrupted (by Ctrl-C), so that waiting for its threads is not enough.
+        with self._running:
+            if close := getattr(self._items, "close", None):
+                close()
+        self._thread.shutdown(wait=True)
         self._made.clear()
-        if close := getattr(self._items, "close", None):
-            close()
+
+    def _make(self) -> Item | _End:
+        with self._running:
+            return END if self._is_closed else next(self._items, END)
