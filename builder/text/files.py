@@ -30,6 +30,8 @@ PART = 2**16
 """Characters of a part of a text."""
 HELD_CHARACTERS = 2**21
 """Texts of whole files are held up to this length."""
+CONTEXT_BYTES = 64
+"""Before a byte that is not UTF-8, that an error can show."""
 BLOCK_BYTES = 2**18
 """That are read at once."""
 
@@ -154,12 +156,31 @@ def _parts(path: Path) -> Generator[str]:
     decoder = io.IncrementalNewlineDecoder(
         codecs.getincrementaldecoder("utf-8-sig")(), translate=True
     )
+    before = b""
     with _open(path) as file:
         while content := file.read(BLOCK_BYTES):
-            if text := decoder.decode(content):
+            if text := _decode(decoder, content, before):
                 yield text
-    if text := decoder.decode(b"", final=True):
+            before = content[-CONTEXT_BYTES:]
+    if text := _decode(decoder, b"", before, final=True):
         yield text
+
+
+def _decode(
+    decoder: io.IncrementalNewlineDecoder, content: bytes, before: bytes, *, final: bool = False
+) -> str:
+    """The characters of a block. An error shows what is before it, in the block before, too."""
+    try:
+        return decoder.decode(content, final)
+    except UnicodeDecodeError as error:
+        held = max(
+            0, len(error.object) - len(content)
+        )  # bytes of a character that the block before began
+        ahead = before[: len(before) - held]
+        start, end = error.start + len(ahead), error.end + len(ahead)
+        raise UnicodeDecodeError(
+            error.encoding, ahead + error.object, start, end, error.reason
+        ) from None
 
 
 def _open(path: Path) -> BinaryIO:
