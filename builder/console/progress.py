@@ -91,7 +91,8 @@ class Progress:
 
     def _write(self, *, is_end: bool = False) -> None:
         now, done = time.monotonic(), self._tokens + self._before
-        share = f" of {self._total:,} ({done / self._total:.0%})" if self._total else ""
+        # A limit of tokens is passed by the rest of a document.
+        share = f" of {self._total:,} ({done / self._total:.0%})" if self._total and done <= self._total else ""  # fmt: skip
         parts = [f"{done:,} tokens{share}" if done else "no tokens yet"]
         if self._tokens and self._first is not None and now > self._first and not is_end:
             rate = self._tokens / (now - self._first)

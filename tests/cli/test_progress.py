@@ -43,6 +43,12 @@ def test_a_log_has_a_line_while_nothing_happens_and_says_what_is_done(fast, caps
     assert capsys.readouterr().err.endswith("build: 1,000 tokens of 1,000 (100%), after 0 s\n")
 
 
+def test_a_total_that_is_passed_is_not_shown(fast, capsys):
+    with progress("build", 10) as shown:
+        shown.update(14)
+        wait_for(capsys, r"^build: 14 tokens, [\d,]+ tokens/s, after 0 s$")
+
+
 def test_without_a_total_there_is_a_rate_and_no_time_left(fast, capsys):
     with progress("verify", None) as shown:
         shown.update(1)
