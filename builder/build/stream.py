@@ -31,6 +31,8 @@ LONG_DOCUMENT = 2
 """Shards' worth of tokens by which a document is cut. Former versions cut none, so that this many keep most shards what they were."""
 BATCH_CHARACTERS = 2**17
 """Of texts that are tokenized at once: 26 MB while they are."""
+FIRST_CHARACTERS = 2**13
+"""Of the first such batch, so that a small corpus is not read to its end first; each further one is twice as large, up to that."""
 BATCH_DOCUMENTS = 512
 """That are read at once, at most."""
 BATCH_OTHERS = 16
@@ -134,7 +136,8 @@ class SequenceStream:
         self._read_offset = self._corpus.offset
         """Behind the last document that was taken."""
         self._first_file: int = self._read_offset["file"]
-        self._documents = _read_ahead(self._corpus, encoder)
+        left = None if self._max_tokens is None else self._max_tokens - self._tokens
+        self._documents = _read_ahead(self._corpus, encoder, left)
         self._pending: _Document | None = None
         self._place = _place_in(start)
         """At which the first document goes on, where one does."""
@@ -315,19 +318,22 @@ class SequenceStream:
         return self._max_tokens is not None and self._tokens >= self._max_tokens
 
 
-def _read_ahead(corpus: Corpus, encoder: Encoder) -> Iterator[_Read]:
+def _read_ahead(corpus: Corpus, encoder: Encoder, tokens: int | None) -> Iterator[_Read]:
     """The documents of a corpus, and its end; what reading one raises is raised when its turn has come."""
-    with closing(Ahead(_batches(corpus, encoder), depth=AHEAD, name="corpus")) as batches:
+    with closing(Ahead(_batches(corpus, encoder, tokens), depth=AHEAD, name="corpus")) as batches:
         for batch, error in batches:
             yield from batch
             if error:
                 raise error
 
 
-def _batches(corpus: Corpus, encoder: Encoder) -> Iterator[tuple[list[_Read], Exception | None]]:
-    """Some documents at a time, and what came in place of the one behind them."""
+def _batches(
+    corpus: Corpus, encoder: Encoder, tokens_left: int | None
+) -> Iterator[tuple[list[_Read], Exception | None]]:
+    """Some documents at a time, and what came in place of the one behind them; one at a time where the tokens may suffice."""
     documents = iter(corpus)
     is_end = False
+    made, size = 0, FIRST_CHARACTERS
     while not is_end:
         found: list[tuple[Document, Offset, Offset]] = []
         error: Exception | None = None
@@ -344,11 +350,12 @@ def _batches(corpus: Corpus, encoder: Encoder) -> Iterator[tuple[list[_Read], Ex
             found.append((document, corpus.offset, corpus.offset_of_last))
             is_text = document.messages is None and document.long_text is None
             room -= (
-                max(document.length / BATCH_CHARACTERS, 1 / BATCH_DOCUMENTS)
-                if is_text
-                else 1 / BATCH_OTHERS
+                max(document.length / size, 1 / BATCH_DOCUMENTS) if is_text else 1 / BATCH_OTHERS
             )
         tokens = encoder.whole([document for document, _, _ in found])
+        made += sum(len(whole.ids) for whole in tokens if whole)
+        is_enough = tokens_left is not None and made >= tokens_left
+        size = 1 if is_enough else min(2 * size, BATCH_CHARACTERS)
         reads = [
             _Read(document=document, whole=whole, offset=offset, offset_of_last=last)
             for (document, offset, last), whole in zip(found, tokens, strict=True)

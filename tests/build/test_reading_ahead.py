@@ -149,3 +149,20 @@ def test_a_failure_on_any_thread_fails_the_build_with_its_own_error(
     assert sorted(f"data/{p.name}" for p in (output / "data").iterdir()) == sorted(kept)
     assert cli("build", recipe, "--output", output)[0] == 0
     assert data_bytes(output) == data_bytes(tmp_path / "whole")
+
+
+def test_a_small_limit_of_tokens_does_not_tokenize_all_of_a_corpus(
+    make_recipe, tmp_path, monkeypatch
+):
+    write_jsonl(tmp_path / "many.jsonl", sample_documents(4000))
+    made, whole = [], Encoder.whole
+
+    def count(self: Encoder, some: Any) -> Any:
+        found = whole(self, some)
+        made.extend(len(piece.ids) for piece in found if piece)
+        return found
+
+    monkeypatch.setattr(Encoder, "whole", count)
+    run(make_recipe(files="many.jsonl", corpus="max_tokens = 3000"), tmp_path / "out")
+    assert sum(made) < 4 * 3000
+    assert len(made) < 1000
