@@ -37,14 +37,6 @@ AFTER: dict[str, Callable[[Tensor], Tensor]] = {
 """What each does to the product, as its paper says."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def save(tiny_tokenizer, tmp_path) -> Callable[[Any], Path]:
     def write(model: Any) -> Path:
