@@ -150,10 +150,12 @@ class ShardWriter:
         finally:
             self._thread.shutdown()
             failed = kind is not None or (self._writing is not None and self._writing.exception())
-            with suppress(OSError, pa.ArrowException) if failed else nullcontext():
-                self._writer.close()
-            # One whose closing failed would try it again when it is collected.
-            self._writer.is_open = False
+            try:
+                with suppress(OSError, pa.ArrowException) if failed else nullcontext():
+                    self._writer.close()
+            finally:
+                # One whose closing failed would try it again when it is collected.
+                self._writer.is_open = False
 
     def _write_rows(self, block: Block, rows: slice) -> None:
         sequences = block.sequences[rows]

@@ -1,8 +1,10 @@
 """Rows go into Parquet files as they are, whole or not at all, and come back."""
 
+import gc
 import hashlib
 import io
 import os
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -200,6 +202,28 @@ def test_a_full_disk_is_an_error_but_does_not_hide_an_earlier_one(reason):
 
     with pytest.raises(type(reason or OSError()), match=str(reason or "No space left")):
         write()
+
+
+def test_a_writer_whose_closing_failed_is_not_closed_again_when_it_is_collected(
+    tmp_path, monkeypatch
+):
+    """That would raise where nobody can catch it, in the middle of whatever runs then."""
+    raised = []
+    monkeypatch.setattr(sys, "unraisablehook", raised.append)
+
+    def write() -> None:
+        options = {"layout": Layout(), "profile": "default", "metadata": {}}
+        with (
+            monkeypatch.context() as patch,
+            atomic_file(tmp_path / "x") as sink,
+            ShardWriter(sink, **options),
+        ):
+            patch.setattr(pq.ParquetWriter, "close", lambda self: 1 / 0)
+
+    with pytest.raises(ZeroDivisionError):
+        write()
+    gc.collect()
+    assert not raised
 
 
 FLAT = [[1, 2], [3], [4, 5, 6], [7]]
