@@ -15,7 +15,7 @@ from builder.corpus.documents import Document
 from builder.corpus.encoder import Encoder
 from builder.corpus.sequences import length_sorted_batches
 from builder.dataset.manifest import read_manifest
-from builder.recipe import Recipe
+from builder.recipe.recipe import Recipe
 from builder.sources import demo
 from builder.teacher.model import Teacher
 

@@ -30,7 +30,7 @@ from builder.corpus.encoder import Encoder
 from builder.corpus.sequences import Chunks
 from builder.dataset import shards
 from builder.dataset.manifest import read_manifest
-from builder.recipe import Recipe
+from builder.recipe.recipe import Recipe
 from builder.sources import demo
 from builder.teacher.model import Teacher
 from logit_dataset.schema import Layout

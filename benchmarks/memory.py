@@ -32,7 +32,7 @@ def _run(vocab_size: int, max_length: int, tokens: int) -> None:
 
     from benchmarks.sample import BATCH_TOKENS
     from builder.build.build import build
-    from builder.recipe import Recipe
+    from builder.recipe.recipe import Recipe
     from builder.sources import demo
     from builder.teacher import ranks as module
 

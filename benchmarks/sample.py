@@ -15,7 +15,7 @@ from builder.build.stream import SequenceStream
 from builder.corpus.encoder import Encoder
 from builder.corpus.sequences import Sequence
 from builder.dataset.manifest import environment
-from builder.recipe import Recipe
+from builder.recipe.recipe import Recipe
 from builder.sources import demo
 from builder.sources.opening import make_encoder
 from builder.teacher.loading import load_teacher

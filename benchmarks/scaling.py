@@ -11,7 +11,7 @@ from benchmarks import sample
 from builder.build.build import build
 from builder.build.worker import Pool
 from builder.dataset.manifest import read_manifest, records_of
-from builder.recipe import Recipe
+from builder.recipe.recipe import Recipe
 from builder.sources import demo
 
 WORKERS = 2

@@ -236,7 +236,7 @@ def client(running: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
 def built(tiny_teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished dataset by the tiny teacher, with several shards. Read only: copy before changing anything."""
     from builder.build.build import build
-    from builder.recipe import load_recipe
+    from builder.recipe.file import load_recipe
 
     base = tmp_path_factory.mktemp("built")
     write_jsonl(base / "corpus.jsonl", sample_documents())

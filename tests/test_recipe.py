@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from builder.dataset.identity import DESCRIPTIVE, PINNED, differences, fingerprint, row_fingerprint
-from builder.recipe import (
+from builder.recipe.file import load_recipe
+from builder.recipe.recipe import Recipe
+from builder.recipe.sections import (
     OF_CHATS,
     CorpusRecipe,
     GenerationRecipe,
     OutputRecipe,
-    Recipe,
     SequencesRecipe,
     TeacherRecipe,
-    load_recipe,
 )
 from builder.sources.resolve import KnownSources, resolve_corpus, resolve_teacher
 from docs import reference

@@ -22,7 +22,7 @@ from builder.build.worker import Task, Worker
 from builder.dataset.identity import differences
 from builder.dataset.manifest import LIBRARIES, ShardRecord
 from builder.dataset.shards import file_sha256
-from builder.recipe import Recipe
+from builder.recipe.recipe import Recipe
 from builder.sources.changes import Seen, hash_file
 from builder.sources.resolve import (
     KnownSources,

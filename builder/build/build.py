@@ -36,7 +36,7 @@ from builder.dataset.manifest import (
     read_manifest,
     write_json,
 )
-from builder.recipe import Recipe
+from builder.recipe.recipe import Recipe
 from builder.sources.changes import SourceChangedError
 from builder.sources.columns import settle_columns
 from builder.sources.resolve import (

@@ -21,7 +21,7 @@ from builder.hub.repository import Repository
 from builder.hub.versions import Step, Version, choose, least_step
 from builder.plan.estimate import expect
 from builder.plan.plan import too_large_files, too_many_files
-from builder.recipe import Recipe
+from builder.recipe.recipe import Recipe
 from builder.sources.resolve import Sources, local_teacher
 
 

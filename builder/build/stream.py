@@ -22,7 +22,7 @@ from builder.corpus.documents import Corpus, Document, Offset
 from builder.corpus.encoder import Encoder
 from builder.corpus.sequences import Place, Rows, Sequence
 from builder.dataset.shards import Block
-from builder.recipe import Recipe
+from builder.recipe.recipe import Recipe
 from builder.sources.opening import open_corpus
 from builder.sources.resolve import CorpusSource
 from builder.text.pieces import Piece

@@ -41,7 +41,8 @@ from builder.dataset.shards import (
     file_sha256,
     footer_sha256,
 )
-from builder.recipe import CorpusRecipe, Recipe
+from builder.recipe.recipe import Recipe
+from builder.recipe.sections import CorpusRecipe
 from builder.sources.changes import Watch
 from builder.sources.opening import make_encoder, open_teacher
 from builder.sources.resolve import Sources, template_provenance

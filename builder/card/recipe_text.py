@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from builder.dataset.printable import steers
-from builder.recipe import (
+from builder.recipe.sections import (
     CorpusRecipe,
     GenerationRecipe,
     OutputRecipe,

@@ -75,7 +75,7 @@ def build(
     quiet: QuietOption = False,
 ) -> None:
     """Build a dataset from a recipe, or resume an unfinished one."""
-    from builder.recipe import load_recipe
+    from builder.recipe.file import load_recipe
 
     if not publish_to and (discard_local or tag or private or message):
         raise ValueError(

@@ -24,7 +24,7 @@ def init(
 ) -> None:
     """Write a commented recipe for your own files and teacher."""
     from builder.plan.starter import starter
-    from builder.recipe import load_recipe
+    from builder.recipe.file import load_recipe
 
     if not corpus:
         raise ValueError(

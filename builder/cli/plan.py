@@ -62,7 +62,7 @@ def plan(
     from dataclasses import asdict
 
     from builder.plan.plan import describe, work
-    from builder.recipe import load_recipe
+    from builder.recipe.file import load_recipe
 
     found = work(
         load_recipe(recipe),

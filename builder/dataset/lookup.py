@@ -13,7 +13,9 @@ from builder.dataset.identity import differences
 from builder.dataset.manifest import FILE_NAME, read_manifest, records_of
 from builder.dataset.shards import nested_values
 from builder.dataset.unpacking import check_unpacked_size
-from builder.recipe import TeacherRecipe, is_below, read_section
+from builder.recipe.file import read_section
+from builder.recipe.recipe import is_below
+from builder.recipe.sections import TeacherRecipe
 from builder.sources.resolve import KnownSources, TeacherSource, resolve_teacher
 from builder.teacher.loading import load_tokenizer
 from logit_dataset.schema import shortest_cut

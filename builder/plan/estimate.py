@@ -21,7 +21,7 @@ import zstandard
 from builder.corpus.documents import Corpus, Document
 from builder.corpus.encoder import Encoder
 from builder.plan.plan import bytes_per_token, count_parameters
-from builder.recipe import Recipe
+from builder.recipe.recipe import Recipe
 from builder.sources.columns import settle_columns
 from builder.sources.opening import make_encoder, open_corpus
 from builder.sources.resolve import (

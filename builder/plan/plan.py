@@ -26,7 +26,7 @@ from builder.hub.limits import (
     MAX_FILES,
     MAX_LOCAL_SHARDS,
 )
-from builder.recipe import Recipe
+from builder.recipe.recipe import Recipe
 from builder.sources.resolve import local_teacher
 
 

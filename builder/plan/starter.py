@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from builder.corpus.documents import open_local
 from builder.corpus.shapes import looks_like_messages
-from builder.recipe import CorpusRecipe, SequencesRecipe
+from builder.recipe.sections import CorpusRecipe, SequencesRecipe
 from builder.sources.resolve import CorpusSource, KnownSources, resolve_corpus
 from builder.text.files import is_json_lines
 

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from builder.corpus.documents import open_hub, open_local
 from builder.corpus.rows import USUAL_NAMES
 from builder.corpus.shapes import looks_like_messages
-from builder.recipe import CorpusRecipe, Recipe
+from builder.recipe.recipe import Recipe
+from builder.recipe.sections import CorpusRecipe
 from builder.sources.resolve import CorpusSource, KnownSources
 from builder.text.files import is_json_lines
 

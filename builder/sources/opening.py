@@ -8,7 +8,8 @@ from builder.corpus.chats import ChatTemplate
 from builder.corpus.documents import Corpus, Offset, open_hub, open_local
 from builder.corpus.encoder import Encoder
 from builder.corpus.rows import Columns
-from builder.recipe import CorpusRecipe, Recipe, TeacherRecipe
+from builder.recipe.recipe import Recipe
+from builder.recipe.sections import CorpusRecipe, TeacherRecipe
 from builder.sources.resolve import CorpusSource, TeacherSource
 from builder.teacher import ranks
 from builder.teacher.model import Teacher

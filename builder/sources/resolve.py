@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from builder.recipe import OWN, CorpusRecipe, Recipe, SequencesRecipe, TeacherRecipe
+from builder.recipe.fields import OWN
+from builder.recipe.recipe import Recipe
+from builder.recipe.sections import CorpusRecipe, SequencesRecipe, TeacherRecipe
 from builder.sources import demo
 from builder.sources.changes import Seen, Watch, deciding_files, hash_file
 from builder.text.files import COMPRESSED, JSON_LINES, suffix_of

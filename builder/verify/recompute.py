@@ -25,7 +25,8 @@ from builder.dataset.identity import teacher_differences
 from builder.dataset.lookup import teacher_source
 from builder.dataset.manifest import ShardRecord
 from builder.dataset.telling import Row, telling_position
-from builder.recipe import TeacherRecipe, read_section
+from builder.recipe.file import read_section
+from builder.recipe.sections import TeacherRecipe
 from builder.sources.opening import open_teacher
 from builder.sources.resolve import TeacherSource
 from builder.teacher.model import Teacher

@@ -15,7 +15,8 @@ from typing import Any
 from builder.capture.generation import spell_completion
 from builder.corpus.documents import Document
 from builder.corpus.encoder import Encoder, Tokens, backend_copy
-from builder.recipe import SequencesRecipe, read_section
+from builder.recipe.file import read_section
+from builder.recipe.sections import SequencesRecipe
 from logit_dataset.schema import is_generated
 
 BORDER_TOKENS = 64

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from builder.build.build import build
 from builder.dataset.manifest import environment, read_manifest, write_json
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from builder.verify.verify import verify
 from examples.experiment.arms import ARMS
 from examples.experiment.corpus import write_corpus

@@ -12,7 +12,7 @@ import torch
 from builder.build.build import build
 from builder.build.worker import Worker
 from builder.dataset.manifest import read_manifest
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from builder.text.files import TextFiles
 from logit_dataset.schema import Layout, arrow_schema
 from tests.conftest import sample_documents, write_jsonl

@@ -18,7 +18,7 @@ from builder.corpus.documents import Document
 from builder.dataset.info import describe
 from builder.dataset.manifest import read_manifest, records_of
 from builder.plan.estimate import bytes_per_token
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from builder.teacher.loading import load_tokenizer
 from builder.verify.verify import verify
 from logit_dataset import distillation_loss, load_logits

@@ -248,7 +248,7 @@ def test_options_of_the_recipe_and_of_rows(build, teacher):
     assert manifest["recipe"]["sequences"]["chat_template_kwargs"] == {"enable_thinking": False}
     card = (output / "README.md").read_text()
     assert "chat_template_kwargs = { enable_thinking = false }" in card
-    from builder.recipe import load_recipe
+    from builder.recipe.file import load_recipe
 
     shown = card.split("```toml\n")[1].split("```")[0]
     (output / "shown.toml").write_text(shown.replace('path = "chatty"', f'path = "{teacher}"'))

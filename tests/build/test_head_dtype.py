@@ -10,7 +10,7 @@ import torch
 from builder.card.recipe_text import recipe_toml
 from builder.dataset.identity import fingerprint, row_fingerprint
 from builder.dataset.manifest import read_manifest
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from builder.verify.verify import verify
 from tests.build.test_build import data_bytes, read_rows, run
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from builder.plan import estimate
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from builder.sources.columns import settle_columns
 from builder.sources.opening import open_corpus
 from builder.sources.resolve import KnownSources, resolve, resolve_corpus

@@ -351,7 +351,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 from builder.build.build import build
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from builder.teacher import ranks
 
 def kernel_says(name):

@@ -16,7 +16,7 @@ from builder.dataset.identity import fingerprint
 from builder.dataset.info import describe, describe_row
 from builder.dataset.manifest import read_manifest, records_of
 from builder.plan.estimate import estimate
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from builder.verify.verify import verify
 from logit_dataset import load_logits
 from tests.build.test_build import data_bytes, float64_reference, read_rows, run

@@ -15,7 +15,8 @@ from datasets import load_dataset
 from builder.build import worker as worker_module
 from builder.card.charts import measure
 from builder.dataset.manifest import read_manifest
-from builder.recipe import Recipe, load_recipe
+from builder.recipe.file import load_recipe
+from builder.recipe.recipe import Recipe
 from builder.verify.comparison import _best
 from builder.verify.verify import verify
 from logit_dataset import FrequentTokens, distillation_loss, load_logits

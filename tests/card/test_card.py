@@ -25,7 +25,8 @@ from builder.card.records import read_verification
 from builder.dataset.identity import fingerprint, row_fingerprint
 from builder.dataset.info import spell_token
 from builder.dataset.manifest import read_manifest
-from builder.recipe import Recipe, load_recipe
+from builder.recipe.file import load_recipe
+from builder.recipe.recipe import Recipe
 from builder.verify.verify import record_recomputation, verify
 from logit_dataset import distillation_loss
 from logit_dataset.schema import Layout, columns

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from tests.conftest import run_cli, sample_documents, write_jsonl
 
 CHATS = [

@@ -15,7 +15,7 @@ import zstandard
 
 from builder.build.stream import open_corpus
 from builder.corpus.documents import PARQUET_BATCH_ROWS, Corpus, Document
-from builder.recipe import CorpusRecipe
+from builder.recipe.sections import CorpusRecipe
 from builder.sources.resolve import KnownSources, resolve_corpus
 
 TEXTS = [

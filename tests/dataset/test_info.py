@@ -21,7 +21,7 @@ from builder.dataset.info import (
     summarize,
 )
 from builder.dataset.manifest import read_manifest
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from tests.conftest import TINY_VOCAB_SIZE
 from tests.corpus.test_sequences import MAKERS
 

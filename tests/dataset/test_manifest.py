@@ -20,7 +20,8 @@ from builder.dataset.manifest import (
     records_of,
     write_json,
 )
-from builder.recipe import CorpusRecipe, Recipe, TeacherRecipe
+from builder.recipe.recipe import Recipe
+from builder.recipe.sections import CorpusRecipe, TeacherRecipe
 from logit_dataset.schema import SCHEMA_VERSION
 
 CPU, GPU = {"device": "x86_64 CPU", "threads": 2}, {"device": "H100", "threads": 8}

@@ -83,7 +83,7 @@ def build(tiny_teacher_dir, tmp_path_factory) -> Callable[..., Path]:
 
     def make(documents: list[dict[str, Any]], **changes: str) -> Path:
         from builder.build.build import build
-        from builder.recipe import load_recipe
+        from builder.recipe.file import load_recipe
 
         base = tmp_path_factory.mktemp("readers")
         write_jsonl(base / "corpus.jsonl", documents)

@@ -21,7 +21,7 @@ import builder.build.build as build_module
 import builder.build.state
 import builder.dataset.manifest
 import builder.dataset.shards
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 
 
 def kill_at(step: str) -> None:

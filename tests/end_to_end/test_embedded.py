@@ -11,7 +11,7 @@ import torch
 from builder.build.build import build
 from builder.corpus.encoder import backend_copy
 from builder.dataset.manifest import read_manifest
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from builder.sources import demo
 from builder.teacher.loading import load_teacher
 from builder.text.pieces import WINDOW, Pieces

@@ -13,7 +13,7 @@ import pytest
 
 from builder.build.build import build
 from builder.dataset.manifest import read_manifest
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from tests import loopback_hub as stand_in
 from tests.conftest import REPOSITORY, recipe_text, run_cli, sample_documents
 from tests.loopback_hub import TOKEN, Client, Hub

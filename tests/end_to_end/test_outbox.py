@@ -20,7 +20,7 @@ from builder.build.build import build
 from builder.build.outbox import BRANCH
 from builder.dataset.manifest import read_manifest, records_of
 from builder.hub.calls import explain
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from tests import loopback_hub as stand_in
 from tests.conftest import recipe_text, sample_documents, write_jsonl
 from tests.hub.test_publish import (
@@ -794,7 +794,7 @@ def test_a_shard_that_ends_elsewhere_when_it_is_built_again_is_never_sent(
 DELIVERED = """
 from pathlib import Path
 from builder.build.delivery import deliver
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 recipe = Path(RECIPE)
 try:
     deliver(load_recipe(recipe), recipe.parent, Path(OUTPUT), "org/set", discard=True, recompute=RECOMPUTE, notice=print)

@@ -298,7 +298,7 @@ def test_a_worker_that_has_something_else_says_so(
     make_recipe, tiny_teacher_dir, tmp_path, monkeypatch, change, message
 ):
     from builder.build import actor
-    from builder.recipe import load_recipe
+    from builder.recipe.file import load_recipe
     from builder.sources.resolve import KnownSources, resolve
 
     for part in range(2):

@@ -20,7 +20,7 @@ sys.path.insert(0, str(REPOSITORY))
 from filelock import FileLock
 
 from builder.build.build import build
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from examples.experiment import arms, corpus, measure, truth
 from examples.experiment import runs as program
 from examples.experiment import train as trainer

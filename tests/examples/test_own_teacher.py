@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from builder.teacher.loading import load_teacher
 from tests.conftest import REPOSITORY
 from tests.examples.test_students import example

@@ -16,7 +16,7 @@ import pytest
 from builder.build.build import build
 from builder.dataset.manifest import read_manifest
 from builder.hub.versions import Version, choose, compare
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from logit_dataset.schema import SCHEMA_VERSION
 from tests import loopback_hub as stand_in
 from tests.conftest import recipe_text, sample_documents, write_jsonl

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from builder.build.build import build
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from logit_dataset import (
     FrequentTokens,
     LogitCollator,

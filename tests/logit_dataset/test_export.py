@@ -14,7 +14,7 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM
 
 from builder.build.build import build
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from logit_dataset import load_logits
 from logit_dataset.export.array_record import example_bytes
 from logit_dataset.export.export import export

@@ -14,7 +14,7 @@ import pytest
 
 from builder.build.build import build
 from builder.dataset.lookup import read_row
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from builder.verify.verify import verify
 from logit_dataset import load_logits
 from logit_dataset.files import column_name

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from builder.build.build import build
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from logit_dataset import load_logits
 from logit_dataset.rows import NO_TARGET, Ends, _target_ids, _values
 from logit_dataset.schema import SCHEMA_VERSION

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from builder.build.build import build
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from logit_dataset import FrequentTokens, TokenizerProjection, distillation_loss, load_logits
 from logit_dataset.divergences import LOSSES
 from logit_dataset.rows import NO_TARGET

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from builder.build.build import build
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from logit_dataset import FrequentTokens, LogitCollator, distillation_loss, load_logits
 from logit_dataset.losses import count_positions, position_losses
 from logit_dataset.trainers import DistillationTrainer

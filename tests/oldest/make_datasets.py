@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from builder.build.build import build
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from builder.teacher.model import Teacher
 from tests.build.test_chat_builds import chat_teacher, write_recipe  # noqa: F401 – a fixture
 from tests.capture.test_completions import ALL, KEPT, MASKS, make_rows

@@ -18,7 +18,7 @@ from builder.dataset.manifest import read_manifest
 from builder.plan import estimate as module
 from builder.plan.estimate import SAMPLE_DOCUMENTS, Estimate, estimate
 from builder.plan.plan import bytes_per_token
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from tests.conftest import REPOSITORY, TRAINING_TEXT, sample_documents, write_jsonl
 
 

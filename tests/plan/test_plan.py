@@ -26,7 +26,9 @@ from builder.plan.plan import (
     too_many_files,
     work,
 )
-from builder.recipe import GenerationRecipe, Recipe, load_recipe
+from builder.recipe.file import load_recipe
+from builder.recipe.recipe import Recipe
+from builder.recipe.sections import GenerationRecipe
 from tests.conftest import REPOSITORY
 
 EMBEDDED_RECIPE = REPOSITORY / "dataset_cards" / "smollm2-135m-python-docs" / "recipe.toml"

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from builder.dataset.manifest import read_manifest
-from builder.recipe import Recipe, load_recipe
+from builder.recipe.file import load_recipe
+from builder.recipe.recipe import Recipe
 from builder.sources.columns import settle_columns
 from builder.sources.resolve import KnownSources, resolve_corpus
 from tests.build.test_build import data_bytes, run

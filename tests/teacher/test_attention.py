@@ -11,7 +11,8 @@ from transformers.integrations import hub_kernels
 
 from builder.dataset.identity import fingerprint
 from builder.dataset.manifest import read_manifest
-from builder.recipe import TeacherRecipe, load_recipe
+from builder.recipe.file import load_recipe
+from builder.recipe.sections import TeacherRecipe
 from builder.sources.opening import open_teacher
 from builder.sources.resolve import KnownSources, resolve, resolve_teacher
 from builder.teacher import attention as module

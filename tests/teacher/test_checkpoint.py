@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from builder.sources.resolve import KnownSources, resolve_teacher
 from builder.teacher.loading import load_teacher
 from tests.conftest import REPOSITORY, run_cli

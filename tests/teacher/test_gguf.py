@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from builder.teacher.loading import load_teacher
 from tests.teacher.gguf_files import rope_factors, write_gguf
 from tests.teacher.test_model import random_sequences, randomize, save, whole_model_logits

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from builder.dataset.identity import fingerprint
-from builder.recipe import TeacherRecipe, load_recipe
+from builder.recipe.file import load_recipe
+from builder.recipe.sections import TeacherRecipe
 from builder.sources.opening import open_teacher
 from builder.sources.resolve import KnownSources, resolve_teacher
 from builder.teacher.loading import load_teacher
@@ -198,7 +199,7 @@ def test_a_rank_ends_with_rank_0_that_died_in_the_middle_of_a_word(tmp_path):
 
 PATIENT = """
 from pathlib import Path
-from builder.recipe import TeacherRecipe
+from builder.recipe.sections import TeacherRecipe
 from builder.sources.opening import open_teacher
 from builder.sources.resolve import KnownSources, resolve_teacher
 recipe = TeacherRecipe(path={directory!r}, dtype="float32", tensor_parallel=2)

@@ -19,7 +19,7 @@ from builder.build.build import build
 from builder.card.card import write_card
 from builder.dataset.manifest import read_manifest, write_json
 from builder.dataset.shards import file_sha256
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from builder.verify.verify import Report, verify
 from tests.chats import chatty_teacher, sample_chats
 from tests.conftest import recipe_text, sample_documents, write_jsonl

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from builder.corpus.documents import Document
 from builder.corpus.encoder import Encoder
 from builder.corpus.sequences import Sequence
-from builder.recipe import SequencesRecipe
+from builder.recipe.sections import SequencesRecipe
 from builder.verify.spelling import Spelled, Speller
 from tests.chats import CHATML, MARKERS
 from tests.tokenizer_files import BOS, EOS, HARD_DOCUMENTS, KINDS, content

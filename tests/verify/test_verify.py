@@ -12,7 +12,7 @@ import pytest
 
 from builder.build.build import build
 from builder.dataset.manifest import read_manifest, records_of, write_json
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from builder.verify.recompute import recompute_rows
 from builder.verify.verify import verify
 from tests.verify.forging import Row, forge, refit
@@ -320,7 +320,7 @@ def test_a_renormalised_dataset_of_a_16_bit_teacher_is_found(
     make_recipe, tmp_path, tiny_teacher_dir
 ):
     from builder.build.build import build
-    from builder.recipe import load_recipe
+    from builder.recipe.file import load_recipe
 
     recipe = make_recipe()
     recipe.write_text(recipe.read_text().replace('dtype = "float32"', 'dtype = "bfloat16"'))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from builder.build.build import build
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from tests.build.test_chat_builds import write_recipe
 from tests.chats import chatty_teacher
 from tests.conftest import recipe_text, sample_documents, write_jsonl

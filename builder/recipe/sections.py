@@ -1,84 +1,28 @@
-"""One TOML file → a frozen, validated Recipe: everything that decides the bytes of a dataset.
+"""The sections of a recipe: every key with its type, its default and what it does, and what must hold within a section.
 
-What a run may choose freely (device, output directory, when to stop early) is a flag of the command line and not here.
+docs/recipe.md is made from the docstrings.
 """
 
 import datetime
-import difflib
-import json
 import re
-import tomllib
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    ValidationError,
-    model_validator,
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from builder.recipe.fields import (
+    ATTENTIONS,
+    MIN_SAMPLER_TEMPERATURE,
+    OWN,
+    Attention,
+    Language,
+    License,
+    OptionalColumn,
+    Positive,
+    SpecialToken,
+    Temperature,
+    TopK,
 )
 
-Positive = Annotated[int, Field(gt=0)]
-SpecialToken = Literal["tokenizer", "always", "never"]
-License = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]{0,63}$")]
-"""An identifier as the Hub and SPDX use them, e.g. `apache-2.0`, `cc-by-sa-3.0`, `odc-by`."""
-Language = Annotated[str, Field(pattern=r"^([a-z]{2,3}|code|multilingual)$")]
-"""ISO 639 code, or one of the Hub's two special values."""
-Temperature = Annotated[float, Field(ge=0.1, le=100)]
-
-
-MIN_SAMPLER_TEMPERATURE = 0.01
-"""Below it, logits would leave the range of float32."""
-
-
-def _top_k(value: Any) -> Any:
-    if value == "all" or (type(value) is int and value > 0):
-        return value
-    raise ValueError('expected a whole number of at least 1, or "all"')
-
-
-KERNEL = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}(:\w+)?", re.ASCII)
-"""A kernel of the Hub, pinned: `ORG/NAME@commit`, and the name of a function where transformers needs one."""
-
-
-def _attention(value: Any) -> Any:
-    if (
-        value is None
-        or value in (*ATTENTIONS, OWN)
-        or (type(value) is str and KERNEL.fullmatch(value))
-    ):
-        return value
-    raise ValueError(
-        f"expected one of {', '.join(ATTENTIONS)}, or a kernel of the Hub with its full commit, as ORG/NAME@COMMIT"
-    )
-
-
-OWN = "own"
-"""Stands in plans and manifests for the attention of a teacher that is the user's code."""
-ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
-Attention = Annotated[str | None, PlainValidator(_attention)]
-TopK = Annotated[int | Literal["all"], PlainValidator(_top_k)]
-
-
-def _optional_column(value: Any) -> Any:
-    if value is None or value is False or (isinstance(value, str) and value):
-        return value
-    raise ValueError("expected a column's name, or false where there is none")
-
-
-OptionalColumn = Annotated[str | Literal[False] | None, PlainValidator(_optional_column)]
-
-UNSAID = {
-    "corpus": (
-        *("prompt_column", "tools_column", "documents_column", "chat_template_kwargs_column"),
-    ),
-    "teacher": ("device_map", "tensor_parallel", "config", "python", "weights"),
-    "sequences": ("learn", "chat_template_kwargs", "chat_template_date", "drop_unwritten"),
-}
-"""Fields that a plan holds only if the recipe sets them to other values than their defaults: they are younger than the fingerprints of some
-datasets."""
 OF_CHATS = (
     "learn",
     "chat_template",
@@ -87,6 +31,7 @@ OF_CHATS = (
     "drop_unwritten",
 )
 """Fields of sequences that are about chats."""
+
 CONTENT_COLUMNS = ("text_column", "messages_column", "prompt_column")
 FOUND_COLUMNS = (
     *CONTENT_COLUMNS,
@@ -95,40 +40,15 @@ FOUND_COLUMNS = (
 """Fields that are found in the corpus, where the recipe leaves them open."""
 
 
-EXPECTED = {
-    "string_type": 'text in quotes, such as "x"',
-    "string_too_long": "at most {max_length:,} characters",
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "tuple_type": 'a list, such as ["x"]',
-    "dict_type": "a table, such as {{ x = 1 }}",
-    "model_type": "a section of keys and values",
-    "literal_error": "{expected}",
-    "greater_than": "more than {gt}",
-    "greater_than_equal": "at least {ge}",
-    "less_than": "less than {lt}",
-    "less_than_equal": "at most {le}",
-}
-"""What a value should be, by the kind of problem that pydantic reports."""
-PATTERNS = {
-    "name": "a name as the Hub takes it: letters, digits, '.', '-' and '_', at most 96, the first a letter or digit",
-    "license": "an identifier of a licence, such as apache-2.0 or cc-by-sa-4.0",
-    "language": "a code of two or three small letters, such as en, or code, or multilingual",
-}
-"""What a text should be, by the key."""
+class Section(BaseModel):
+    """Keys and values: all known, of the right types, never changed."""
 
-
-class _Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
     )
 
 
-_AnySection = TypeVar("_AnySection", bound=_Section)
-
-
-class _Source(_Section):
+class _Source(Section):
     """A section that may name a repository of the Hub."""
 
     repo: str | None = None
@@ -281,7 +201,7 @@ class TeacherRecipe(_Source):
         return self
 
 
-class SequencesRecipe(_Section):
+class SequencesRecipe(Section):
     """How a document becomes sequences."""
 
     max_length: Annotated[int, Field(ge=8)] = 1024
@@ -319,7 +239,7 @@ class SequencesRecipe(_Section):
         return self
 
 
-class GenerationRecipe(_Section):
+class GenerationRecipe(Section):
     """How the teacher writes completions, where the rows of the corpus are prompts."""
 
     max_new_tokens: Positive
@@ -353,7 +273,7 @@ class GenerationRecipe(_Section):
         return self
 
 
-class OutputRecipe(_Section):
+class OutputRecipe(Section):
     """What is stored."""
 
     top_k: TopK = 50
@@ -396,211 +316,6 @@ class OutputRecipe(_Section):
         return self
 
 
-class Recipe(_Section):
-    """A dataset, fully described."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
-    """Short name, as in a Hub repository."""
-    description: Annotated[str, Field(max_length=2000)] | None = None
-    """A sentence or two for the top of the dataset card: plain text."""
-    corpus: CorpusRecipe
-    teacher: TeacherRecipe
-    sequences: SequencesRecipe = SequencesRecipe()
-    generation: GenerationRecipe | None = None
-    """Have the teacher complete each document; without it, documents are captured as they are."""
-    output: OutputRecipe = OutputRecipe()
-
-    @model_validator(mode="after")
-    def _limits_can_be_shared(self) -> Self:
-        limits = [self.corpus.max_documents, self.corpus.max_tokens]
-        if any(limit and limit < self.output.partitions for limit in limits):
-            raise ValueError(
-                f"output.partitions is {self.output.partitions}, which is more than the corpus's limit can be divided into"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _prompts_fit(self) -> Self:
-        if self.generation is None:
-            return self
-        if self.teacher.tensor_parallel:
-            raise ValueError(
-                "a teacher that is split over processes (teacher.tensor_parallel) cannot write; use teacher.device_map, or leave "
-                "out [generation]"
-            )
-        if self.teacher.python:
-            raise ValueError(
-                "a teacher of your own code (teacher.python) cannot write, for it has no generate; leave out [generation]"
-            )
-        if self.generation.max_new_tokens >= self.sequences.max_length:
-            raise ValueError(
-                f"generation.max_new_tokens is {self.generation.max_new_tokens}, which leaves no room for a prompt in "
-                f"sequences.max_length = {self.sequences.max_length}; choose a larger max_length"
-            )
-        for name, value in (("long_documents", "truncate"), ("eos", "always")):
-            if getattr(self.sequences, name) == value:
-                raise ValueError(
-                    f"sequences.{name} is {value!r}, but prompts are neither cut nor ended; leave it out, or leave out "
-                    "[generation]"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _completions_are_known(self) -> Self:
-        corpus = self.corpus
-        if not corpus.names_content:
-            return self  # it is found out later what they are
-        is_of_chats = corpus.messages_column is not None
-        if corpus.prompt_column and self.generation:
-            raise ValueError(
-                "corpus.prompt_column is for completions that the corpus holds, and with [generation] the teacher writes them; name the "
-                "prompts as corpus.text_column or corpus.messages_column"
-            )
-        if is_of_chats and self.sequences.eos != "tokenizer":
-            raise ValueError(
-                "sequences.eos means nothing with corpus.messages_column, for the chat template ends a chat; leave it out"
-            )
-        for name in OF_CHATS:
-            if not is_of_chats and getattr(self.sequences, name) != _default(self.sequences, name):
-                raise ValueError(
-                    f"sequences.{name} means something only with corpus.messages_column; leave it out"
-                )
-        if self.sequences.learn == "last" and self.generation:
-            raise ValueError(
-                'sequences.learn = "last" is about answers of the corpus, and with [generation] the teacher writes them; leave it out'
-            )
-        if self.output.completions_only and not (
-            is_of_chats or corpus.prompt_column or self.generation
-        ):
-            raise ValueError(
-                "output.completions_only needs completions: of a corpus of chats (give corpus.messages_column), or by the teacher "
-                "(give [generation])"
-            )
-        return self
-
-    def with_columns(self, columns: dict[str, Any]) -> "Recipe":
-        """The recipe with names for columns that it leaves open.
-
-        Raises:
-            ValueError: it asks for something that such a corpus does not have.
-        """
-        values = self.model_dump(exclude_unset=True)
-        values["corpus"] |= {
-            name: value
-            for name, value in columns.items()
-            if name in FOUND_COLUMNS and name not in self.corpus.model_fields_set
-        }
-        try:
-            return type(self).model_validate(values)
-        except ValidationError as error:
-            raise ValueError(_problems(error)) from None
-
-    def with_head_dtype(self, teacher: dict[str, Any]) -> "Recipe":
-        """The recipe with the head's type of one that was published, where it leaves that open.
-
-        Args:
-            teacher: that one's section; one that older code wrote says nothing of it.
-        """
-        if "head_dtype" in self.teacher.model_fields_set:
-            return self
-        values = self.model_dump(exclude_unset=True)
-        values["teacher"]["head_dtype"] = teacher.get("head_dtype", "teacher")
-        return type(self).model_validate(values)
-
-    def published(self, *, attention: str | None = "sdpa") -> dict[str, Any]:
-        """The recipe as plain JSON values for manifest and card, paths that lead elsewhere cut to their last part.
-
-        Args:
-            attention: stands there where the recipe leaves it open, for it decides last bits: what was resolved, which for most
-                teachers is sdpa.
-        """
-        values = self.model_dump(mode="json")
-        values["teacher"]["attention"] = self.teacher.attention or attention
-        if self.generation is None:
-            del values["generation"]  # so that recipes that know nothing of it are the same as ever
-        if self.output.top_k == "all":
-            values["output"]["tail_samples"] = 0  # the default of a recipe that says nothing of it
-        if self.teacher.dtype == "float32" or self.teacher.head_dtype == "teacher":
-            del values["teacher"]["head_dtype"]  # as before there was this key
-        for section, fields in UNSAID.items():
-            model = getattr(self, section)
-            for field in fields:
-                if getattr(model, field) == _default(model, field):
-                    del values[section][field]
-        values["corpus"]["files"] = [_portable(path) for path in self.corpus.files]
-        for field in ("path", "gguf", "python", "tokenizer", "config"):
-            if values["teacher"].get(field):
-                values["teacher"][field] = _portable(values["teacher"][field])
-        if self.teacher.weights:
-            values["teacher"]["weights"] = [_portable(path) for path in self.teacher.weights]
-        if self.sequences.chat_template:
-            values["sequences"]["chat_template"] = _portable(self.sequences.chat_template)
-        return values
-
-
-def load_recipe(path: Path) -> Recipe:
-    """Read and validate a recipe file.
-
-    Raises:
-        ValueError: not TOML, or not a valid recipe; names every wrong key with what was expected.
-        OSError: the file cannot be read.
-    """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise ValueError(
-            f"no recipe at {path}; name a .toml file such as dataset_cards/*/recipe.toml"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
-    try:
-        # JSON mode, since TOML and JSON share lists where Recipe has tuples.
-        return Recipe.model_validate_json(json.dumps(_as_meant(values), default=str))
-    except ValidationError as error:
-        raise ValueError(f"{path}: {_problems(error)}") from None
-
-
-def _as_meant(values: dict[str, Any]) -> dict[str, Any]:
-    """What TOML makes of what people write: 1e6 is a float there, and one file no list."""
-    meant = {}
-    for name, section in values.items():
-        if isinstance(section, dict):
-            section = {
-                key: int(value) if isinstance(value, float) and value.is_integer() else value
-                for key, value in section.items()
-            }
-            for key in ("files", "weights"):
-                if isinstance(section.get(key), str):
-                    section[key] = [section[key]]
-        meant[name] = section
-    return meant
-
-
-def _problems(error: ValidationError) -> str:
-    return "; ".join(_explain(problem) for problem in error.errors(include_url=False))
-
-
-def _default(section: BaseModel, field: str) -> Any:
-    return type(section).model_fields[field].get_default(call_default_factory=True)
-
-
-def read_section(model: type[_AnySection], values: Any, where: str) -> _AnySection:
-    """A section of a recipe in a manifest.
-
-    Raises:
-        ValueError: it asks for something that this version does not know; names the key.
-    """
-    try:
-        # JSON mode, since a manifest has lists where a recipe has tuples.
-        return model.model_validate_json(json.dumps(values))
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        path = ".".join([where, *map(str, problem["loc"])])
-        raise ValueError(
-            f"manifest.json: {path}: {_expected(problem)}, so that its teacher cannot be run; install the version that built the dataset"
-        ) from None
-
-
 def _exactly_one(section: BaseModel, *fields: str) -> None:
     given = [field for field in fields if getattr(section, field)]
     if len(given) != 1:
@@ -613,49 +328,3 @@ def _only_with(section: BaseModel, source: str, *fields: str) -> None:
         default = type(section).model_fields[field].default
         if not getattr(section, source) and getattr(section, field) != default:
             raise ValueError(f"{field} means something only with {source}; leave it out")
-
-
-def _portable(path: str) -> str:
-    """What of a path can be published: all of it only if it stays below the recipe's directory."""
-    return path if is_below(path) else Path(path).name
-
-
-def is_below(path: str) -> bool:
-    """Whether a path stays below the directory at which it starts."""
-    parts = Path(path)
-    return not (parts.is_absolute() or ".." in parts.parts or path.startswith("~"))
-
-
-def _explain(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"]) or "recipe"
-    if problem["type"] == "extra_forbidden":
-        section: Any = Recipe
-        for part in problem["loc"][:-1]:
-            annotation = section.model_fields[part].annotation
-            section = next(
-                iter(get_args(annotation)), annotation
-            )  # of a section that may be absent
-        names = list(section.model_fields)
-        near = difflib.get_close_matches(problem["loc"][-1], names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
-        return f"unknown key {where!r}; {hint}"
-    if problem["type"] == "missing":
-        return f"{where!r} is missing"
-    given = "" if isinstance(problem["input"], dict) else f" (found {_shown(problem['input'])})"
-    return f"{where}: {_expected(problem)}{given}"
-
-
-def _expected(problem: Any) -> str:
-    message = problem["msg"].removeprefix("Value error, ")
-    if words := EXPECTED.get(problem["type"]):
-        message = f"expected {words.format(**problem.get('ctx', {}))}"
-    elif problem["type"] == "string_pattern_mismatch":
-        named = [str(part) for part in problem["loc"] if part in PATTERNS]
-        message = f"expected {PATTERNS[named[-1]]}"
-    return str(message)
-
-
-def _shown(value: Any) -> str:
-    """A value as TOML writes it."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:79]}…"
