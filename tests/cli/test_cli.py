@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -207,7 +208,7 @@ def test_a_damaged_shard_is_a_notice_on_stderr(cli, make_recipe, tmp_path):
     assert err == "data/train-000-00000.parquet is missing: building it again\n"
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(cli, make_recipe, tmp_path):
+def test_a_dry_run_prints_the_resolved_recipe_and_writes_nothing(cli, make_recipe, tmp_path):
     recipe = make_recipe()
 
     def listing() -> dict[str, int]:
@@ -215,16 +216,25 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(cli, make_recipe, tmp_path
 
     before = listing()
     status, out, err = cli("build", recipe, "--output", tmp_path / "out", "--dry-run")
-    assert (status, err) == (0, "")
+    assert status == 0
     assert listing() == before
-    plan, end = json.JSONDecoder().raw_decode(out)
-    assert plan["recipe"]["output"]["top_k"] == 20
-    assert plan["corpus"]["files"][0]["file"] == "corpus.jsonl"
-    tokens, disk, time, last = out[end:].strip().splitlines()
-    assert re.fullmatch(r"tokens  about [\d,]+", tokens)
-    assert re.fullmatch(r"disk    about [\d.]+ MB", disk)
-    assert re.fullmatch(r"time    about [\d.]+ minutes on cpu", time)
+    assert tomllib.loads(out)["output"]["top_k"] == 20
+    documents, tokens, disk, time, last = err.splitlines()
+    assert re.fullmatch(r"documents  all 24: none skipped, \d+ cut into chunks at sequences.max_length = 64", documents)  # fmt: skip
+    assert re.fullmatch(r"tokens     [\d,]+", tokens)
+    assert re.fullmatch(r"disk       about [\d.]+ [kM]B", disk)
+    assert re.fullmatch(r"time       about \d+ s on cpu", time)
     assert last == "nothing was written; run the command without --dry-run to build"
+
+
+def test_a_dry_run_for_a_program_is_json_alone(cli, make_recipe, tmp_path):
+    status, out, err = cli("build", make_recipe(), "-o", tmp_path / "out", "--dry-run", "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert found["plan"]["corpus"]["files"][0]["file"] == "corpus.jsonl"
+    assert tomllib.loads(found["recipe"])["output"]["top_k"] == 20
+    assert (found["sample"]["documents"], found["sample"]["skipped"]) == (24, 0)
+    assert found["tokens"] > 0
 
 
 def test_cuda_where_there_is_none_is_refused(cli, make_recipe, tmp_path, monkeypatch):
