@@ -85,6 +85,7 @@ def build(
     quiet: QuietOption = False,
 ) -> None:
     """Build a dataset from a recipe, or resume an unfinished one."""
+    from builder.dataset.printable import counted
     from builder.recipe import load_recipe
 
     if not publish_to and (discard_local or tag or private or message):
@@ -152,11 +153,13 @@ def build(
         else:
             result, published = run(loaded, base, output, **options), None
     if result.manifest is None:
-        say(f"stopped early after {result.shards_built} new shards; run the same command to resume")
+        say(
+            f"stopped early after {counted(result.shards_built, 'new shard')}; run the same command to resume"
+        )
         return
     totals = result.manifest["totals"]
     say(
-        f"{output}: {result.status}, {totals['tokens']:,} tokens in {totals['rows']:,} rows, "
+        f"{output}: {result.status}, {counted(totals['tokens'], 'token')} in {counted(totals['rows'], 'row')}, "
         f"{totals['bytes_per_token']} bytes per token"
     )
     if publish_to and published:
