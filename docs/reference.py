@@ -126,7 +126,7 @@ def recipe_page() -> str:
         GENERATED.format(source="builder/recipe/sections.py"),
         "# Recipe\n",
         "A recipe is a TOML file that decides every byte of a dataset. Unknown keys are refused. `logit-dataset build RECIPE --output DIR "
-        "--dry-run` shows a recipe as it is resolved, with an estimate, and writes nothing. `dataset_cards/` and `examples/` hold recipes that "
+        "--dry-run` prints a recipe as it is resolved, with all defaults, and writes nothing. `dataset_cards/` and `examples/` hold recipes that "
         "are built.\n",
     ]
     models = {"": Recipe, **SECTIONS}

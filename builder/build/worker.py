@@ -33,7 +33,6 @@ from builder.corpus.encoder import Encoder
 from builder.dataset.identity import row_fingerprint
 from builder.dataset.manifest import Completions, ShardRecord, Sums, data_file, environment
 from builder.dataset.shards import (
-    MAX_ROW_VALUES,
     Block,
     ShardWriter,
     atomic_file,
@@ -41,6 +40,7 @@ from builder.dataset.shards import (
     file_sha256,
     footer_sha256,
 )
+from builder.plan.fit import check_fit
 from builder.recipe.recipe import Recipe
 from builder.recipe.sections import CorpusRecipe
 from builder.sources.changes import Watch
@@ -134,7 +134,17 @@ class Worker:
         teacher = open_teacher(self._recipe.teacher, self._sources.teacher, device=self._device)
         self._told("")
         self._watch.check_teacher()
-        _check_fit(self._recipe, teacher)
+        check_fit(
+            self._recipe,
+            vocab_size=teacher.vocab_size,
+            hidden_size=teacher.hidden_size,
+            max_length=teacher.max_length,
+        )
+        if self._recipe.output.hidden_states and not teacher.head_only:
+            raise ValueError(
+                f"output.hidden_states is true, but {type(teacher.model).__name__} does not come apart into a body and a head; "
+                "set it to false"
+            )
         for line in teacher.notices:
             self._notice(line)
         if not teacher.head_only:
@@ -358,31 +368,6 @@ def _nothing_in(recipe: CorpusRecipe, stream: SequenceStream) -> str:
     return (
         f"{where} has no text ({skipped} null, empty or blank documents); check corpus.text_column"
     )
-
-
-def _check_fit(recipe: Recipe, teacher: Teacher) -> None:
-    output, max_length = recipe.output, recipe.sequences.max_length
-    if output.top_k != "all" and output.top_k > teacher.vocab_size:
-        raise ValueError(
-            f"output.top_k is {output.top_k}, but the teacher's vocabulary has {teacher.vocab_size} tokens; "
-            "choose a smaller top_k"
-        )
-    if teacher.max_length and max_length > teacher.max_length:
-        raise ValueError(
-            f"sequences.max_length is {max_length}, but the teacher was made for {teacher.max_length} "
-            "positions; choose a smaller max_length"
-        )
-    if output.hidden_states and not teacher.head_only:
-        raise ValueError(
-            f"output.hidden_states is true, but {type(teacher.model).__name__} does not come apart into a body and a head; "
-            "set it to false"
-        )
-    widest = Layout.of(recipe.published(), teacher.provenance()).widest
-    if max_length * widest > MAX_ROW_VALUES:
-        raise ValueError(
-            f"a row of sequences.max_length = {max_length} tokens would hold {max_length * widest:,} values in one column, more "
-            f"than the {MAX_ROW_VALUES:,} that Arrow's lists can; choose a smaller max_length or top_k"
-        )
 
 
 def _slow_head(recipe: Recipe, teacher: Teacher) -> str:

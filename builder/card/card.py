@@ -24,7 +24,7 @@ from builder.card.recipe_text import recipe_toml
 from builder.card.records import CURVES, REPO, read_curves, read_verification
 from builder.dataset import authorship
 from builder.dataset.manifest import data_digest, mean_topk_mass, records_of, write_json
-from builder.dataset.printable import one_line
+from builder.dataset.printable import as_size, counted, one_line
 from builder.dataset.shards import atomic_file
 from builder.sources import demo
 from logit_dataset.schema import Layout, card_features, columns
@@ -271,7 +271,11 @@ def _what_is_kept(manifest: dict[str, Any], layout: Layout) -> str:
         return (
             f"the log-probabilities of all {layout.vocab_size:,} tokens, and the partition function"
         )
-    draws = f", {layout.tail_samples} tokens drawn from among these" if layout.tail_samples else ""
+    draws = (
+        f", {counted(layout.tail_samples, 'token')} drawn from among these"
+        if layout.tail_samples
+        else ""
+    )
     return (
         f"the {layout.top_k} most probable tokens with their true log-probabilities, the mass of all others{draws}, and the "
         "partition function"
@@ -290,7 +294,7 @@ def _statistics(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         ("rows", f"{totals['rows']:,}, from {totals['documents']:,} {_documents(manifest)}"),
         (
             "size",
-            f"{totals['bytes'] / 1e6:,.1f} MB, {float(totals['bytes_per_token'])} bytes per token",
+            f"{as_size(totals['bytes'])}, {float(totals['bytes_per_token'])} bytes per token",
         ),
         ("entropy", f"{totals['mean_entropy']:.3f} nats on average"),
         *share,
@@ -305,7 +309,7 @@ def _completions(totals: dict[str, Any]) -> list[tuple[str, str]]:
     count, written = totals.get("completion_tokens"), totals.get("completions")
     if count is None:
         return []
-    rows = [("of completions", f"{count:,} tokens, {count / totals['tokens']:.1%}")]
+    rows = [("of completions", f"{counted(count, 'token')}, {count / totals['tokens']:.1%}")]
     if written:
         mean = count / written["completions"]
         rows.append(("completions", f"{written['completions']:,} of {mean:,.1f} tokens on average"))
@@ -438,13 +442,29 @@ def _verification_text(record: dict[str, Any] | None, where: str) -> str:
             f"again, with `logit-dataset verify {where} --recompute 5`. No result of the latter was recorded for this version."
         )
     return (
-        f"Hashes, schema and the invariants of every row were checked. On {plain(record['date'])}, {record['rows']:,} random "
-        f"rows ({record['tokens']:,} tokens, seed {plain(record['seed'])}) were run through the teacher again, on "
+        f"Hashes, schema and the invariants of every row were checked. On {plain(record['date'])}, {counted(record['rows'], 'random row')} "
+        f"({counted(record['tokens'], 'token')}, seed {plain(record['seed'])}) {'was' if record['rows'] == 1 else 'were'} run through the teacher again, on "
         f"{plain(record['environment']['device'])}, and compared with a plain float64 log-softmax: log-probabilities differ by "
-        f"{record['mean_abs_error']:.2g} nats on average and {record['max_abs_error']:.2g} at most, the teacher’s first choice "
+        f"{record['mean_abs_error']:.2g} nats on average and {record['max_abs_error']:.2g} at most{_yardstick(record)}, the teacher’s first choice "
         f"is the stored one at {record['top1_agreement']:.2%} of the positions, and the mean negative log-probability of the "
         f"texts is {record['nll_stored']:.4f} as stored and {record['nll_recomputed']:.4f} as recomputed. Do not take our word "
         f"for it: `logit-dataset verify {where} --recompute 5` takes other rows each time."
+    )
+
+
+def _yardstick(record: dict[str, Any]) -> str:
+    """What the differences may be; older records say nothing of it."""
+    limit, floor = record.get("limit") or {}, record.get("floor")
+    if floor and limit.get("mean_abs_error") is not None:
+        return (
+            f" (noise of the teacher itself: {floor['mean_abs_error']:.2g} and {floor['max_abs_error']:.2g}; allowed: "
+            f"{limit['mean_abs_error']:.2g} and {limit['max_beyond_rounding']:.2g})"
+        )
+    if floor or not limit or record.get("max_beyond_rounding") is None:
+        return ""
+    return (
+        f" (beyond rounding to float16 {record['max_beyond_rounding']:.2g}, allowed "
+        f"{limit['max_beyond_rounding']:.2g})"
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from builder.dataset.printable import steers
+from builder.recipe.recipe import Recipe
 from builder.recipe.sections import (
     CorpusRecipe,
     GenerationRecipe,
@@ -14,6 +15,7 @@ from builder.recipe.sections import (
     SequencesRecipe,
     TeacherRecipe,
 )
+from builder.sources.resolve import Sources
 
 
 def recipe_toml(recipe: dict[str, Any], manifest: dict[str, Any]) -> str:
@@ -45,6 +47,40 @@ def recipe_toml(recipe: dict[str, Any], manifest: dict[str, Any]) -> str:
         ]
         if kept:
             lines += ["", f"[{section}]", *kept]
+    return "\n".join(lines) + "\n"
+
+
+def resolved_toml(recipe: Recipe, sources: Sources) -> str:
+    """A recipe with every key that it has or has by default, commits for branches, and the attention that was chosen.
+
+    Args:
+        recipe: whose columns are settled.
+        sources: of it.
+    """
+    values = recipe.model_dump(mode="json")
+    teacher = values["teacher"]
+    teacher["attention"] = None if recipe.teacher.python else sources.teacher.attention
+    if recipe.teacher.dtype == "float32":
+        del teacher["head_dtype"]  # there is no other
+    if recipe.output.top_k == "all":
+        del values["output"]["tail_samples"]  # there is no tail
+    if recipe.corpus.messages_column:
+        del values["corpus"]["text_column"]
+    for section, commit in (("corpus", sources.corpus.commit), ("teacher", sources.teacher.commit)):
+        if not values[section]["repo"]:
+            del values[section]["revision"]
+        elif commit:
+            values[section]["revision"] = commit
+    if not recipe.corpus.repo:
+        del values["corpus"]["split"]
+    lines = [
+        "# Resolved: keys with their defaults. Keys that are not set are left out; docs/recipe.md has all.",
+        *(f"{key} = {_toml(value)}" for key, value in values.items() if type(value) is str),
+    ]
+    for section, keys in values.items():
+        if isinstance(keys, dict):
+            lines += ["", f"[{section}]"]
+            lines += [f"{key} = {_toml(value)}" for key, value in keys.items() if value not in (None, [], {})]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

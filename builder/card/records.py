@@ -54,6 +54,13 @@ class Floor(_Values):
     mean_abs_error: float
 
 
+class Limit(_Values):
+    """Beyond which a dataset is not what the teacher says, in nats."""
+
+    max_beyond_rounding: float
+    mean_abs_error: float | None = None
+
+
 Share = Annotated[float, Field(ge=0, le=1.01)]
 
 
@@ -88,6 +95,8 @@ class Verification(_Values):
     nll_stored: float
     nll_recomputed: float
     floor: Floor | None = None
+    max_beyond_rounding: float | None = None
+    limit: Limit | None = None
     example: Example | None = None
 
 

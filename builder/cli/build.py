@@ -1,6 +1,7 @@
 """The command `build`: what a recipe describes becomes a dataset, which can be published while it is built."""
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from builder.console.terminal import (
     program,
     quiet_libraries,
     say,
+    say_json,
     say_published,
 )
 
@@ -52,7 +54,15 @@ def build(
         float | None, typer.Option(min=0, help="GPUs that each worker has to itself.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option(help="Show the resolved recipe and an estimate; write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the resolved recipe as TOML, with an estimate on stderr; write nothing.",
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="With --dry-run, print the plan and the estimate as JSON."),
     ] = False,
     publish_to: Annotated[
         str | None,
@@ -75,12 +85,15 @@ def build(
     quiet: QuietOption = False,
 ) -> None:
     """Build a dataset from a recipe, or resume an unfinished one."""
+    from builder.dataset.printable import counted
     from builder.recipe.file import load_recipe
 
     if not publish_to and (discard_local or tag or private or message):
         raise ValueError(
             "--discard-local, --tag, --private and --message mean something only with --publish-to"
         )
+    if as_json and not dry_run:
+        raise ValueError("--json means something only with --dry-run")
     loaded = load_recipe(recipe)
     base = recipe.parent
     quiet_libraries()
@@ -88,9 +101,17 @@ def build(
     # Where the workers are, there may be GPUs though there is none here.
     torch_device = choose_device(Device.AUTO if with_ray and device is Device.CUDA else device)
     if dry_run:
-        from builder.plan.estimate import estimate
+        from builder.plan.estimate import describe, estimate
 
-        say(_format_estimate(estimate(loaded, base, device=torch_device)))
+        found = estimate(loaded, base, device=torch_device)
+        for line in found.notices:
+            notice(line)
+        if as_json:
+            say_json(asdict(found))
+            return
+        say(found.recipe.rstrip("\n"))
+        say(describe(found), to_stderr=True)
+        say("nothing was written; run the command without --dry-run to build", to_stderr=True)
         return
     from builder.build.build import build as run
     from builder.build.delivery import deliver
@@ -132,11 +153,13 @@ def build(
         else:
             result, published = run(loaded, base, output, **options), None
     if result.manifest is None:
-        say(f"stopped early after {result.shards_built} new shards; run the same command to resume")
+        say(
+            f"stopped early after {counted(result.shards_built, 'new shard')}; run the same command to resume"
+        )
         return
     totals = result.manifest["totals"]
     say(
-        f"{output}: {result.status}, {totals['tokens']:,} tokens in {totals['rows']:,} rows, "
+        f"{output}: {result.status}, {counted(totals['tokens'], 'token')} in {counted(totals['rows'], 'row')}, "
         f"{totals['bytes_per_token']} bytes per token"
     )
     if publish_to and published:
@@ -146,25 +169,3 @@ def build(
     if teacher := local_teacher(loaded.teacher, base):
         following += ["--teacher", str(teacher)]
     say(f"next: {shlex.join(following)}")
-
-
-def _format_estimate(estimate: Any) -> str:
-    import json
-
-    from builder.dataset.printable import json_lines
-
-    def known(value: float | None, text: str) -> str:
-        return "unknown" if value is None else text
-
-    about = "at most" if estimate.is_most else "about"
-    tokens, size, seconds = estimate.tokens, estimate.bytes, estimate.seconds
-    hours = None if seconds is None else seconds / 3600
-    return "\n".join(
-        [
-            json_lines(json.dumps(estimate.plan, indent=1, ensure_ascii=False)),
-            f"tokens  {known(tokens, f'{about} {tokens or 0:,}')}",
-            f"disk    {known(size, f'{about} {(size or 0) / 1e6:,.1f} MB')}",
-            f"time    {known(hours, f'about {(hours or 0) * 60:,.1f} minutes on {estimate.device}')}",
-            "nothing was written; run the command without --dry-run to build",
-        ]
-    )

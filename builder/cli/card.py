@@ -15,6 +15,10 @@ def card(
     from builder.card.card import write_card
     from builder.card.records import read_release
     from builder.dataset.manifest import read_manifest
+    from builder.dataset.printable import counted
 
     write_card(directory, read_manifest(directory), release=read_release(directory))
-    say(f"{directory}/README.md")
+    pictures = len(list((directory / "assets").glob("*.svg")))
+    say(
+        f"{directory / 'README.md'}: the card is written, with {counted(pictures, 'picture')} in {directory / 'assets'}"
+    )

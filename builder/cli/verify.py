@@ -67,7 +67,7 @@ def verify(
     release.json; and text below the head of the card, which an owner may write (a note).
     """
     from builder.dataset.manifest import read_manifest
-    from builder.dataset.printable import one_line
+    from builder.dataset.printable import counted, one_line
     from builder.verify.verify import record_recomputation
     from builder.verify.verify import verify as run
 
@@ -94,26 +94,36 @@ def verify(
     if recomputed := report.recomputed:
         say(_recomputed(recomputed))
     if report.problems:
-        say(f"{dataset}: {len(report.problems)} problems")
+        say(f"{dataset}: {counted(len(report.problems), 'problem')}")
         raise typer.Exit(1)
     if record and recomputed:
         record_recomputation(directory, report, torch_device)
     say(
-        f"{dataset}: {report.files} files, {report.rows:,} rows, {report.tokens:,} tokens, no problems"
+        f"{dataset}: {counted(report.files, 'file')}, {counted(report.rows, 'row')}, "
+        f"{counted(report.tokens, 'token')}, no problems"
     )
     at_revision = f', revision="{revision}"' if revision else ""
     say(f'next: load_dataset("{dataset}"{at_revision}, split="train").with_format("torch")')
 
 
 def _recomputed(found: dict[str, Any]) -> str:
-    """What the teacher said when it was run again, in a line."""
-    floor = ""
+    """What the teacher said when it was run again, in a line, with what is allowed."""
+    from builder.dataset.printable import counted
+
+    limit = found["limit"]
+    largest, mean = f"max {found['max_abs_error']:.2g}", f"mean {found['mean_abs_error']:.2g}"
     if noise := found.get("floor"):
-        floor = f" (floor: max {noise['max_abs_error']:.2g}, mean {noise['mean_abs_error']:.2g})"
-    drawn = f"; {found['draws_agree']:.2%} of draws agree" if "draws_agree" in found else ""
+        largest += (
+            f" (noise floor {noise['max_abs_error']:.2g}, limit {limit['max_beyond_rounding']:.2g})"
+        )
+        mean += f" (noise floor {noise['mean_abs_error']:.2g}, limit {limit['mean_abs_error']:.2g})"
+    else:
+        mean += f", beyond float16 rounding {found['max_beyond_rounding']:.2g} (limit {limit['max_beyond_rounding']:.2g})"
+    drawn = ""
+    if "draws_agree" in found:
+        drawn = f"; {found['draws_agree']:.2%} of draws agree (limit {limit['draws_agree']:.1%})"
     return (
-        f"recomputed {found['rows']} rows, {found['tokens']:,} tokens (seed {found['seed']}): "
-        f"|Δ log-prob| max {found['max_abs_error']:.2g}, mean {found['mean_abs_error']:.2g}{floor}; "
-        f"top-1 agreement {found['top1_agreement']:.2%}{drawn}; "
+        f"recomputed {counted(found['rows'], 'row')}, {counted(found['tokens'], 'token')} (seed {found['seed']}): "
+        f"|Δ log-prob| {largest}, {mean}; top-1 agreement {found['top1_agreement']:.2%}{drawn}; "
         f"NLL stored {found['nll_stored']:.4f}, recomputed {found['nll_recomputed']:.4f}"
     )

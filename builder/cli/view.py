@@ -35,6 +35,7 @@ def view(
     teacher: TeacherOption = None,
 ) -> None:
     """Write a page that shows texts, token by token, with what the teacher expected."""
+    from builder.dataset.printable import as_size, counted
     from builder.dataset.shards import atomic_file
     from builder.view.view import page
 
@@ -50,7 +51,9 @@ def view(
     )
     with atomic_file(output) as sink:
         sink.write(found.html)
-    say(f"{output}: {found.rows:,} rows, {found.tokens:,} tokens, {len(found.html) / 1e6:.1f} MB")
+    say(
+        f"{output}: {counted(found.rows, 'row')}, {counted(found.tokens, 'token')}, {as_size(len(found.html))}"
+    )
     if not (open_page and webbrowser.open(output.absolute().as_uri())):
         say(f"next: open {output} in a browser")
 

@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from builder.dataset.printable import duration
+
 START_SECONDS = 2.0
 """From the beginning of a stage to its first line: what takes less needs none."""
 LOG_SECONDS = 60.0
@@ -104,17 +106,6 @@ class Progress:
             parts.append(self._detail)
         self._has_written = True
         print(f"{self._label}: {', '.join(parts)}", file=sys.stderr, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """A time for people."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 172_800:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86_400:.1f} days"
 
 
 @contextmanager

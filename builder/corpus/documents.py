@@ -127,6 +127,19 @@ def open_hub(repo: str, *, commit: str, config: str | None, split: str) -> Itera
         ) from None
 
 
+def check_partitions(stream: IterableDataset | TextFiles, num_partitions: int) -> None:
+    """See that each partition has a file to read.
+
+    Raises:
+        ValueError: there are fewer files than partitions.
+    """
+    if stream.num_shards < num_partitions:
+        raise ValueError(
+            f"output.partitions is {num_partitions}, but the corpus has fewer files ({stream.num_shards}) to divide; choose "
+            f"{stream.num_shards} at most"
+        )
+
+
 class Corpus:
     """The documents of one partition of a corpus. Iterate over it once; `offset` says how far it is."""
 
@@ -158,11 +171,7 @@ class Corpus:
         Raises:
             ValueError: there are fewer files than partitions.
         """
-        if stream.num_shards < num_partitions:
-            raise ValueError(
-                f"output.partitions is {num_partitions}, but the corpus has only {stream.num_shards} files to "
-                "divide; choose fewer"
-            )
+        check_partitions(stream, num_partitions)
         self.stream = stream
         self._columns = columns
         self._without_last_answer = without_last_answer

@@ -143,6 +143,10 @@ class Encoder:
         """Whether a document is its first sequence only."""
         return self._form.truncates
 
+    def is_cut(self, sequence: Sequence) -> bool:
+        """Whether a sequence ends before its document does."""
+        return sequence.next_token != self._form.eos
+
     def encode(self, document: Document) -> list[Sequence]:
         """All sequences of one document; errors as for `sequences`."""
         return list(self.sequences(document))

@@ -14,7 +14,7 @@ from builder.corpus.sequences import NO_TOKEN
 from builder.dataset import authorship
 from builder.dataset.lookup import dataset_tokenizer, file_of_row, read_row, what_follows
 from builder.dataset.manifest import read_manifest
-from builder.dataset.printable import one_line
+from builder.dataset.printable import as_size, counted, one_line
 from logit_dataset.files import first_line
 from logit_dataset.schema import Layout, columns, is_generated, loss_mask
 
@@ -84,11 +84,11 @@ def facts(directory: Path) -> dict[str, str]:
         "teacher": f"{teacher_name} @ {teacher_pin}, {teacher['parameters']:,} parameters, {_precision(teacher)}, "
         f"vocabulary {teacher['vocab_size']:,}",
         "corpus": f"{corpus_name} @ {corpus_pin}",
-        "size": f"{totals['tokens']:,} tokens in {totals['rows']:,} rows of {totals['documents']:,} documents{skipped}",
+        "size": f"{counted(totals['tokens'], 'token')} in {counted(totals['rows'], 'row')} of {counted(totals['documents'], 'document')}{skipped}",
         **_completions(totals),
         **_converted(totals),
         **({"written": written} if written else {}),
-        "disk": f"{totals['bytes'] / 1e6:,.1f} MB in {summary['shards']} files, {totals['bytes_per_token']} bytes per token",
+        "disk": f"{as_size(totals['bytes'])} in {counted(summary['shards'], 'file')}, {totals['bytes_per_token']} bytes per token",
         "stored": _stored(layout),
         **_share(summary),
         "entropy": f"{totals['mean_entropy']:.3f} nats on average",
@@ -111,7 +111,7 @@ def _stored(layout: Layout) -> str:
     """What is kept of each distribution."""
     parts = ["all log-probabilities" if layout.top_k == "all" else f"top {layout.top_k} and tail"]
     if layout.tail_samples:
-        parts.append(f"{layout.tail_samples} draws from the tail")
+        parts.append(f"{counted(layout.tail_samples, 'draw')} from the tail")
     if layout.temperatures:
         listed = ", ".join(f"{temperature:g}" for temperature in layout.temperatures)
         parts.append(f"logsumexp at temperature 1, {listed}")
@@ -126,7 +126,7 @@ def _completions(totals: dict[str, Any]) -> dict[str, str]:
     if "completion_tokens" not in totals:
         return {}
     count = totals["completion_tokens"]
-    return {"of these": f"{count:,} tokens in completions, {count / totals['tokens']:.1%}"}
+    return {"of these": f"{counted(count, 'token')} in completions, {count / totals['tokens']:.1%}"}
 
 
 def _converted(totals: dict[str, Any]) -> dict[str, str]:
@@ -269,7 +269,7 @@ def describe_row(directory: Path, row: int, *, teacher_path: Path | None = None)
         return "(not known)" if token == NO_TOKEN else repr(spell_token(tokenizer, token))
 
     lines = [
-        f"row {row}: document {values['id']!r}, chunk {values['chunk_index']}, {len(ids)} tokens",
+        f"row {row}: document {values['id']!r}, chunk {values['chunk_index']}, {counted(len(ids), 'token')}",
         f"{'position':>8}  {'token':<16} {'really followed':<24} {'teacher expected':<24} entropy",
     ]
     for position, token in enumerate(ids[:MAX_POSITIONS]):

@@ -1,4 +1,4 @@
-"""Text from outside → text that a terminal shows and does nothing with.
+"""Text from outside → text that a terminal shows and does nothing with; numbers → how people read them.
 
 In:   names, ids, texts and messages that may come from anybody's dataset.
 Out:  the same, with what could steer a terminal or turn a line around written as an escape (`\\x1b`, `\\u202e`).
@@ -36,6 +36,30 @@ def lines(text: object) -> str:
 def json_lines(text: str) -> str:
     """JSON whose strings hold no such character: each is written as JSON's own escape, so that the values are the same."""
     return _SUSPECT.sub(lambda match: _as_json(match[0]), text)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: `1 row`, `2,000 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def as_size(size: float) -> str:
+    """A number of bytes."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= scale:
+            return f"{size / scale:,.1f} {unit}"
+    return f"{size / 1e3:,.1f} kB"
+
+
+def duration(seconds: float) -> str:
+    """A time."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 172_800:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86_400:,.1f} days"
 
 
 def steers(character: str) -> bool:

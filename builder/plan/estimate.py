@@ -10,7 +10,8 @@ import io
 import itertools
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -18,8 +19,11 @@ import pyarrow.parquet as pq
 import torch
 import zstandard
 
-from builder.corpus.documents import Corpus, Document
+from builder.card.recipe_text import resolved_toml
+from builder.corpus.documents import Corpus, Document, check_partitions
 from builder.corpus.encoder import Encoder
+from builder.dataset.printable import as_size, duration
+from builder.plan.fit import check_fit
 from builder.plan.plan import bytes_per_token, count_parameters
 from builder.recipe.recipe import Recipe
 from builder.sources.columns import settle_columns
@@ -31,8 +35,12 @@ from builder.sources.resolve import (
     TeacherSource,
     resolve,
 )
+from builder.teacher.attention import config_of
+from builder.teacher.lengths import max_length_of
 from builder.teacher.loading import load_tokenizer
 from builder.text.files import TextFiles
+
+Notice = Callable[[str], None]
 
 SAMPLE_DOCUMENTS = 50
 SAMPLE_TOKENS = 200_000
@@ -44,17 +52,48 @@ EFFICIENCY = 0.6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """The first documents of a corpus."""
+
+    documents: int
+    """That were looked at, skipped ones among them."""
+    skipped: int
+    """Of these, documents that give no row."""
+    cut: int
+    """Of these, documents that are longer than a sequence: cut into chunks, or off, as the recipe says."""
+    tokens: int
+    kept_share: float
+    """Share of the positions that are in the loss mask."""
+    is_all: bool
+    """Whether a build has no other documents."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """What a build will take; None where it cannot be known beforehand."""
 
     plan: dict[str, Any]
-    """The resolved recipe."""
+    """The resolved recipe, and the exact corpus and teacher behind it."""
+    recipe: str
+    """The resolved recipe as TOML."""
+    sample: Sample
     tokens: int | None
     bytes: int | None
     seconds: float | None
     device: str
     is_most: bool
     """Whether it will be no more than that: completions may end early."""
+    notices: list[str]
+    """What a build would say, too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sizes:
+    """What a teacher's configuration says of it."""
+
+    vocab_size: int
+    hidden_size: int
+    max_length: int | None
 
 
 def estimate(recipe: Recipe, base: Path, *, device: str) -> Estimate:
@@ -63,19 +102,27 @@ def estimate(recipe: Recipe, base: Path, *, device: str) -> Estimate:
     Raises:
         ValueError: as `build`, for what can be seen before the teacher is loaded.
     """
-    sources = resolve(recipe, base, KnownSources())
-    recipe, _ = settle_columns(recipe, sources.corpus, KnownSources())
-    tokens, per_token = expect(recipe, sources)
+    known = KnownSources()
+    sources = resolve(recipe, base, known)
+    recipe, notices = settle_columns(recipe, sources.corpus, known)
+    sizes = _sizes(recipe, sources.teacher)
+    if sizes:
+        check_fit(recipe, **asdict(sizes))
+    sample, tokens = _count_tokens(recipe, sources, notices.append)
+    per_token = _bytes_per_token(recipe, sample, sizes)
     parameters = _count_parameters(sources.teacher)
     rate = _tokens_per_second(parameters, recipe.teacher.dtype, device) if parameters else None
     return Estimate(
         plan=sources.plan(recipe),
+        recipe=resolved_toml(recipe, sources),
+        sample=sample,
         tokens=tokens,
         bytes=None if tokens is None or per_token is None else round(tokens * per_token),
         # How fast a teacher writes depends on how many completions it writes at once, and on where they end.
         seconds=tokens / rate if tokens and rate and not recipe.generation else None,
         device=device,
         is_most=recipe.generation is not None,
+        notices=notices,
     )
 
 
@@ -86,72 +133,142 @@ def expect(recipe: Recipe, sources: Sources) -> tuple[int | None, float | None]:
         ValueError: as `build`, for what can be seen before the teacher is loaded.
     """
     recipe, _ = settle_columns(recipe, sources.corpus, KnownSources())
-    tokens, kept_share = _count_tokens(recipe, sources)
-    if not recipe.output.completions_only:
-        kept_share = 1.0
-    sizes = _sizes(recipe, sources.teacher)
-    if sizes is None:
-        return tokens, None
-    return tokens, bytes_per_token(recipe, kept_share=kept_share, **sizes)
+    sample, tokens = _count_tokens(recipe, sources)
+    return tokens, _bytes_per_token(recipe, sample, _sizes(recipe, sources.teacher))
 
 
-def _count_tokens(recipe: Recipe, sources: Sources) -> tuple[int | None, float]:
-    """Tokens of a build, counted where the sample is all of it, else scaled from the sample; and the share of positions in the loss mask."""
+def describe(found: Estimate) -> str:
+    """What a build will take, for a person."""
+    about = "at most " if found.is_most else "" if found.sample.is_all else "about "
+    lines = {
+        "documents": _documents(found),
+        "tokens": None if found.tokens is None else f"{about}{found.tokens:,}",
+        "disk": None
+        if found.bytes is None
+        else f"{'at most' if found.is_most else 'about'} {as_size(found.bytes)}",
+        "time": None
+        if found.seconds is None
+        else f"about {duration(max(1, found.seconds))} on {found.device}",
+    }
+    return "\n".join(f"{key:<11}{value or 'unknown'}" for key, value in lines.items())
+
+
+def _documents(found: Estimate) -> str:
+    """How many documents are skipped or cut."""
+    sample, recipe = found.sample, found.plan["recipe"]
+    looked_at = (
+        f"all {sample.documents:,}" if sample.is_all else f"of the first {sample.documents:,}"
+    )
+    reason = (
+        "without an answer to learn"
+        if recipe["corpus"].get("messages_column")
+        else "null, empty or blank"
+    )
+    if found.is_most:
+        reason = "blank, or too long to be completed"
+    parts = [f"{sample.skipped:,} skipped ({reason})" if sample.skipped else "none skipped"]
+    if not found.is_most:
+        how = "off" if recipe["sequences"]["long_documents"] == "truncate" else "into chunks"
+        where = f"cut {how} at sequences.max_length = {recipe['sequences']['max_length']:,}"
+        parts.append(f"{f'{sample.cut:,}' if sample.cut else 'none'} {where}")
+    return f"{looked_at}: {', '.join(parts)}"
+
+
+def _bytes_per_token(recipe: Recipe, sample: Sample, sizes: _Sizes | None) -> float | None:
+    output = recipe.output
+    if sizes is None and (output.top_k == "all" or output.hidden_states):
+        return None
+    return bytes_per_token(
+        recipe,
+        kept_share=sample.kept_share if output.completions_only else 1.0,
+        vocab_size=sizes.vocab_size if sizes else 0,
+        hidden_size=sizes.hidden_size if sizes else 0,
+    )
+
+
+def _count_tokens(
+    recipe: Recipe, sources: Sources, notice: Notice = lambda _: None
+) -> tuple[Sample, int | None]:
+    """The first documents, and the tokens of a build: counted where these are all of it, else scaled."""
     corpus, teacher = recipe.corpus, sources.teacher
+    documents = open_corpus(corpus, sources.corpus, are_prompts=recipe.generation is not None)
+    check_partitions(documents.stream, recipe.output.partitions)
     tokenizer = load_tokenizer(
         teacher.location,
         commit=teacher.commit,
         tokenizer=teacher.tokenizer,
         weights=teacher.weights,
     )
-    encoder = make_encoder(recipe, tokenizer, sources.template)
-    documents = open_corpus(corpus, sources.corpus, are_prompts=recipe.generation is not None)
-    num_documents = num_rows = num_tokens = num_kept = 0
+    encoder = make_encoder(recipe, tokenizer, sources.template, notice=notice)
+    num_documents = num_tokens = num_kept = num_empty = num_cut = num_blank = 0
+    is_all = True
     for document in documents:
         if num_documents == SAMPLE_DOCUMENTS:
+            is_all = False
             break
         num_documents += 1
-        num_rows = num_documents + documents.offset["skipped"]
-        found, kept = _tokens_of(document, encoder, recipe)
+        num_blank = documents.offset["skipped"]
+        found, kept, is_cut = _tokens_of(document, encoder, recipe)
         num_tokens += found
         num_kept += kept
+        num_empty += not found
+        num_cut += is_cut
         if num_documents == corpus.max_documents or num_tokens >= (corpus.max_tokens or math.inf):
-            return num_tokens, num_kept / max(num_tokens, 1)
+            break
     else:
-        if not num_tokens and recipe.generation:
-            raise ValueError(
-                "the corpus has no prompt that leaves room for generation.max_new_tokens; choose a larger sequences.max_length"
-            )
-        if not num_tokens:
-            column = "messages_column" if corpus.messages_column else "text_column"
-            what = "chat with an answer" if corpus.messages_column else "text"
-            raise ValueError(f"the corpus has no {what}; check corpus.{column}")
-        return num_tokens, num_kept / num_tokens
-    share = _share_of_corpus(num_rows, documents, recipe, sources.corpus)
+        num_blank = documents.offset["skipped"]
+        _check_not_empty(num_tokens, recipe)
+    sample = Sample(
+        documents=num_documents + num_blank,
+        skipped=num_blank + num_empty,
+        cut=num_cut,
+        tokens=num_tokens,
+        kept_share=num_kept / max(num_tokens, 1),
+        is_all=is_all,
+    )
+    if is_all:
+        return sample, num_tokens
+    share = _share_of_corpus(sample.documents, documents, recipe, sources.corpus)
     whole = share and round(num_tokens / share)
     most = corpus.max_documents and round(num_tokens / num_documents * corpus.max_documents)
     known = [n for n in (whole, most, corpus.max_tokens) if n]
-    return min(known, default=None), num_kept / max(num_tokens, 1)
+    return sample, min(known, default=None)
 
 
-def _tokens_of(document: Document, encoder: Encoder, recipe: Recipe) -> tuple[int, int]:
-    """Tokens of the rows of a document, and positions in the loss mask among them; at most, where the teacher completes it."""
+def _check_not_empty(num_tokens: int, recipe: Recipe) -> None:
+    if num_tokens:
+        return
+    if recipe.generation:
+        raise ValueError(
+            "the corpus has no prompt that leaves room for generation.max_new_tokens; choose a larger sequences.max_length"
+        )
+    column = "messages_column" if recipe.corpus.messages_column else "text_column"
+    what = "chat with an answer" if recipe.corpus.messages_column else "text"
+    raise ValueError(f"the corpus has no {what}; check corpus.{column}")
+
+
+def _tokens_of(document: Document, encoder: Encoder, recipe: Recipe) -> tuple[int, int, bool]:
+    """Tokens of the rows of a document, positions in the loss mask among them, and whether it is longer than a row; at most, where the
+    teacher completes it.
+    """
     how = recipe.generation
     if how is None:
         tokens = kept = characters = 0
+        is_cut = False
         for sequence in encoder.sequences(document):
             tokens += len(sequence.token_ids)
             kept += len(sequence.loss_positions)
             characters += len(sequence.text)
+            is_cut = is_cut or encoder.is_cut(sequence)
             if tokens >= SAMPLE_TOKENS and not (document.messages or encoder.truncates):
                 share = characters / document.length
-                return round(tokens / share), round(kept / share)
-        return tokens, kept
+                return round(tokens / share), round(kept / share), True
+        return tokens, kept, is_cut
     prompt = encoder.encode_prompt(document, recipe.sequences.max_length)
     if prompt is None or (len(prompt.token_ids) + how.max_new_tokens > recipe.sequences.max_length):
-        return 0, 0
+        return 0, 0, False
     length = len(prompt.token_ids) + how.max_new_tokens
-    return how.samples * length, how.samples * how.max_new_tokens
+    return how.samples * length, how.samples * how.max_new_tokens, False
 
 
 def _share_of_corpus(
@@ -210,18 +327,25 @@ def _open(path: Path, raw: BinaryIO | None = None) -> BinaryIO:
     return raw
 
 
-def _sizes(recipe: Recipe, source: TeacherSource) -> dict[str, int] | None:
-    """Vocabulary and hidden size where they matter; None if the teacher has no config.json to tell them."""
-    from transformers import AutoConfig
-
-    if recipe.output.top_k != "all" and not recipe.output.hidden_states:
-        return {}
-    if Path(source.location).is_file():
+def _sizes(recipe: Recipe, source: TeacherSource) -> _Sizes | None:
+    """Of a teacher, by its configuration; None if it has none, or one that cannot be read, of which loading says more."""
+    if recipe.teacher.python:
         return None
-    config = AutoConfig.from_pretrained(
-        source.location, revision=source.commit, trust_remote_code=False
-    ).get_text_config()
-    return {"vocab_size": config.vocab_size, "hidden_size": config.hidden_size}
+    try:
+        config = config_of(
+            source.location,
+            source.commit,
+            recipe.teacher.trust_remote_code and recipe.teacher.repo is not None,
+            source.config,
+        )
+        text = config.get_text_config(decoder=True)
+        return _Sizes(
+            vocab_size=text.vocab_size,
+            hidden_size=text.hidden_size,
+            max_length=max_length_of(config),
+        )
+    except Exception:  # whatever reading a stranger's file comes to
+        return None
 
 
 def _count_parameters(source: TeacherSource) -> int | None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from builder.dataset.printable import as_size, duration
 from builder.hub.limits import (
     COMMITS_PER_HOUR,
     DISCARDED_TOGETHER,
@@ -285,7 +286,7 @@ def too_large_files(recipe: Recipe, tokens: int | None, per_token: float) -> str
         return f"{limit}, so {MAX_FILES:,} of them hold {all_bytes / 1e12:.0f} TB"
     most = int(MAX_FILE_BYTES / per_token)
     return (
-        f"{limit}, not {_size(shard_tokens * per_token)}: output.shard_tokens has to be "
+        f"{limit}, not {as_size(shard_tokens * per_token)}: output.shard_tokens has to be "
         f"{most // 1000 * 1000 or most:_} or less"
     )
 
@@ -321,28 +322,15 @@ def describe(work: Work) -> str:
         f"{work.attention_share:.0%} of it for attention",
         "speed": f"{work.tokens_per_second:,.0f} tokens/s: {work.utilization:.0%} ({work.utilization_is}) of {work.peak_flops / 1e12:,.4g} "
         f"TFLOPS{f' of one {work.gpu}' if work.gpu else ''}",
-        "compute": f"{work.gpu_hours:,.1f} GPU hours for {work.tokens:,} tokens: {_time(work.gpu_hours / work.workers)} on {gpus}",
-        "data": f"{_size(work.bytes)}, {work.bytes_per_token:.0f} bytes per token, in {work.shards:,} shards of {_size(work.shard_bytes)}",
-        "the Hub": f"{_time(work.upload_hours)} to send at {work.upload_mbit:,.0f} Mbit/s; {work.commits:,} commits, for which "
-        f"at least {_time(work.commit_hours)} have to pass",
-        "disk": f"{_size(work.disk_bytes)} with --publish-to ORG/NAME --discard-local",
-        "together": f"{_time(work.hours)}: all of it goes on at the same time, and {work.limit} takes longest",
+        "compute": f"{work.gpu_hours:,.1f} GPU hours for {work.tokens:,} tokens: {duration(3600 * work.gpu_hours / work.workers)} on {gpus}",
+        "data": f"{as_size(work.bytes)}, {work.bytes_per_token:.0f} bytes per token, in {work.shards:,} shards of {as_size(work.shard_bytes)}",
+        "the Hub": f"{duration(3600 * work.upload_hours)} to send at {work.upload_mbit:,.0f} Mbit/s; {work.commits:,} commits, for which "
+        f"at least {duration(3600 * work.commit_hours)} have to pass",
+        "disk": f"{as_size(work.disk_bytes)} with --publish-to ORG/NAME --discard-local",
+        "together": f"{duration(3600 * work.hours)}: all of it goes on at the same time, and {work.limit} takes longest",
     }
     listed = [f"{key:<10}{value}" for key, value in lines.items()]
     return "\n".join([*listed, *(f"but       {line}" for line in work.advice)])
-
-
-def _time(hours: float) -> str:
-    if hours >= 48:
-        return f"{hours / 24:,.1f} days"
-    return f"{hours:,.1f} hours" if hours >= 1 or not hours else f"{hours * 60:,.1f} minutes"
-
-
-def _size(size: float) -> str:
-    for unit, scale in (("TB", 1e12), ("GB", 1e9)):
-        if size >= scale:
-            return f"{size / scale:,.1f} {unit}"
-    return f"{size / 1e6:,.1f} MB"
 
 
 def bytes_per_token(

@@ -38,7 +38,7 @@ def best_attention(
         ValueError: the Hub cannot be reached.
     """
     try:
-        found = _config_of(location, commit, trust_remote_code, config)
+        found = config_of(location, commit, trust_remote_code, config)
         classes = [
             _class_for(found, location, commit, trust_remote_code),
             *_classes_of_towers(found),
@@ -65,11 +65,12 @@ def class_of(
     Raises:
         LookupError: there is none.
     """
-    found = _config_of(location, commit, trust_remote_code, config)
+    found = config_of(location, commit, trust_remote_code, config)
     return _class_for(found, location, commit, trust_remote_code)
 
 
-def _config_of(location: str, commit: str | None, trust: bool, config: str | None) -> Any:
+def config_of(location: str, commit: str | None, trust: bool, config: str | None) -> Any:
+    """A teacher's configuration as transformers reads it, without its weights."""
     path = Path(location)
     if path.suffix == ".gguf":
         return gguf.read_config(path, config=Path(config) if config else None)

@@ -29,6 +29,12 @@ from typing import Any
 
 from torch import nn
 
+LENGTH_NAMES = (
+    *("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_target_positions"),
+    *("seq_length", "max_seq_length", "n_ctx", "model_max_length"),
+)  # fmt: skip
+"""What configs call the longest sequence: the first is the name in transformers, or stands for another one there (attribute maps)."""
+
 ANY = sys.maxsize
 """Beyond every length."""
 
@@ -51,6 +57,14 @@ class Reach:
 
 ANYWHERE = Reach()
 """Of an ordinary model, whose values do not depend on the length of a batch."""
+
+
+def max_length_of(config: Any) -> int | None:
+    """Longest sequence that a model was made for, in tokens, where its configuration says so."""
+    # Of a config with parts (vision, audio), the text's counts.
+    text = config.get_text_config(decoder=True)
+    limits = (getattr(text, name, None) for name in LENGTH_NAMES)
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
 def reach_of(model: Any) -> Reach:

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from builder.checkpoint.quantisation import count_parameters
 from builder.teacher.head import body_of, head_of
-from builder.teacher.lengths import forgetting, reach_of
+from builder.teacher.lengths import forgetting, max_length_of, reach_of
 from builder.teacher.own import OwnModel
 from builder.teacher.precision import (
     Exact,
@@ -51,12 +51,6 @@ from builder.tokenizer.tokenizer import origin_of
 
 CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES = 64 * 2**20, 256 * 2**20
 """Logits that exist at once, however large V is: enough rows for a matrix product at full speed, few enough to fit anywhere."""
-
-LENGTH_NAMES = (
-    *("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_target_positions"),
-    *("seq_length", "max_seq_length", "n_ctx", "model_max_length"),
-)  # fmt: skip
-"""What configs call the longest sequence: the first is the name in transformers, or stands for another one there (attribute maps)."""
 
 PROBE_LENGTHS = (24, 13, 5)
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -141,10 +135,7 @@ class Teacher:
     @property
     def max_length(self) -> int | None:
         """Longest sequence that the model was made for, where its configuration says so."""
-        # Of a config with parts (vision, audio), the text's counts.
-        config = self.model.config.get_text_config(decoder=True)
-        limits = (getattr(config, name, None) for name in LENGTH_NAMES)
-        return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+        return max_length_of(self.model.config)
 
     @property
     def notices(self) -> tuple[str, ...]:

@@ -97,6 +97,16 @@ class ColumnFloor:
             bias=abs(_average(signed)),
         )
 
+    @property
+    def largest_limit(self) -> float:
+        """Nats that an entry may be off."""
+        return LARGEST_TIMES * self.largest + LEAST_ERROR
+
+    @property
+    def mean_limit(self) -> float:
+        """Nats that the entries of a row may be off on average."""
+        return MEAN_TIMES * self.mean + LEAST_ERROR
+
     def at_least(self, dtype: str) -> "ColumnFloor":
         """This one, or that of the embedded teacher, whichever is higher."""
         scale = LEAST[dtype]
@@ -247,7 +257,7 @@ def too_far(errors: Mapping[str, Errors], floor: Floor) -> Iterator[str]:
             continue
         noise = floor[name]
         for values, limit, what in (
-            (found.largest, LARGEST_TIMES * noise.largest + LEAST_ERROR, ""),
+            (found.largest, noise.largest_limit, ""),
             (found.mean, LARGEST_TIMES * noise.position + LEAST_ERROR, " on average"),
         ):
             worst, place = _top(values), int(values.nan_to_num(torch.inf).argmax())
@@ -259,8 +269,8 @@ def too_far(errors: Mapping[str, Errors], floor: Floor) -> Iterator[str]:
                 )
                 break
         else:
-            worst, limit = _average(found.mean), MEAN_TIMES * noise.mean + LEAST_ERROR
-            if not worst <= limit:
+            worst = _average(found.mean)
+            if not worst <= noise.mean_limit:
                 yield f"{name} is {worst:.3g} nats from the teacher's on average, where its own noise is {noise.mean:.2g}"
             else:
                 yield from _shifted(name, found, noise)

@@ -32,8 +32,8 @@ from builder.sources.resolve import TeacherSource
 from builder.teacher.model import Teacher
 from builder.verify.choosing import choose_rows
 from builder.verify.comparison import REBUILT, Errors, Reading, StoredRow, divergence, read
-from builder.verify.noise import Floor, Noise, too_far_in_float32
-from builder.verify.sampling import Completion, Distances, TailDraws, too_few
+from builder.verify.noise import MAX_FLOAT32_ERROR, Floor, Noise, too_far_in_float32
+from builder.verify.sampling import LEAST_SHARE, Completion, Distances, TailDraws, too_few
 from builder.verify.spelling import Speller
 from logit_dataset.schema import Layout, is_generated
 
@@ -298,9 +298,15 @@ def _statistics(
         "nll_recomputed": totals["nll_recomputed"] / max(totals["targets"], 1),
         "notices": found.notices,
     }
+    head = "logprobs" if layout.top_k == "all" else "topk_logprobs"
+    largest = [reading.errors[head].largest for reading in found.alone if head in reading.errors]
+    values["max_beyond_rounding"] = max((float(v.max()) for v in largest if len(v)), default=0.0)
+    limit = {"max_beyond_rounding": MAX_FLOAT32_ERROR}
+    if found.floor:
+        noise = found.floor[head]
+        values["floor"] = {"max_abs_error": noise.largest, "mean_abs_error": noise.average}
+        limit = {"max_beyond_rounding": noise.largest_limit, "mean_abs_error": noise.mean_limit}
     if num_draws:
         values["draws_agree"] = sum(one.agree(dtype) for one in draws) / num_draws
-    if found.floor:
-        of_head = found.floor["logprobs" if layout.top_k == "all" else "topk_logprobs"]
-        values["floor"] = {"max_abs_error": of_head.largest, "mean_abs_error": of_head.average}
-    return values
+        limit["draws_agree"] = LEAST_SHARE[dtype]
+    return {**values, "limit": limit}

@@ -537,8 +537,9 @@ def test_an_estimate_knows_what_prompts_do_not_cost(cli, recipe_of, tmp_path):
         recipe = recipe_of(output=output)
         status, out, err = cli("build", recipe, "--output", tmp_path / "x", "--dry-run")
         assert status == 0, err
-        assert '"messages_column": "messages"' in out
-        sizes[name] = float(out.split("disk    about ")[1].split(" MB")[0])
+        assert 'messages_column = "messages"' in out
+        _, out, _ = cli("build", recipe, "--output", tmp_path / "x", "--dry-run", "--json")
+        sizes[name] = json.loads(out)["bytes"]
     assert sizes["kept"] < sizes["whole"]
     recipe = load_recipe(recipe_of(output="completions_only = true"))
     assert bytes_per_token(recipe, kept_share=0.0) == 12

@@ -699,10 +699,11 @@ def test_a_dry_run_says_what_it_takes_at_most(make_recipe, tmp_path, cli):
     manifest = read_manifest(tmp_path / "out")
     missing = 24 * 14 * 3 - manifest["totals"]["completions"]["tokens"]
     assert found.tokens == manifest["totals"]["tokens"] + missing
-    status, out, _ = cli("build", path, "--output", tmp_path / "none", "--dry-run")
+    status, _, err = cli("build", path, "--output", tmp_path / "none", "--dry-run")
     assert status == 0
-    assert f"tokens  at most {found.tokens:,}\n" in out
-    assert "time    unknown" in out
+    assert "documents  all 15: 1 skipped (blank, or too long to be completed)\n" in err
+    assert f"tokens     at most {found.tokens:,}\n" in err
+    assert "time       unknown" in err
 
 
 # Readers

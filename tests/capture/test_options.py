@@ -12,9 +12,9 @@ import pytest
 import torch
 from datasets import load_dataset
 
-from builder.build import worker as worker_module
 from builder.card.charts import measure
 from builder.dataset.manifest import read_manifest
+from builder.plan import fit
 from builder.recipe.file import load_recipe
 from builder.recipe.recipe import Recipe
 from builder.verify.comparison import _best
@@ -253,7 +253,7 @@ def test_a_build_that_cannot_be_is_refused_before_it_starts(make_recipe, tmp_pat
         ValueError, match=r"output\.top_k is 449, but the teacher's vocabulary has 448"
     ):
         run(make_recipe(output="top_k = 449"), tmp_path / "out")
-    monkeypatch.setattr(worker_module, "MAX_ROW_VALUES", 64 * TINY_VOCAB_SIZE - 1)
+    monkeypatch.setattr(fit, "MAX_ROW_VALUES", 64 * TINY_VOCAB_SIZE - 1)
     with pytest.raises(ValueError, match=r"64 tokens would hold 28,672 values in one column"):
         run(make_recipe(output='top_k = "all"'), tmp_path / "long")
     from builder.teacher.model import Teacher
@@ -548,10 +548,15 @@ def test_an_estimate_knows_what_options_cost(cli, make_recipe, tmp_path):
     sizes = {}
     for choice in ("nothing", "everything", "all"):
         status, out, err = cli(
-            "build", make_recipe(output=CHOICES[choice]), "--output", tmp_path / "x", "--dry-run"
+            "build",
+            make_recipe(output=CHOICES[choice]),
+            "--output",
+            tmp_path / "x",
+            "--dry-run",
+            "--json",
         )
         assert status == 0, err
-        sizes[choice] = float(out.split("disk    about ")[1].split(" MB")[0])
+        sizes[choice] = json.loads(out)["bytes"] / 1e6
     run(make_recipe(output=CHOICES["all"]), tmp_path / "out")
     actual = read_manifest(tmp_path / "out")["totals"]["bytes"] / 1e6
     assert sizes["nothing"] < sizes["everything"] < sizes["all"]

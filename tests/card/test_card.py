@@ -87,11 +87,6 @@ def test_hostile_text_is_shown_and_does_nothing(text):
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_tokens_of_one_position_do_nothing(manifest, curves, text):
-    record = {
-        **{"date": "2026-11-26", "environment": {"device": "CPU"}, "rows": 1, "tokens": 1},
-        **{"seed": 1, "max_abs_error": 0.1, "mean_abs_error": 0.1, "top1_agreement": 1.0},
-        **{"nll_stored": 1.0, "nll_recomputed": 1.0},
-    }
     example = {
         **{"context": "a b", "is_cut": True, "tokens": ["x", "y"], "probabilities": [0.6, 0.2]},
         **{"listed": 9, "rest": 0.1, "tail": 0.1, "draws": ["z"], "following": "f", "rank": None},
@@ -100,10 +95,38 @@ def test_hostile_tokens_of_one_position_do_nothing(manifest, curves, text):
     hostile = example | {"context": text, "tokens": [text, text], "draws": [text, text], "following": text}  # fmt: skip
     outlines = []
     for shown in (example, hostile):
-        card = render_card(manifest, curves=curves, verification={**record, "example": shown})
+        card = render_card(manifest, curves=curves, verification={**RECORD, "example": shown})
         html = MARKDOWN.render(card.split("---\n", 2)[2])
         outlines.append(re.findall(r"<(?:h\d|table|tr|td|script|img|a |pre|hr|ul|ol)[^>]*>", html))
     assert outlines[0] == outlines[1]
+
+
+RECORD = {
+    **{"date": "2026-11-26", "environment": {"device": "GPU"}, "rows": 1, "tokens": 1, "seed": 1},
+    **{"max_abs_error": 0.3, "mean_abs_error": 0.05, "top1_agreement": 1.0},
+    **{"nll_stored": 1.0, "nll_recomputed": 1.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("more", "shown"),
+    [
+        ({}, "and 0.3 at most, the teacher"),
+        (
+            {
+                "floor": {"max_abs_error": 0.5, "mean_abs_error": 0.06},
+                "limit": {"max_beyond_rounding": 1.5, "mean_abs_error": 0.12},
+            },
+            "and 0.3 at most (noise of the teacher itself: 0.06 and 0.5; allowed: 0.12 and 1.5), the teacher",
+        ),
+        ({"limit": {"max_beyond_rounding": 1.5}}, "and 0.3 at most, the teacher"),
+    ],
+)
+def test_differences_are_shown_beside_what_is_allowed(manifest, curves, more, shown):
+    """Records of earlier versions say nothing of that."""
+    card = render_card(manifest, curves=curves, verification={**RECORD, **more})
+    assert shown in card
+    assert "1 random row (1 token, seed 1) was run" in card
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -212,7 +235,11 @@ def test_build_and_card_write_the_same_bytes(built, manifest, cli, tmp_path):
     copied = Path(shutil.copytree(built, tmp_path / "copy"))
     for path in ("README.md", "assets/mass.svg", "assets/entropy.svg"):
         (copied / path).unlink()
-    assert cli("card", copied) == (0, f"{copied}/README.md\n", "")
+    assert cli("card", copied) == (
+        0,
+        f"{copied}/README.md: the card is written, with 2 pictures in {copied}/assets\n",
+        "",
+    )
     for name, content in card_files(built, manifest).items():
         assert (copied / name).read_bytes() == (built / name).read_bytes() == content
 
@@ -286,7 +313,12 @@ def test_a_recorded_recomputation_is_shown_as_it_was(
     assert "4 random rows" in card
     assert "seed 11" in card
     assert_one_position(card, copied, report.recomputed["example"], tiny_tokenizer)
-    assert f"{report.recomputed['max_abs_error']:.2g} at most" in card
+    beyond = report.recomputed["max_beyond_rounding"]
+    assert beyond < 1e-3 < report.recomputed["max_abs_error"]
+    assert (
+        f"{report.recomputed['max_abs_error']:.2g} at most (beyond rounding to float16 {beyond:.2g}, allowed 0.002), "
+        in card
+    )
     manifest["shards"][0]["sha256"] = "0"
     assert read_verification(copied, manifest) is None  # of other data
     assert "No result of the latter was recorded" in (built / "README.md").read_text()

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,7 @@ def test_problems_are_status_1_and_data(cli, built, tmp_path):
     status, out, err = cli("verify", tmp_path / "dataset")
     assert (status, err) == (1, "")
     assert out.splitlines()[0].startswith("README.md: is missing")
-    assert out.splitlines()[-1] == f"{tmp_path / 'dataset'}: 1 problems"
+    assert out.splitlines()[-1] == f"{tmp_path / 'dataset'}: 1 problem"
 
 
 def test_ctrl_c_is_status_130_and_says_how_to_go_on(cli, monkeypatch):
@@ -160,7 +161,7 @@ def test_each_step_prints_the_next_one(cli, make_recipe, tmp_path):
     """As a user pastes them, in a directory whose name needs quotes."""
     output = tmp_path / "my dataset"
     stopped = cli("build", make_recipe(), "--output", output, "--max-shards", 1)
-    assert stopped == (0, "stopped early after 1 new shards; run the same command to resume\n", "")
+    assert stopped == (0, "stopped early after 1 new shard; run the same command to resume\n", "")
 
     # In a process of its own, which has everything to import, nothing is on stderr either: it is not a terminal.
     built = run_cli("build", make_recipe(), "--output", output)
@@ -176,7 +177,11 @@ def test_each_step_prints_the_next_one(cli, make_recipe, tmp_path):
     status, out, err = cli(*shlex.split(following)[2:])
     assert (status, err) == (0, "")
     recomputed, what, following = out.splitlines()
-    assert re.match(r"recomputed 5 rows, [\d,]+ tokens \(seed \d+\): ", recomputed)
+    assert re.fullmatch(
+        r"recomputed 5 rows, [\d,]+ tokens \(seed \d+\): \|Δ log-prob\| max 0\.\d+, mean 0\.\d+, beyond float16 rounding \S+ "
+        r"\(limit 0\.002\); top-1 agreement [\d.]+%; [\d.]+% of draws agree \(limit 99\.8%\); NLL stored \S+, recomputed \S+",
+        recomputed,
+    )
     assert what.endswith(f"{totals['rows']} rows, {totals['tokens']:,} tokens, no problems")
     dataset = eval(following.removeprefix("next: "), {"load_dataset": cached_load(tmp_path)})
     assert len(dataset) == totals["rows"]
@@ -203,11 +208,11 @@ def test_a_damaged_shard_is_a_notice_on_stderr(cli, make_recipe, tmp_path):
     (tmp_path / "out" / "data" / "train-000-00000.parquet").unlink()
     status, out, err = cli("build", make_recipe(), "--output", tmp_path / "out", "--max-shards", 1)
     assert status == 0
-    assert out.startswith("stopped early after 1 new shards")
+    assert out.startswith("stopped early after 1 new shard")
     assert err == "data/train-000-00000.parquet is missing: building it again\n"
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(cli, make_recipe, tmp_path):
+def test_a_dry_run_prints_the_resolved_recipe_and_writes_nothing(cli, make_recipe, tmp_path):
     recipe = make_recipe()
 
     def listing() -> dict[str, int]:
@@ -215,16 +220,25 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(cli, make_recipe, tmp_path
 
     before = listing()
     status, out, err = cli("build", recipe, "--output", tmp_path / "out", "--dry-run")
-    assert (status, err) == (0, "")
+    assert status == 0
     assert listing() == before
-    plan, end = json.JSONDecoder().raw_decode(out)
-    assert plan["recipe"]["output"]["top_k"] == 20
-    assert plan["corpus"]["files"][0]["file"] == "corpus.jsonl"
-    tokens, disk, time, last = out[end:].strip().splitlines()
-    assert re.fullmatch(r"tokens  about [\d,]+", tokens)
-    assert re.fullmatch(r"disk    about [\d.]+ MB", disk)
-    assert re.fullmatch(r"time    about [\d.]+ minutes on cpu", time)
+    assert tomllib.loads(out)["output"]["top_k"] == 20
+    documents, tokens, disk, time, last = err.splitlines()
+    assert re.fullmatch(r"documents  all 24: none skipped, \d+ cut into chunks at sequences.max_length = 64", documents)  # fmt: skip
+    assert re.fullmatch(r"tokens     [\d,]+", tokens)
+    assert re.fullmatch(r"disk       about [\d.]+ [kM]B", disk)
+    assert re.fullmatch(r"time       about \d+ s on cpu", time)
     assert last == "nothing was written; run the command without --dry-run to build"
+
+
+def test_a_dry_run_for_a_program_is_json_alone(cli, make_recipe, tmp_path):
+    status, out, err = cli("build", make_recipe(), "-o", tmp_path / "out", "--dry-run", "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert found["plan"]["corpus"]["files"][0]["file"] == "corpus.jsonl"
+    assert tomllib.loads(found["recipe"])["output"]["top_k"] == 20
+    assert (found["sample"]["documents"], found["sample"]["skipped"]) == (24, 0)
+    assert found["tokens"] > 0
 
 
 def test_cuda_where_there_is_none_is_refused(cli, make_recipe, tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from builder.console import progress as module
-from builder.console.progress import duration, progress
+from builder.console.progress import progress
+from builder.dataset.printable import duration
 from tests.conftest import run_cli
 
 

@@ -195,7 +195,7 @@ def test_a_new_machine_goes_on_from_the_branch_alone(hub, deliver, whole, tmp_pa
     for number, shards in enumerate((1, 3, 4)):
         result = deliver(tmp_path / f"machine-{number}", "--max-shards", shards)
         assert result.returncode == 0, result.stderr
-        assert result.stdout == f"stopped early after {shards} new shards; run the same command to resume\n"  # fmt: skip
+        assert result.stdout == f"stopped early after {shards} new shard{'s' * (shards > 1)}; run the same command to resume\n"  # fmt: skip
         assert_branch_is_consistent(hub, whole)
         built.append(len(records_on_branch(hub)))
         assert not data_files(tmp_path / f"machine-{number}")

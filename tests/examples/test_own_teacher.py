@@ -107,7 +107,7 @@ def test_in_16_bits_it_is_its_own_measure(own, cli, tmp_path):
     assert status == 0, said
     status, told, said = cli("verify", out, "--recompute", 9, "--teacher", code, "--device", "cpu")
     assert status == 0, told + said
-    assert "(floor: max" in told
+    assert "(noise floor " in told
     assert json.loads((out / "manifest.json").read_text())["teacher"]["dtype"] == "bfloat16"
 
 

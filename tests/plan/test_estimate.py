@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import random
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ import pytest
 import zstandard
 
 from builder.build.build import build
+from builder.dataset.identity import fingerprint
 from builder.dataset.manifest import read_manifest
 from builder.plan import estimate as module
-from builder.plan.estimate import SAMPLE_DOCUMENTS, Estimate, estimate
+from builder.plan.estimate import SAMPLE_DOCUMENTS, Estimate, describe, estimate
 from builder.plan.plan import bytes_per_token
 from builder.recipe.file import load_recipe
+from tests.chats import CHATML, chatty_teacher
 from tests.conftest import REPOSITORY, TRAINING_TEXT, sample_documents, write_jsonl
 
 
@@ -165,6 +168,90 @@ def test_a_corpus_without_text_is_refused(make_recipe, corpus_file):
     write_jsonl(corpus_file, [{"id": "a", "text": " "}])
     with pytest.raises(ValueError, match=r"the corpus has no text; check corpus\.text_column"):
         estimated(make_recipe())
+
+
+# --- what is resolved, skipped, cut and refused ---------------------------------------------------------------------------
+
+RESOLVED = {
+    "texts": {},
+    "all": {"output": 'top_k = "all"\ntail_samples = 0'},
+    "a 16-bit teacher": {"dtype": 'dtype = "bfloat16"'},
+    "rounded": {"dtype": 'dtype = "bfloat16"\nhead_dtype = "teacher"'},
+    "much": {
+        "corpus": 'language = ["en"]\nlicense = "mit"\nmax_tokens = 500',
+        "output": "temperatures = [2.0, 0.5]\nhidden_states = true\nseed = 3",
+    },
+    "written by the teacher": {"generation": "max_new_tokens = 4\ntemperature = 0"},
+}
+
+
+@pytest.mark.parametrize("changes", RESOLVED.values(), ids=RESOLVED)
+def test_the_resolved_recipe_is_a_recipe_of_the_same_dataset(make_recipe, changes):
+    dtype = changes.get("dtype", 'dtype = "float32"')
+    recipe = make_recipe(**{key: lines for key, lines in changes.items() if key != "dtype"})
+    recipe.write_text(recipe.read_text("utf-8").replace('dtype = "float32"', dtype))
+    first = estimated(recipe)
+    recipe.write_text(first.recipe, encoding="utf-8")
+    again = estimated(recipe)
+    assert fingerprint(again.plan) == fingerprint(first.plan)
+    assert again.recipe == first.recipe
+    said = tomllib.loads(first.recipe)
+    assert said["sequences"]["eos"] == "tokenizer"
+    assert said["teacher"]["attention"] == "sdpa"
+
+
+def test_a_resolved_recipe_of_chats(tmp_path, tiny_tokenizer, tiny_model):
+    chat_teacher = chatty_teacher(tiny_tokenizer, tiny_model, tmp_path / "chatty")
+    rows = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]] * 3
+    write_jsonl(tmp_path / "c.jsonl", [{"messages": row, "tools": None} for row in rows])
+    template = CHATML + "{% if thinking and tag %}{% endif %}"
+    (tmp_path / "own.jinja").write_text(template)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'name = "x"\n[corpus]\nfiles = ["c.jsonl"]\n[teacher]\npath = {json.dumps(str(chat_teacher))}\n'
+        '[sequences]\nmax_length = 64\nchat_template = "own.jinja"\nchat_template_kwargs = { thinking = false, tag = [1, { "c d" = "\\u202e" }] }\n'
+    )
+    first = estimated(recipe)
+    recipe.write_text(first.recipe, encoding="utf-8")
+    again = estimated(recipe)
+    assert fingerprint(again.plan) == fingerprint(first.plan)
+    assert first.plan["recipe"]["corpus"]["messages_column"] == "messages"
+    assert "\u202e" not in first.recipe
+
+
+@pytest.mark.parametrize(("how", "told"), [("chunk", "into chunks"), ("truncate", "off")])
+def test_what_is_skipped_and_cut_is_counted(make_recipe, corpus_file, how, told):
+    texts = ["one", " ", TRAINING_TEXT[0] * 9, "", "two", TRAINING_TEXT[0] * 5]
+    write_jsonl(corpus_file, [{"id": str(i), "text": text} for i, text in enumerate(texts)])
+    found = estimated(make_recipe(sequences=f'max_length = 32\nlong_documents = "{how}"'))
+    assert (found.sample.documents, found.sample.skipped, found.sample.cut) == (6, 2, 2)
+    assert describe(found).splitlines()[0] == (
+        f"documents  all 6: 2 skipped (null, empty or blank), 2 cut {told} at sequences.max_length = 32"
+    )
+
+
+def test_a_sample_says_that_it_is_one(make_recipe, corpus_file):
+    write_jsonl(corpus_file, [{"id": "blank", "text": ""}, *sample_documents(100)])
+    assert describe(estimated(make_recipe())).startswith(
+        f"documents  of the first {SAMPLE_DOCUMENTS + 1}: 1 skipped"
+    )
+
+
+REFUSED = {
+    "top_k": ({"output": "top_k = 449"}, r"output\.top_k is 449, .* has 448 tokens"),
+    "length": ({"sequences": "max_length = 257"}, r"max_length is 257, .* for 256 positions"),
+    "partitions": ({"output": "partitions = 2"}, r"partitions is 2, .* fewer files \(1\)"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_a_build_refuses_is_refused_in_the_same_words(make_recipe, changes, message):
+    recipe = make_recipe(**changes)
+    with pytest.raises(ValueError, match=message) as of_estimate:
+        estimated(recipe)
+    with pytest.raises(ValueError, match=message) as of_build:
+        built(recipe)
+    assert str(of_estimate.value) == str(of_build.value)
 
 
 # --- bytes and time --------------------------------------------------------------------------------------------------------

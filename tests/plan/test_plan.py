@@ -251,9 +251,9 @@ def test_the_command_says_it_to_a_person_and_to_a_program(cli):
     assert out.splitlines() == [
         "teacher   134,515,008 parameters: 0.287 GFLOP per token, 6% of it for attention",
         "speed     20,611 tokens/s: 30% (as others on an H100) of 19.5 TFLOPS of one a100",
-        "compute   13.5 GPU hours for 1,000,000,000 tokens: 13.5 hours on 1 GPU",
+        "compute   13.5 GPU hours for 1,000,000,000 tokens: 13.5 h on 1 GPU",
         "data      162.0 GB, 162 bytes per token, in 100,000 shards of 1.6 MB",
-        "the Hub   21.6 minutes to send at 1,000 Mbit/s; 50,002 commits, for which at least 16.2 days have to pass",
+        "the Hub   22 min to send at 1,000 Mbit/s; 50,002 commits, for which at least 16.2 days have to pass",
         "disk      6.5 MB with --publish-to ORG/NAME --discard-local",
         "together  16.2 days: all of it goes on at the same time, and committing takes longest",
         "but       the Hub takes 10,000 files, not 100,000: output.shard_tokens has to be 1_000_000 or more",

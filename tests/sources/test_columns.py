@@ -177,9 +177,10 @@ def test_the_command_says_what_was_found(cli, teacher, tmp_path):
     path = write(tmp_path, [{"messages": HI}], "jsonl")
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(recipe_text(teacher, path.name).replace('id_column = "id"\n', ""))
-    status, out, _ = cli("build", recipe, "--output", tmp_path / "x", "--dry-run")
+    status, out, err = cli("build", recipe, "--output", tmp_path / "x", "--dry-run")
     assert status == 0
-    assert '"messages_column": "messages"' in out
+    assert 'messages_column = "messages"' in out
+    assert err.startswith('found in the corpus: corpus.messages_column = "messages"\n')
     status, _, err = cli("build", recipe, "--output", tmp_path / "x")
     assert status == 0
     assert 'found in the corpus: corpus.messages_column = "messages"' in err

@@ -395,7 +395,7 @@ def test_the_command_opens_the_page_or_says_how(
     assert (status, err, opened) == (0, "", [output.as_uri()])
     tokens = sum(row["length"] for row in data_of(output.read_bytes())["rows"])
     size = output.stat().st_size
-    what = f"{output}: 2 rows, {tokens:,} tokens, {size / 1e6:.1f} MB"
+    what = f"{output}: 2 rows, {tokens:,} tokens, {size / 1e3:.1f} kB"
     following = [] if is_there else [f"next: open {output} in a browser"]
     assert out.splitlines() == [what, *following]
     assert cli(*arguments)[1].splitlines() == [what, f"next: open {output} in a browser"]
