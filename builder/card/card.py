@@ -19,6 +19,7 @@ from builder.card.charts import Curves, entropy_svg, marks, mass_svg, measure
 from builder.card.citation import citation
 from builder.card.example import context_of, table_of
 from builder.card.licences import licence_head, licence_text
+from builder.card.line import line_svg, words_of
 from builder.card.markdown import plain
 from builder.card.recipe_text import recipe_toml
 from builder.card.records import CURVES, REPO, read_curves, read_verification
@@ -30,7 +31,9 @@ from builder.sources import demo
 from logit_dataset.schema import Layout, card_features, columns
 
 README = "README.md"
-PICTURES = ("assets/mass.svg", "assets/entropy.svg")
+MASS, ENTROPY, LINE = "assets/mass.svg", "assets/entropy.svg", "assets/line.svg"
+PICTURES = (MASS, ENTROPY, LINE)
+"""That a card can have; the last one only where a recomputed position was recorded."""
 END_OF_HEAD = "---\n\n---\n"
 """Of a card whose head is empty."""
 
@@ -51,13 +54,21 @@ def card_files(
     )
     verification = read_verification(directory, manifest)
     card = render_card(manifest, curves=curves, verification=verification, release=release)
-    return {README: card.encode(), **pictures(curves)}
+    return {README: card.encode(), **pictures(curves, verification)}
 
 
-def pictures(curves: Curves) -> dict[str, bytes]:
+def pictures(curves: Curves, verification: dict[str, Any] | None) -> dict[str, bytes]:
     """The pictures of a card: name → content."""
-    drawn = (mass_svg(curves), entropy_svg(curves))
-    return {name: svg.encode() for name, svg in zip(PICTURES, drawn, strict=True)}
+    drawn = {MASS: mass_svg(curves), ENTROPY: entropy_svg(curves)}
+    if line := line_of(verification):
+        drawn[LINE] = line_svg(line)
+    return {name: svg.encode() for name, svg in drawn.items()}
+
+
+def line_of(verification: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The text that one of the pictures shows; None where none was recorded, as by older versions."""
+    found: dict[str, Any] | None = ((verification or {}).get("example") or {}).get("line")
+    return found
 
 
 @functools.lru_cache(maxsize=1)
@@ -74,8 +85,12 @@ def keep_curves(directory: Path, manifest: dict[str, Any], curves: Curves) -> No
 def write_card(
     directory: Path, manifest: dict[str, Any], *, release: dict[str, Any] | None = None
 ) -> None:
-    """Write the card and its pictures into a dataset's directory."""
-    for name, content in card_files(directory, manifest, release=release).items():
+    """Write the card and its pictures into a dataset's directory, and leave none there that it no longer has."""
+    files = card_files(directory, manifest, release=release)
+    for name in PICTURES:
+        if name not in files:
+            (directory / name).unlink(missing_ok=True)
+    for name, content in files.items():
         (directory / name).parent.mkdir(exist_ok=True)
         with atomic_file(directory / name) as sink:
             sink.write(content)
@@ -472,9 +487,10 @@ def _example(record: dict[str, Any] | None) -> dict[str, Any]:
     found = record.get("example") if record else None
     if not found:
         return {"example": []}
-    entropy = f"{found['entropy']:.2f}"
+    entropy, line = f"{found['entropy']:.2f}", line_of(record)
     return {
         "example": table_of(found),
+        "line_alt": words_of(line) if line else "",
         "example_context": context_of(found),
         "example_entropy": entropy,
     }

@@ -16,25 +16,26 @@ def table_of(example: dict[str, Any]) -> list[tuple[str, str]]:
     lines = []
     for rank, (token, probability) in enumerate(pairs):
         mark = " ← followed" if rank == example["rank"] else ""
-        lines.append((f"{_token(token)}{mark}", f"{probability:.1%}"))
+        lines.append((f"{token_text(token)}{mark}", f"{probability:.1%}"))
     shown, listed, rank = len(lines), example["listed"], example["rank"]
     is_below = rank is not None and rank >= shown
     if listed > shown:
         lines.append((f"the next {listed - shown:,}", f"{example['rest']:.1%}"))
     if example["tail"] > 0:
-        drawn = ", ".join(map(_token, example["draws"]))
+        drawn = ", ".join(map(token_text, example["draws"]))
         lines.append(
             (f"all others{f', such as {drawn}' if drawn else ''}", f"{example['tail']:.1%}")
         )
     if (is_below or rank is None) and example["following_probability"] is not None:
         place = f"among the next {listed - shown:,}" if is_below else "among all others"
-        token = _token(example["following"]) if example["following"] else "what"
+        token = token_text(example["following"]) if example["following"] else "what"
         share = f"{example['following_probability']:.1%}"
         lines.append((f"{token} ← followed, {place}", share))
     return lines
 
 
-def _token(text: str) -> str:
+def token_text(text: str) -> str:
+    """A token in quotation marks, as Markdown."""
     return f"“{plain(_visible(text))}”"
 
 

@@ -7,13 +7,14 @@ Out:  their values, if they are about the manifest's data, and of the types that
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from builder.card.charts import MAX_K, Curves
 from builder.dataset.manifest import data_digest
 from builder.dataset.manifest_model import Count, check
+from builder.dataset.telling import MAX_TOKENS
 
 VERIFICATION, RELEASE = "verification.json", "release.json"
 CURVES = ".curves.json"
@@ -64,6 +65,21 @@ class Limit(_Values):
 Share = Annotated[float, Field(ge=0, le=1.01)]
 
 
+class Line(_Values):
+    """The text around a position."""
+
+    tokens: Annotated[list[str], Field(min_length=1, max_length=MAX_TOKENS)]
+    surprises: list[float | None]
+    followed: Count
+    is_cut: bool
+
+    @model_validator(mode="after")
+    def _is_of_one_text(self) -> Self:
+        if not self.followed < len(self.tokens) == len(self.surprises):
+            raise ValueError("expected a surprise for each token, and which one followed")
+        return self
+
+
 class Example(_Values):
     """One position of a row that was recomputed."""
 
@@ -79,6 +95,7 @@ class Example(_Values):
     rank: Count | None
     following_probability: Share | None
     entropy: float
+    line: Line | None = None
 
 
 class Verification(_Values):
@@ -134,13 +151,16 @@ def read_release(directory: Path) -> dict[str, Any] | None:
 
 
 def read_verification(directory: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
-    """The recorded result of `verify --recompute`, if it is about these data files.
+    """The recorded result of `verify --recompute`, if it is about these data files; of a dataset without texts, none of its text.
 
     Raises:
         ValueError: it is about these, but something else than `verify` writes.
     """
     path = directory / VERIFICATION
-    return _checked(path, _about(path, manifest), Verification)
+    found = _checked(path, _about(path, manifest), Verification)
+    if found and not manifest["recipe"]["output"]["text"]:
+        found.pop("example", None)
+    return found
 
 
 def read_curves(directory: Path, manifest: dict[str, Any]) -> Curves | None:

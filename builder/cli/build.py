@@ -165,7 +165,7 @@ def build(
     if publish_to and published:
         say_published(publish_to, *published)
         return
-    following = [program(), "verify", str(output), "--recompute", "5"]
-    if teacher := local_teacher(loaded.teacher, base):
-        following += ["--teacher", str(teacher)]
-    say(f"next: {shlex.join(following)}")
+    where = local_teacher(loaded.teacher, base)
+    named = ["--teacher", str(where)] if where else []
+    for word, *command in (("next:", "verify", str(output), "--recompute", "5"), ("or:  ", "view", str(output), "--open")):  # fmt: skip
+        say(f"{word} {shlex.join([program(), *command, *named])}")

@@ -230,8 +230,8 @@ def local_files(
         RELEASE: json_bytes(release),
         **card_files(directory, manifest, release=release),
     }
-    if read_verification(directory, manifest):
-        small[VERIFICATION] = (directory / VERIFICATION).read_bytes()
+    if verification := read_verification(directory, manifest):
+        small[VERIFICATION] = json_bytes(verification)
     files = {path: LocalFile.of(content) for path, content in small.items()}
     for record in records_of(manifest):
         files[record.file] = LocalFile(directory / record.file, record.bytes, record.sha256)

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from builder.card.card import PICTURES, README, card_head, pictures, render_body
+from builder.card.card import LINE, PICTURES, README, card_head, line_of, pictures, render_body
 from builder.card.charts import Curves
 from builder.card.records import read_release, read_verification
 from builder.dataset.printable import one_line
@@ -68,12 +68,16 @@ def check_card(
     wrong = list(_wrong_values(head, card_head(manifest)))
     report.problems += [f"{README}: {line}; {REMEDY}" for line in wrong]
     report.notices += _additions(head, card_head(manifest))
+    verification = None
     try:
-        _compare_body(directory, manifest, curves, body, report)
+        verification = read_verification(directory, manifest)
+        _compare_body(directory, manifest, curves, verification, body, report)
     except ValueError as error:
         report.problems.append(one_line(error))
+    drawn = pictures(curves, verification) if curves is not None else {}
     for name in PICTURES:
-        _check_picture(directory, name, curves, report)
+        if name != LINE or line_of(verification) or (directory / name).exists():
+            _check_picture(directory, name, drawn, report)
 
 
 def _split(text: str) -> tuple[dict[str, Any], str]:
@@ -160,10 +164,15 @@ def _additions(head: dict[str, Any], rendered: dict[str, Any]) -> list[str]:
 
 
 def _compare_body(
-    directory: Path, manifest: dict[str, Any], curves: Curves | None, body: str, report: Report
+    directory: Path,
+    manifest: dict[str, Any],
+    curves: Curves | None,
+    verification: dict[str, Any] | None,
+    body: str,
+    report: Report,
 ) -> None:
     """Say where the text below the head is not what would be written."""
-    release, verification = read_release(directory), read_verification(directory, manifest)
+    release = read_release(directory)
     if curves is None:
         return
     expected = render_body(manifest, curves=curves, verification=verification, release=release)
@@ -179,7 +188,8 @@ def _compare_body(
     )
 
 
-def _check_picture(directory: Path, name: str, curves: Curves | None, report: Report) -> None:
+def _check_picture(directory: Path, name: str, drawn: dict[str, bytes], report: Report) -> None:
+    """Compare one with what would be drawn: nothing, where the data are not known."""
     try:
         content = _read(directory / name, MAX_PICTURE_BYTES)
         _check_drawing(content)
@@ -189,7 +199,7 @@ def _check_picture(directory: Path, name: str, curves: Curves | None, report: Re
     except (OSError, ValueError) as error:
         report.problems.append(f"{name}: {one_line(error, limit=200)}; {REMEDY}")
         return
-    if curves is not None and content != pictures(curves)[name]:
+    if drawn and content != drawn.get(name):
         report.notices.append(
             f"{name}: is not the picture that this version draws of the data; {REMEDY}"
         )

@@ -94,7 +94,8 @@ def recompute_rows(
     stored = [row.stored for row in rows]
     for one in stored:
         _read_alone(one, teacher, layout, manifest["recipe"], found)
-    example = telling_position([_telling(one) for one in stored], teacher.tokenizer)
+    told = stored if layout.text else []  # the card of a dataset without texts shows none
+    example = telling_position([_telling(one) for one in told], teacher.tokenizer)
     if recipe.dtype == "float32":
         for one, reading in zip(stored, found.alone, strict=True):
             lines = list(too_far_in_float32(reading.errors))

@@ -62,7 +62,7 @@
       const swatch = document.createElement("span"), above = name(bounds[bounds.length - 1]);
       swatch.textContent = bound === null ? (unit === "rank" ? `> ${above}, outside` : `> ${above}`) : (i ? "" : "≤ ") + name(bound);
       swatch.style.background = `var(--v${i})`;
-      swatch.style.color = `var(--on-${i === 5 ? 5 : i > 5 ? "high" : "low"})`;
+      swatch.style.color = `var(--on${i})`;
       return swatch;
     }));
   }

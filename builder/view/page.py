@@ -3,8 +3,8 @@
 In:   what a dataset is, its rows, its tokenizer, and the same rows of another dataset, if there is one.
 Out:  the bytes of a page that fetches nothing; the same for the same input.
 
-How:  page.html is the page, page.css its looks, page.js what it does. All words, texts and pictures are HTML that this module writes,
-      so that the page can be read without its script; colours, the panel and the search are the script's, from numbers in one block
+How:  page.html is the page, page.css its looks (the scale of colours is the card's), page.js what it does. All words, texts and pictures are HTML
+      that this module writes, so that the page can be read without its script; colours, the panel and the search are the script's, from numbers in one block
       of JSON: arrays in base64, in the very types of the dataset. Nothing from outside is markup: Jinja escapes it, the JSON holds no `<`, and
       the page's own policy (CSP) lets nothing run but the script whose hash it names.
 
@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup, escape
 
+from builder.card.colours import SURPRISE_BOUNDS, style_sheet
 from builder.corpus.sequences import NO_TOKEN
 from builder.dataset.info import spell_token
 from builder.dataset.printable import json_lines
+from builder.dataset.spelling import Strings, pieces, signs
 from builder.view.charts import draw
 from builder.view.comparison import Against
 from builder.view.rows import Array, Row
-from builder.view.spelling import Strings, pieces, signs
 from builder.view.turns import turns
 
 WIDTH = 20
@@ -46,9 +47,7 @@ class Measure:
     unit: str = "nats"
 
 
-SURPRISE = Measure(
-    name="surprise", label="surprise: −log p of the token", bounds=(0.1, 0.5, 1, 2, 3, 5, 8)
-)
+SURPRISE = Measure(name="surprise", label="surprise: −log p of the token", bounds=SURPRISE_BOUNDS)
 ENTROPY = Measure(
     name="entropy", label="entropy of what was expected", bounds=(0.25, 0.5, 1, 2, 3, 4, 5)
 )
@@ -107,7 +106,7 @@ def render(
         "strings": [each[0] if len(each) == 1 else each for each in parts],
         "arrays": {key: [_kind(array), _base64(array)] for key, array in values.items()},
     }
-    css, script = _file("page.css"), _file("page.js")
+    css, script = _file("page.css") + style_sheet(), _file("page.js")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )

@@ -157,7 +157,7 @@ def test_a_traceback_only_on_request(cli, monkeypatch, error):
         cli("info", "anything")
 
 
-def test_each_step_prints_the_next_one(cli, make_recipe, tmp_path):
+def test_each_step_prints_the_next_one(cli, make_recipe, tmp_path, monkeypatch):
     """As a user pastes them, in a directory whose name needs quotes."""
     output = tmp_path / "my dataset"
     stopped = cli("build", make_recipe(), "--output", output, "--max-shards", 1)
@@ -167,12 +167,18 @@ def test_each_step_prints_the_next_one(cli, make_recipe, tmp_path):
     built = run_cli("build", make_recipe(), "--output", output)
     assert (built.returncode, built.stderr) == (0, "")
     totals = json.loads((output / "manifest.json").read_text())["totals"]
-    what, following = built.stdout.splitlines()
+    what, following, or_view = built.stdout.splitlines()
     assert what == (
         f"{output}: complete, {totals['tokens']:,} tokens in {totals['rows']} rows, "
         f"{totals['bytes_per_token']} bytes per token"
     )
     assert following.startswith("next: logit-dataset verify ")
+    assert or_view.startswith("or:   logit-dataset view ")
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda address: not opened.append(address))
+    monkeypatch.chdir(tmp_path)
+    status, _, err = cli(*shlex.split(or_view)[2:])
+    assert (status, err, opened) == (0, "", [(tmp_path / "view.html").as_uri()])
 
     status, out, err = cli(*shlex.split(following)[2:])
     assert (status, err) == (0, "")

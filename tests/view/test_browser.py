@@ -12,8 +12,8 @@ import pytest
 
 from builder.dataset.info import spell_token
 from builder.dataset.manifest import read_manifest, records_of
+from builder.dataset.spelling import signs
 from builder.teacher.loading import load_tokenizer
-from builder.view.spelling import signs
 from logit_dataset.schema import loss_mask
 from tests.conftest import recipe_text
 from tests.view.browser import browser as open_browser

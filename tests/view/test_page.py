@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from builder.dataset.manifest import read_manifest, records_of
+from builder.dataset.spelling import pieces, signs
 from builder.teacher.loading import load_tokenizer
 from builder.view.charts import draw
 from builder.view.rows import load_rows
-from builder.view.spelling import pieces, signs
 from builder.view.turns import turns
 from builder.view.view import Viewed, choose, page
 from tests.chats import GEMMA, LLAMA_3, MISTRAL, chatty, sample_chats

@@ -57,6 +57,15 @@ def _growth(tokenizer: Any, ids: list[int], known: int) -> str | None:
     return after[len(before) :] if after.startswith(before) else None
 
 
+def columns(text: str) -> int:
+    """How wide a text is where every letter has one width: characters of East Asia and emoji have two, marks on a letter none."""
+    marks = ("Mn", "Me", "Cf")
+    return sum(
+        0 if unicodedata.category(c) in marks else 1 + (unicodedata.east_asian_width(c) in "WF")
+        for c in text
+    )
+
+
 def signs(text: str, *, in_line: bool = False) -> list[str]:
     """A text cut into parts, by turns one to be shown as it is and one that is a sign for a character that cannot be seen.
 
