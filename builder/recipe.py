@@ -70,6 +70,15 @@ def _optional_column(value: Any) -> Any:
 
 OptionalColumn = Annotated[str | Literal[False] | None, PlainValidator(_optional_column)]
 
+
+def _batch_tokens(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value > 0):
+        return value
+    raise ValueError('expected a whole number of at least 1, or "auto"')
+
+
+BatchTokens = Annotated[int | Literal["auto"], PlainValidator(_batch_tokens)]
+
 UNSAID = {
     "corpus": (
         *("prompt_column", "tools_column", "documents_column", "chat_template_kwargs_column"),
@@ -303,9 +312,9 @@ class SequencesRecipe(_Section):
     """What a template takes for today, as "2026-01-31", that writes the date."""
     drop_unwritten: tuple[str, ...] = ()
     """What of a chat may go that the template does not write, and is counted: keys of messages, "tools", "documents", or "*" for anything."""
-    batch_tokens: Positive = 16_384
+    batch_tokens: BatchTokens = 16_384
     """Positions in a batch, padding included; with 1, each sequence runs alone. Part of the recipe, for the shape of a batch changes
-    last bits."""
+    last bits. "auto" tries some sizes on the device when a build begins, and records the number that it takes."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -420,9 +429,22 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _batches_can_be_tried(self) -> Self:
+        if self.sequences.batch_tokens == "auto" and self.teacher.tensor_parallel:
+            raise ValueError(
+                'sequences.batch_tokens = "auto" tries sizes that may not fit, which a teacher that is split over processes '
+                "(teacher.tensor_parallel) does not survive; give a number"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _prompts_fit(self) -> Self:
         if self.generation is None:
             return self
+        if self.sequences.batch_tokens == "auto":
+            raise ValueError(
+                'sequences.batch_tokens = "auto" is tried on texts of the corpus, and with [generation] the teacher writes them; give a number'
+            )
         if self.teacher.tensor_parallel:
             raise ValueError(
                 "a teacher that is split over processes (teacher.tensor_parallel) cannot write; use teacher.device_map, or leave "
@@ -505,6 +527,18 @@ class Recipe(_Section):
             return self
         values = self.model_dump(exclude_unset=True)
         values["teacher"]["head_dtype"] = teacher.get("head_dtype", "teacher")
+        return type(self).model_validate(values)
+
+    def with_batch_tokens(self, sequences: dict[str, Any]) -> "Recipe":
+        """The recipe with the size of batches of one that was published, where it leaves that to a trial.
+
+        Args:
+            sequences: that one's section.
+        """
+        if self.sequences.batch_tokens != "auto":
+            return self
+        values = self.model_dump(exclude_unset=True)
+        values["sequences"]["batch_tokens"] = sequences["batch_tokens"]
         return type(self).model_validate(values)
 
     def published(self, *, attention: str | None = "sdpa") -> dict[str, Any]:
