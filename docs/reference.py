@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import typer
 from numpy.typing import ArrayLike
+from pydantic import PlainValidator
 from pydantic.fields import FieldInfo
 
 import logit_dataset
@@ -76,7 +77,7 @@ EXAMPLES: dict[str, dict[str, str]] = {
         "chat_template_kwargs": "chat_template_kwargs = { enable_thinking = false }",
         "chat_template_date": 'chat_template_date = "2026-01-31"',
         "drop_unwritten": 'drop_unwritten = ["reasoning_content"]',
-        "batch_tokens": "batch_tokens = 65_536",
+        "batch_tokens": 'batch_tokens = "auto"',
     },
     "generation": {
         "max_new_tokens": "max_new_tokens = 512",
@@ -112,6 +113,7 @@ SECTIONS: dict[str, Any] = {
 WORDS = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
 ALIASES = {
     "top_k": 'whole number, or `"all"`',
+    "batch_tokens": 'whole number > 0, or `"auto"`',
     "attention": "text",
     "tools_column": "text, or `false`",
     "documents_column": "text, or `false`",
@@ -195,7 +197,7 @@ PAGES: dict[str, Callable[[], str]] = {
 
 
 def _kind(key: str, field: FieldInfo) -> str:
-    if key in ALIASES:
+    if key in ALIASES and any(isinstance(one, PlainValidator) for one in field.metadata):
         return ALIASES[key]
     return _words(field.annotation) + "".join(_bounds(field))
 

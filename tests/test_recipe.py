@@ -177,7 +177,7 @@ WRONG = {
     f'name = "x"\n{FILES}[teacher]\nrepo = "a/b"\nrevision = "{COMMIT[:8]}"\ntrust_remote_code = true\n':
         rf"full 40-digit commit, not '{COMMIT[:8]}'",
     f"{SMALLEST}attention = 'fast'": r"teacher\.attention: expected one of sdpa, .*, or a kernel of the Hub .* \(found .fast.\)",
-    f"{SMALLEST}[sequences]\nbatch_tokens = 0": r"batch_tokens: expected more than 0 \(found 0\)",
+    f"{SMALLEST}[sequences]\nbatch_tokens = 0": r'batch_tokens: expected a whole number of at least 1, or "auto" \(found 0\)',
     f"{SMALLEST}[sequences]\nmax_length = 7": r"max_length: expected at least 8 \(found 7\)",
     f"{SMALLEST}[sequences]\nbos = true": r"bos: expected 'tokenizer', 'always' or 'never' \(found true\)",
     f"{SMALLEST}[sequences]\nlearn = 'first'": r"learn: expected 'all' or 'last' \(found .first.\)",

@@ -118,11 +118,19 @@ class Actor:
 
     def prepare(self, task: Task) -> dict[str, Any]:
         """As `Worker.prepare`, once it is sure that this machine has what the driver's has."""
+        self._check_device()
+        return self._worker.prepare(task)
+
+    def _check_device(self) -> None:
         if self._device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(
                 "a worker's torch finds no CUDA device; use --device cpu, or install a CUDA build of torch there"
             )
-        return self._worker.prepare(task)
+
+    def settle_batches(self) -> tuple[Recipe, list[str]]:
+        """As `Worker.settle_batches`, and what there is to say of it."""
+        self._check_device()
+        return self._worker.settle_batches(), self.status().notices
 
     def shard(self, task: Task) -> ShardRecord:
         """As `Worker.shard`."""

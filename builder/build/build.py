@@ -115,13 +115,10 @@ def build(
         recipe, found_columns = settle_columns(recipe, sources.corpus, known)
         for line in found_columns:
             notice(line)
-        plan = sources.plan(recipe)
-        state.settle("plan", {**deciding(plan), "schema_version": SCHEMA_VERSION})
+        plan = _settle_plan(recipe, sources, state)
         state.remember(known)
         state.refuse_strangers()
         state.sweep()
-        planned(plan, sources, not state.has_shards())
-        chains = _Chains(state, recipe, outbox, max_shards=max_shards, found=found, notice=notice)
         if pool is None:
             worker = Worker(
                 recipe,
@@ -132,11 +129,22 @@ def build(
                 notice=notice,
                 told=told,
             )
-            computed = _compute_here(worker, output, chains)
         else:
             from builder.build import workers
             from builder.build.actor import make_order
-
+        if recipe.sequences.batch_tokens == "auto":  # and no shard is there yet
+            if pool is None:
+                recipe = worker.settle_batches()
+            else:
+                recipe = workers.settle_batches(
+                    pool, make_order(recipe, sources, output, known), notice=notice
+                )
+            plan = _settle_plan(recipe, sources, state)
+        planned(plan, sources, not state.has_shards())
+        chains = _Chains(state, recipe, outbox, max_shards=max_shards, found=found, notice=notice)
+        if pool is None:
+            computed = _compute_here(worker, output, chains)
+        else:
             order = make_order(recipe, sources, output, known)
             computed = workers.compute(pool, order, chains, progress=progress, notice=notice)
         with closing(computed):
@@ -163,8 +171,21 @@ def build(
 
 def _as_begun(recipe: Recipe, state: BuildState) -> Recipe:
     """The recipe with what it leaves open and an earlier run of this build has settled, which older code may have been."""
-    plan = state.settled("plan")
-    return recipe.with_head_dtype(plan["recipe"]["teacher"]) if plan else recipe
+    if plan := state.settled("plan"):
+        recipe = recipe.with_head_dtype(plan["recipe"]["teacher"])
+        recipe = recipe.with_batch_tokens(plan["recipe"]["sequences"])
+    return recipe
+
+
+def _settle_plan(recipe: Recipe, sources: Sources, state: BuildState) -> dict[str, Any]:
+    """The plan of a build, written down.
+
+    Raises:
+        ValueError: there are shards of another one.
+    """
+    plan = sources.plan(recipe)
+    state.settle("plan", {**deciding(plan), "schema_version": SCHEMA_VERSION})
+    return plan
 
 
 class _Chains:
@@ -426,6 +447,7 @@ def _published_as(manifest: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     attention = manifest["recipe"]["teacher"].get("attention", "sdpa")
     recipe = recipe.with_columns(manifest["recipe"]["corpus"])
     recipe = recipe.with_head_dtype(manifest["recipe"]["teacher"])
+    recipe = recipe.with_batch_tokens(manifest["recipe"]["sequences"])
     published = recipe.published(attention=attention)
     for section in ("corpus", "teacher"):
         if published[section]["revision"] == manifest[section].get("commit"):

@@ -17,6 +17,7 @@ from collections.abc import Generator as Generates
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from builder.capture.decoding import Decoder
 from builder.capture.generation import Generator
 from builder.capture.guard import Guard
 from builder.capture.pipeline import Notice, Pipeline, Progress
+from builder.capture.trial import try_sizes
 from builder.corpus.chats import ChatTemplate
 from builder.corpus.documents import Offset
 from builder.corpus.encoder import Encoder
@@ -42,7 +44,7 @@ from builder.dataset.shards import (
 )
 from builder.plan.fit import check_fit
 from builder.recipe.recipe import Recipe
-from builder.recipe.sections import CorpusRecipe
+from builder.recipe.sections import CorpusRecipe, SequencesRecipe
 from builder.sources.changes import Watch
 from builder.sources.opening import make_encoder, open_teacher
 from builder.sources.resolve import Sources, template_provenance
@@ -119,10 +121,6 @@ class Worker:
         self._progress = progress
         self._notice = notice
         self._told = told
-        self._metadata = {
-            "logit_dataset.schema": SCHEMA_VERSION,
-            "logit_dataset.row_fingerprint": row_fingerprint(sources.plan(recipe)),
-        }
         self._stream: SequenceStream | None = None
         self._guard = Guard()
 
@@ -162,6 +160,26 @@ class Worker:
     def layout(self) -> Layout:
         """What the rows hold."""
         return Layout.of(self._recipe.published(), self.teacher.provenance())
+
+    def settle_batches(self) -> Recipe:
+        """The recipe, in which the size of batches is a number: where it leaves that open, some are tried, which takes the teacher and seconds.
+
+        Raises:
+            ValueError: as `prepare`, or the beginning of the corpus cannot be read.
+        """
+        if self._recipe.sequences.batch_tokens != "auto":
+            return self._recipe
+        chosen = SequencesRecipe().batch_tokens
+        sequences = self._stream_for(Task(partition=0, index=0, start=None)).shard_sequences()
+        first = next(sequences, None) if self.teacher.head_only else None
+        if first:  # what has none fails later, and where each sequence runs alone, no size matters
+            self._told("trying sizes of batches")
+            trial = try_sizes(self.teacher, chain([first], sequences), layout=self.layout)
+            self._told("")
+            self._notice(str(trial))
+            chosen = trial.batch_tokens
+        self._recipe = self._recipe.with_batch_tokens({"batch_tokens": chosen})
+        return self._recipe
 
     @cached_property
     def decoder(self) -> Decoder | None:
@@ -231,7 +249,12 @@ class Worker:
                 sink,
                 layout=self.layout,
                 profile=self._recipe.output.profile,
-                metadata=self._metadata,
+                metadata={
+                    "logit_dataset.schema": SCHEMA_VERSION,
+                    "logit_dataset.row_fingerprint": row_fingerprint(
+                        self._sources.plan(self._recipe)
+                    ),
+                },
                 seen=totals.add,
             ) as writer,
         ):
@@ -279,11 +302,13 @@ class Worker:
                 yield window.block
 
     def _pipeline(self) -> Pipeline:
+        batch_tokens = self._recipe.sequences.batch_tokens
+        assert isinstance(batch_tokens, int)  # or `settle_batches` was not called
         return Pipeline(
             self.teacher,
             layout=self.layout,
             seed=self._recipe.output.seed,
-            batch_tokens=self._recipe.sequences.batch_tokens,
+            batch_tokens=batch_tokens,
             guard=self._guard,
             # What is written is counted while it is written.
             progress=(lambda _: None) if self.decoder else self._progress,

@@ -15,7 +15,7 @@ Cost: a worker needs its own teacher in memory, and about five seconds to start.
 
 import os
 from collections import Counter, deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from builder.build.actor import Actor, Order, Status
 from builder.build.worker import Computed, Pool, Task
 from builder.capture.pipeline import Notice, Progress
 from builder.dataset.manifest import ShardRecord
+from builder.recipe.recipe import Recipe
 from builder.sources.changes import SourceChangedError
 
 RETRIES = 2
@@ -85,15 +86,34 @@ def compute(
             crew.dismiss()
 
 
+def settle_batches(pool: Pool, order: Order, *, notice: Notice) -> Recipe:
+    """As `Worker.settle_batches`, by a worker that ends with it.
+
+    Raises:
+        ValueError: as `compute`, or the worker dies.
+    """
+    with _ray(pool):
+        pool.told("trying sizes of batches")
+        actor = _start(pool, order, notice)()
+        try:
+            recipe, lines = ray.get(actor.settle_batches.remote())
+        except RayError as error:
+            outcome = _error(error, "trying sizes of batches")
+            raise outcome from None
+        finally:
+            ray.kill(actor)
+            pool.told("")
+        for line in lines:
+            notice(line)
+        return recipe  # type: ignore[no-any-return]
+
+
 class _Crew:
     """The workers of a pool, and what each is doing."""
 
     def __init__(self, pool: Pool, order: Order, *, progress: Progress, notice: Notice) -> None:
         self._told, self._progress, self._notice = pool.told, progress, notice
-        device, cpus, gpus = _resources(pool, order.recipe.teacher.tensor_parallel, notice)
-        threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cpus))
-        start = ray.remote(num_cpus=cpus, num_gpus=gpus, concurrency_groups={"status": 1})(Actor)
-        self._new_actor = partial(start.remote, order, device, threads)
+        self._new_actor = _start(pool, order, notice)
         self._actors = [self._new_actor() for _ in range(pool.workers)]
         self._under_way: dict[Any, tuple[int, Task | None]] = {}
         """Result to come → (worker, its shard); no shard while it loads the teacher."""
@@ -152,14 +172,8 @@ class _Crew:
         outcome: Any
         try:
             outcome = ray.get(result)
-        except RayTaskError as error:
-            outcome = error.cause
-            if not isinstance(outcome, Exception) or isinstance(outcome, RayError):
-                outcome = RuntimeError(str(error).strip().splitlines()[-1])  # below its traceback
         except RayError as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            doing = f"computing {task.file}" if task else "loading the teacher"
-            outcome = _Died(f"a worker died {doing}, perhaps for want of memory ({reason})")
+            outcome = _error(error, f"computing {task.file}" if task else "loading the teacher")
         self._count(worker, outcome.tokens if isinstance(outcome, ShardRecord) else 0)
         self._counted[worker] = 0
         return outcome
@@ -228,6 +242,25 @@ class _Crew:
 
 class _Died(ValueError):
     """The process or machine of a worker died."""
+
+
+def _start(pool: Pool, order: Order, notice: Notice) -> Callable[[], Any]:
+    """What starts a worker of a pool."""
+    device, cpus, gpus = _resources(pool, order.recipe.teacher.tensor_parallel, notice)
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cpus))
+    start = ray.remote(num_cpus=cpus, num_gpus=gpus, concurrency_groups={"status": 1})(Actor)
+    return partial(start.remote, order, device, threads)
+
+
+def _error(error: RayError, doing: str) -> Exception:
+    """What a worker raised, or that it died of what it was doing."""
+    if isinstance(error, RayTaskError):
+        cause = error.cause
+        if isinstance(cause, Exception) and not isinstance(cause, RayError):
+            return cause
+        return RuntimeError(str(error).strip().splitlines()[-1])  # below its traceback
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return _Died(f"a worker died {doing}, perhaps for want of memory ({reason})")
 
 
 @contextmanager

@@ -122,6 +122,11 @@ class Pipeline:
         self.halved_batches = 0
         """How many batches did not fit the device's memory and were halved: this can change last bits."""
 
+    @property
+    def window_tokens(self) -> int:
+        """Tokens of the sequences that are sorted by length together, unless it is a single sequence."""
+        return min(WINDOW_BATCHES * self._batch_tokens, WINDOW_VALUES // self._layout.widest)
+
     def blocks(self, sequences: Iterator[Sequence]) -> Iterator[Block]:
         """The sequences in their order, each with the distributions of its positions.
 
@@ -144,7 +149,7 @@ class Pipeline:
             yield from self._land(in_flight.popleft())
 
     def _windows(self, sequences: Iterator[Sequence]) -> Iterator[Window]:
-        limit = min(WINDOW_BATCHES * self._batch_tokens, WINDOW_VALUES // self._layout.widest)
+        limit = self.window_tokens
         window: list[Sequence] = []
         tokens = 0
         for sequence in sequences:
@@ -161,11 +166,11 @@ class Pipeline:
         batches = length_sorted_batches(lengths, self._batch_tokens, self._teacher.reach)
         return Window(
             sequences=sequences,
-            batches=[self._batch([sequences[i] for i in indices], indices) for indices in batches],
+            batches=[self.batch([sequences[i] for i in indices], indices) for indices in batches],
             loss_only=self._layout.completions_only,
         )
 
-    def _batch(self, sequences: list[Sequence], indices: SequenceOf[int] = ()) -> _Batch:
+    def batch(self, sequences: list[Sequence], indices: SequenceOf[int] = ()) -> _Batch:
         """What the device needs of some sequences."""
         layout = self._layout
         return _Batch(
@@ -190,7 +195,7 @@ class Pipeline:
                 middle = len(batch.indices) // 2
                 halves = (batch.indices[middle:], batch.indices[:middle])
                 waiting.extendleft(
-                    self._batch([window.sequences[i] for i in half], half) for half in halves
+                    self.batch([window.sequences[i] for i in half], half) for half in halves
                 )
             else:
                 yield _Launched(window=window, batch=batch, is_last=not waiting, arrive=arrive)
@@ -198,7 +203,7 @@ class Pipeline:
     def _launch(self, batch: _Batch) -> Callable[[], Distribution] | None:
         """Start the work on a batch; None if it does not fit the device's memory."""
         try:
-            return start_copy(self._capture(batch))
+            return self.start(batch)
         except torch.OutOfMemoryError:
             pass  # what the failed attempt holds is let go with the exception, before the next attempt
         sequences = batch.sequences
@@ -216,6 +221,14 @@ class Pipeline:
         if self._teacher.device.type == "cuda":
             torch.cuda.empty_cache()
         return None
+
+    def start(self, batch: _Batch) -> Callable[[], Distribution]:
+        """Launch a batch; the result waits for its statistics on the host.
+
+        Raises:
+            OutOfMemoryError: it does not fit the device's memory.
+        """
+        return start_copy(self._capture(batch))
 
     def _capture(self, batch: _Batch) -> Distribution:
         """The statistics of a batch, on the device."""
@@ -276,12 +289,12 @@ class Pipeline:
         sequence, loss_only = sequences[chosen], self._layout.completions_only
         limit, noise = NOISE[self._teacher.dtype], 0.0
         try:
-            alone = start_copy(self._capture(self._batch([sequence])))()
+            alone = self.start(self.batch([sequence]))()
             found = _part(distribution, sequences, chosen, loss_only=loss_only)
             if (off := distance(found, alone)) <= limit:
                 return
             copies = [sequence] * len(sequences)
-            same = start_copy(self._capture(self._batch(copies)))()
+            same = self.start(self.batch(copies))()
             noise = distance(_part(same, copies, chosen, loss_only=loss_only), alone)
         except torch.OutOfMemoryError:
             return  # the next batch is under way, too; there will be others to look at

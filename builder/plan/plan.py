@@ -297,6 +297,10 @@ def _advice(recipe: Recipe, tokens: int, per_token: float, idle: int, limit: str
         lines.append(
             "the teacher writes, which is not counted: a token at a time, and limited by memory rather than by FLOP"
         )
+    if recipe.sequences.batch_tokens == "auto":
+        lines.append(
+            'sequences.batch_tokens = "auto" is settled when the build begins, by a trial of some seconds on its device'
+        )
     if recipe.output.completions_only:
         lines.append(
             "bytes are counted as if all positions were kept: output.completions_only keeps fewer"

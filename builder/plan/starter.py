@@ -61,6 +61,9 @@ def starter(
         "[sequences]",
         f"max_length = {_length(teacher):<18} # tokens that the teacher sees at once",
     ]
+    lines.append(
+        '# batch_tokens = "auto"           # tries on the device what is fastest, when the build begins'
+    )
     if is_chat:
         lines.append('# learn = "last"                # for templates that rewrite earlier answers, such as Qwen3\'s')  # fmt: skip
     lines += [

@@ -60,3 +60,12 @@ def _optional_column(value: Any) -> Any:
 
 
 OptionalColumn = Annotated[str | Literal[False] | None, PlainValidator(_optional_column)]
+
+
+def _batch_tokens(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value > 0):
+        return value
+    raise ValueError('expected a whole number of at least 1, or "auto"')
+
+
+BatchTokens = Annotated[int | Literal["auto"], PlainValidator(_batch_tokens)]

@@ -52,9 +52,22 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _batches_can_be_tried(self) -> Self:
+        if self.sequences.batch_tokens == "auto" and self.teacher.tensor_parallel:
+            raise ValueError(
+                'sequences.batch_tokens = "auto" tries sizes that may not fit, which a teacher that is split over processes '
+                "(teacher.tensor_parallel) does not survive; give a number"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _prompts_fit(self) -> Self:
         if self.generation is None:
             return self
+        if self.sequences.batch_tokens == "auto":
+            raise ValueError(
+                'sequences.batch_tokens = "auto" is tried on texts of the corpus, and with [generation] the teacher writes them; give a number'
+            )
         if self.teacher.tensor_parallel:
             raise ValueError(
                 "a teacher that is split over processes (teacher.tensor_parallel) cannot write; use teacher.device_map, or leave "
@@ -137,6 +150,18 @@ class Recipe(Section):
             return self
         values = self.model_dump(exclude_unset=True)
         values["teacher"]["head_dtype"] = teacher.get("head_dtype", "teacher")
+        return type(self).model_validate(values)
+
+    def with_batch_tokens(self, sequences: dict[str, Any]) -> "Recipe":
+        """The recipe with the size of batches of one that was published, where it leaves that to a trial.
+
+        Args:
+            sequences: that one's section.
+        """
+        if self.sequences.batch_tokens != "auto":
+            return self
+        values = self.model_dump(exclude_unset=True)
+        values["sequences"]["batch_tokens"] = sequences["batch_tokens"]
         return type(self).model_validate(values)
 
     def published(self, *, attention: str | None = "sdpa") -> dict[str, Any]:

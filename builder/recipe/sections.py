@@ -14,6 +14,7 @@ from builder.recipe.fields import (
     MIN_SAMPLER_TEMPERATURE,
     OWN,
     Attention,
+    BatchTokens,
     Language,
     License,
     OptionalColumn,
@@ -223,9 +224,9 @@ class SequencesRecipe(Section):
     """What a template takes for today, as "2026-01-31", that writes the date."""
     drop_unwritten: tuple[str, ...] = ()
     """What of a chat may go that the template does not write, and is counted: keys of messages, "tools", "documents", or "*" for anything."""
-    batch_tokens: Positive = 16_384
+    batch_tokens: BatchTokens = 16_384
     """Positions in a batch, padding included; with 1, each sequence runs alone. Part of the recipe, for the shape of a batch changes
-    last bits."""
+    last bits. "auto" tries some sizes on the device when a build begins, and records the number that it takes."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -80,6 +80,31 @@ def test_twenty_kills_at_random_moments(recipe, tmp_path, killer):
         attempt += 1
 
 
+@pytest.mark.parametrize("step", ["state.write_json#2:before", "state.write_json#5:after", "os.replace#7:before"])  # fmt: skip
+def test_kills_of_a_build_that_has_tried_sizes_of_batches(
+    recipe, make_recipe, tmp_path, killer, step
+):
+    options = {
+        "output": "shard_tokens = 200",
+        "sequences": 'max_length = 64\nbatch_tokens = "auto"',
+    }
+    recipe, output = make_recipe(**options), tmp_path / "out"
+    assert killer.build(recipe, output, at_step=step)["killed"]
+    before = finished_shards(output)
+    plan = json.loads((output / ".build/plan.json").read_text())
+    settled = plan["recipe"]["sequences"]["batch_tokens"]
+    assert killer.build(recipe, output)["status"] == 0
+    check_kept(before, output)
+    manifest = read_manifest(output)
+    found = manifest["recipe"]["sequences"]["batch_tokens"]
+    assert type(found) is int
+    assert not before or found == settled
+    options["sequences"] = f"max_length = 64\nbatch_tokens = {found}"
+    assert killer.build(make_recipe(**options), tmp_path / "said")["status"] == 0
+    assert data_bytes(output) == data_bytes(tmp_path / "said")
+    assert manifest["fingerprint"] == read_manifest(tmp_path / "said")["fingerprint"]
+
+
 @pytest.mark.parametrize(
     "step",
     [

@@ -207,6 +207,32 @@ def test_a_new_machine_goes_on_from_the_branch_alone(hub, deliver, whole, tmp_pa
     assert len(hub.arrived) == len(set(hub.arrived)) == SHARDS
 
 
+def test_the_size_of_batches_that_was_tried_is_that_of_all_machines_and_versions(
+    hub, deliver, tiny_teacher_dir, tmp_path
+):
+    def write(documents: int) -> Path:
+        name = tmp_path / f"recipe-{documents}"
+        name.mkdir()
+        limit = f"{LICENSED['corpus']}\nmax_documents = {documents}"
+        auto = 'max_length = 64\nbatch_tokens = "auto"'
+        return write_recipe(name, tiny_teacher_dir, sequences=auto, corpus=limit)
+
+    recipe = write(8)
+    tried = deliver(tmp_path / "a", "--max-shards", 1, recipe=recipe)
+    assert tried.returncode == 0, tried.stderr
+    found = re.search(r'batch_tokens = "auto" is ([\d,]+) for this build', tried.stderr)[1]
+    for directory, documents, tag in (("b", 8, "v1.0.0"), ("c", 12, "v1.1.0")):
+        recipe = recipe if documents == 8 else write(documents)
+        result = deliver(tmp_path / directory, recipe=recipe)
+        assert result.returncode == 0, result.stderr
+        assert "for this build" not in result.stderr
+        manifest = json.loads(dataset_files(hub, tag)["manifest.json"])
+        assert manifest["recipe"]["sequences"]["batch_tokens"] == int(found.replace(",", ""))
+    again = deliver(tmp_path / "d", recipe=recipe)
+    assert again.returncode == 0, again.stderr
+    assert "built already" in again.stdout
+
+
 def test_a_new_machine_takes_the_commits_that_the_branch_knows(
     hub, deliver, tiny_teacher_dir, tmp_path
 ):

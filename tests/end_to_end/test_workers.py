@@ -81,6 +81,23 @@ def test_two_workers_make_the_files_of_one(ray, recipe, tmp_path, monkeypatch):
     assert any("loading" in line or "starting" in line for line in doing)
 
 
+def test_workers_agree_on_the_size_of_batches_that_one_has_tried(
+    ray, recipe, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    text, notices = recipe.read_text(), []
+    assert "batch_tokens = 256\n" in text
+    recipe.write_text(text.replace("batch_tokens = 256", 'batch_tokens = "auto"'))
+    run(recipe, tmp_path / "two", pool=Pool(workers=2), notice=notices.append)
+    manifest = read_manifest(tmp_path / "two")
+    found = manifest["recipe"]["sequences"]["batch_tokens"]
+    assert [line for line in notices if f'"auto" is {found:,} for this build' in line] == notices
+    recipe.write_text(text.replace("batch_tokens = 256", f"batch_tokens = {found}"))
+    run(recipe, tmp_path / "one")
+    assert data_bytes(tmp_path / "two") == data_bytes(tmp_path / "one")
+    assert manifest["fingerprint"] == read_manifest(tmp_path / "one")["fingerprint"]
+
+
 def test_dead_workers_are_replaced_and_bad_shards_do_not_lose_the_others(
     ray, recipe, tmp_path, monkeypatch
 ):
