@@ -20,6 +20,8 @@ from pydantic import (
     model_validator,
 )
 
+from logit_dataset.schema import SPLITS, TRAIN, VALIDATION
+
 Positive = Annotated[int, Field(gt=0)]
 SpecialToken = Literal["tokenizer", "always", "never"]
 License = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]{0,63}$")]
@@ -76,6 +78,7 @@ UNSAID = {
     ),
     "teacher": ("device_map", "tensor_parallel", "config", "python", "weights"),
     "sequences": ("learn", "chat_template_kwargs", "chat_template_date", "drop_unwritten"),
+    "output": ("validation",),
 }
 """Fields that a plan holds only if the recipe sets them to other values than their defaults: they are younger than the fingerprints of some
 datasets."""
@@ -360,8 +363,10 @@ class OutputRecipe(_Section):
     """Most probable tokens that are kept; "all" keeps the log-probabilities of the whole vocabulary, in its order."""
     tail_samples: Annotated[int, Field(ge=0, le=1024)] = 4
     """Tokens drawn from what is outside the top K: with them, expectations over the whole distribution are unbiased."""
+    validation: Annotated[float, Field(gt=0, lt=0.5)] | None = None
+    """Share of the documents that are held out, in a split `validation` beside `train`: 0.01, for example. A document's id and `seed` decide."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the draws, together with the document's id: change it to draw others."""
+    """Of the draws and the hold-out, together with the document's id: change it to draw others."""
     temperatures: tuple[Temperature, ...] = ()
     """Other temperatures at which the distribution is to be known."""
     hidden_states: bool = False
@@ -382,8 +387,10 @@ class OutputRecipe(_Section):
     def _check(self) -> Self:
         if self.top_k == "all" and self.tail_samples and "tail_samples" in self.model_fields_set:
             raise ValueError('top_k = "all" leaves no tail to draw from; leave out tail_samples')
-        if self.seed and not self.tail_samples:
-            raise ValueError("seed means something only with tail_samples; leave it out")
+        if self.seed and not (self.tail_samples or self.validation):
+            raise ValueError(
+                "seed means something only with tail_samples or validation; leave it out"
+            )
         if len(set(self.temperatures)) < len(self.temperatures) or 1 in self.temperatures:
             raise ValueError(
                 f"temperatures are {list(self.temperatures)}, expected different ones, and not 1, which is always stored"
@@ -412,12 +419,40 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _limits_can_be_shared(self) -> Self:
-        limits = [self.corpus.max_documents, self.corpus.max_tokens]
-        if any(limit and limit < self.output.partitions for limit in limits):
+        for split in self.splits:
+            limits = self.limits(split)
+            if not any(limit is not None and limit < self.output.partitions for limit in limits):
+                continue
+            if split == VALIDATION and (few := min(n for n in limits if n is not None)) < 1:
+                raise ValueError(
+                    f"output.validation = {self.output.validation:g} of the corpus's limit is {few}, which leaves nothing to hold out; choose "
+                    "a larger max_documents or max_tokens, or leave out validation"
+                )
+            what = "" if len(self.splits) == 1 else f" of the split {split}"
             raise ValueError(
-                f"output.partitions is {self.output.partitions}, which is more than the corpus's limit can be divided into"
+                f"output.partitions is {self.output.partitions}, which is more than the corpus's limit{what} can be divided into"
             )
         return self
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Of the dataset."""
+        return SPLITS if self.output.validation else (TRAIN,)
+
+    def limits(self, split: str) -> tuple[int | None, int | None]:
+        """The documents and the tokens of a split at most: its share of the corpus's limits."""
+        share = self.output.validation or 0.0
+        held_out = [limit and round(limit * share) for limit in self._limits]
+        if split == VALIDATION:
+            return held_out[0], held_out[1]
+        rest = [
+            limit and limit - (out or 0) for limit, out in zip(self._limits, held_out, strict=True)
+        ]
+        return rest[0], rest[1]
+
+    @property
+    def _limits(self) -> tuple[int | None, int | None]:
+        return self.corpus.max_documents, self.corpus.max_tokens
 
     @model_validator(mode="after")
     def _prompts_fit(self) -> Self:

@@ -124,7 +124,7 @@ class Actor:
             )
         return self._worker.prepare(task)
 
-    def shard(self, task: Task) -> ShardRecord:
+    def shard(self, task: Task) -> ShardRecord | None:
         """As `Worker.shard`."""
         self._file, self._tokens = task.file, 0
         return self._worker.shard(self._order.output, task)
