@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from logit_dataset.rows import RowGroup, token_columns
-from logit_dataset.schema import SCHEMA_VERSION, Column, Layout, columns
+from logit_dataset.schema import SCHEMA_VERSION, SPLITS, TRAIN, Column, Layout, columns
 
 LIKELY_FOOTER_BYTES = 2**17
 """Read at once: what most footers have at most."""
@@ -83,6 +83,7 @@ class FileRecord:
     tokens: int
     footer_sha256: str | None = None
     """None of a file whose pages have no checksums."""
+    split: str = TRAIN
 
     @classmethod
     def of(cls, shard: Mapping[str, Any]) -> Self:
@@ -99,7 +100,10 @@ class FileRecord:
             if not isinstance(value, str) and (name == "sha256" or value is not None):
                 raise ValueError(f"{shard['file']!r} has {name} = {value!r}")
         numbers = {name: shard[name] for name in ("bytes", "rows", "tokens")}
-        return cls(file=shard["file"], **hashes, **numbers)
+        split = shard.get("split") or TRAIN
+        if split not in SPLITS:
+            raise ValueError(f"{shard['file']!r} has split = {split!r}")
+        return cls(file=shard["file"], split=split, **hashes, **numbers)
 
 
 class DifferentFile(ValueError):

@@ -34,7 +34,7 @@ from logit_dataset.files import (
     row_groups,
 )
 from logit_dataset.rows import Ends, Projection, RowGroup, Rows, read_rows, token_columns
-from logit_dataset.schema import SCHEMA_VERSION, Layout
+from logit_dataset.schema import SCHEMA_VERSION, TRAIN, Layout
 from logit_dataset.tokenizer_check import check_tokenizer
 
 MANIFEST = "manifest.json"
@@ -50,9 +50,14 @@ class LogitDataset:
     columns: list[str]
     """Columns with values a token; all of them are in a batch."""
     files: Files
+    split: str = TRAIN
+    """Whose files these are."""
     projection: Projection | None = None
     prompt_targets: bool = False
     """Whether `target_ids` outside completions are kept."""
+
+    def __len__(self) -> int:
+        return self.num_rows
 
     def __repr__(self) -> str:
         return (
@@ -120,6 +125,7 @@ class LogitDataset:
                 "fingerprint": self.manifest["fingerprint"],
                 "projection": self.projection.fingerprint if self.projection else None,
                 "prompt_targets": self.prompt_targets or None,  # as states of before have it
+                "split": None if self.split == TRAIN else self.split,
             },
             batch_size=batch_size,
             length=length,
@@ -175,6 +181,7 @@ class LogitDataset:
 def load_logits(
     path_or_repo: str | Path,
     *,
+    split: str = TRAIN,
     revision: str | None = None,
     streaming: bool = False,
     require_teacher: str | None = None,
@@ -187,6 +194,7 @@ def load_logits(
 
     Args:
         path_or_repo: directory of a dataset, or its name on the Hub.
+        split: `train`, or `validation` of a dataset with a hold-out.
         revision: tag, branch or commit on the Hub; the main branch, if None.
         streaming: read from the Hub while training; otherwise it is downloaded first.
         require_teacher: repository, name, commit, `repository@commit` or file hash of the teacher that you expect.
@@ -208,9 +216,9 @@ def load_logits(
             "check_hashes reads files as a whole, which streaming never does; leave one of the two out"
         )
     where = f"{path_or_repo}@{revision}" if revision else str(path_or_repo)
-    source = _source(path_or_repo, revision, streaming=streaming)
+    source = _source(path_or_repo, revision, streaming=streaming, split=split)
     manifest = _read_manifest(source, where)
-    records = check_manifest(manifest, where)
+    records = _of_split(check_manifest(manifest, where), split, where)
     _check_requirements(manifest, where, require_teacher, require_tokenizer, require_vocab_size)
     layout = Layout.of(manifest["recipe"], manifest["teacher"])
     with ThreadPoolExecutor(16) as pool:
@@ -223,6 +231,7 @@ def load_logits(
         row_groups=tuple(group for name in footers for group in row_groups(name, footers[name])),
         columns=token_columns(footers[records[0].file].schema.to_arrow_schema(), layout),
         files=Files(source, footers),
+        split=split,
         prompt_targets=prompt_targets,
     )
 
@@ -244,10 +253,21 @@ def load_manifest(path_or_repo: str | Path, *, revision: str | None = None) -> d
     return manifest
 
 
-def _source(path_or_repo: str | Path, revision: str | None, *, streaming: bool) -> Source:
+def _of_split(records: list[FileRecord], split: str, where: str) -> list[FileRecord]:
+    if found := [record for record in records if record.split == split]:
+        return found
+    there = " and ".join(dict.fromkeys(record.split for record in records))
+    raise ValueError(
+        f"{where} has no split {split!r}, it has {there}; a hold-out is made by output.validation in the recipe"
+    )
+
+
+def _source(
+    path_or_repo: str | Path, revision: str | None, *, streaming: bool, split: str = TRAIN
+) -> Source:
     directory = Path(path_or_repo)
     if not directory.is_dir():
-        return _hub_source(str(path_or_repo), revision, streaming=streaming)
+        return _hub_source(str(path_or_repo), revision, streaming=streaming, split=split)
     if revision or streaming:
         raise ValueError(
             f"{directory} is a directory, which has no revision and needs no streaming"
@@ -358,7 +378,7 @@ def _footer(
     return footer
 
 
-def _hub_source(repo: str, revision: str | None, *, streaming: bool) -> Source:
+def _hub_source(repo: str, revision: str | None, *, streaming: bool, split: str) -> Source:
     """File names → local paths or open remote files, all of the one commit behind the revision."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
@@ -369,7 +389,9 @@ def _hub_source(repo: str, revision: str | None, *, streaming: bool) -> Source:
 
     try:
         if not streaming:
-            patterns = ["data/*.parquet", MANIFEST]
+            # Of a hold-out, no more is fetched; what there was before there were any may have other names.
+            files = "data/*.parquet" if split == TRAIN else f"data/{split}-*.parquet"
+            patterns = [files, MANIFEST]
             directory = snapshot_download(
                 repo, repo_type="dataset", revision=revision, allow_patterns=patterns
             )

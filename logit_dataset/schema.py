@@ -47,6 +47,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 SCHEMA_VERSION = "1.2.0"
+TRAIN, VALIDATION = SPLITS = ("train", "validation")
 
 Shape = Literal["", "T", "T,K", "T,M", "T,V", "T,D", "C,K", "C,M", "C,V", "C,D"]
 """Shape of one row's value: a scalar, one value a token, or several values a token, or a position in the loss mask."""
@@ -309,3 +310,9 @@ def shortest_open(manifest: Mapping[str, Any]) -> float:
         manifest["teacher"]["suffix_ids"]
     )
     return longest - MAX_CHARACTER_TOKENS
+
+
+def splits_of(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """The splits of a dataset: `train` alone, where there is no hold-out."""
+    named = {shard.get("split") or TRAIN for shard in manifest["shards"]}
+    return tuple(split for split in SPLITS if split in named)

@@ -19,7 +19,7 @@ ROOMS = [
     *["builder.hub", "builder.plan", "builder.build", "builder.console", "builder.cli"],
 ]
 """In the order of the data: each may import those before it."""
-MAX_IMPORTS_BETWEEN_ROOMS = 75
+MAX_IMPORTS_BETWEEN_ROOMS = 80
 MAX_FILES = 12
 
 

@@ -98,6 +98,7 @@ def test_defaults(tmp_path):
         "output": {
             "top_k": 50,
             "tail_samples": 4,
+            "validation": None,
             "seed": 0,
             "temperatures": (),
             "hidden_states": False,
@@ -222,7 +223,9 @@ def test_every_misspelt_key_suggests_the_right_one(tmp_path, section):
         where = f"{section}.{misspelt}" if section else misspelt
         assert f"unknown key '{where}'; did you mean '{field}'?" in str(raised.value)
     values["output"] = {"zzz": 1}
-    with pytest.raises(ValueError, match=r"'output\.zzz'; known keys: top_k, tail_samples, seed, "):
+    with pytest.raises(
+        ValueError, match=r"'output\.zzz'; known keys: top_k, tail_samples, validation, seed, "
+    ):
         load(tmp_path, to_toml(values))
 
 
@@ -293,6 +296,7 @@ OTHER: dict[str, Any] = {
     "output.top_k": 49,
     "output.tail_samples": 0,
     "output.seed": 1,
+    "output.validation": 0.01,
     "output.temperatures": (2.0,),
     "output.hidden_states": True,
     "output.completions_only": True,

@@ -132,7 +132,7 @@ class Actor:
         self._check_device()
         return self._worker.settle_batches(), self.status().notices
 
-    def shard(self, task: Task) -> ShardRecord:
+    def shard(self, task: Task) -> ShardRecord | None:
         """As `Worker.shard`."""
         self._file, self._tokens = task.file, 0
         return self._worker.shard(self._order.output, task)

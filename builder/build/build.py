@@ -47,7 +47,7 @@ from builder.sources.resolve import (
     resolve_corpus,
     template_provenance,
 )
-from logit_dataset.schema import SCHEMA_VERSION
+from logit_dataset.schema import SCHEMA_VERSION, TRAIN, VALIDATION
 
 Planned = Callable[[dict[str, Any], Sources, bool], None]
 
@@ -207,9 +207,16 @@ class _Chains:
         self._state, self._outbox, self._max_shards = state, outbox, max_shards
         self._found, self._notice = found, notice
         partitions = range(recipe.output.partitions)
-        self._waiting = deque(Task(partition=p, index=0, start=None) for p in partitions)
-        self._records: list[list[ShardRecord]] = [[] for _ in partitions]
-        self._unfinished = set(partitions)
+        behind = {TRAIN: 0, VALIDATION: len(partitions)}
+        # The hold-out comes first: that there is nothing in it is better known before the rest is computed.
+        self._waiting = deque(
+            Task(partition=behind[split] + p, index=0, start=None, split=split)
+            for split in reversed(recipe.splits)
+            for p in partitions
+        )
+        self._records: list[list[ShardRecord]] = [[] for _ in self._waiting]
+        self._unfinished = {task.partition for task in self._waiting}
+        self._share = recipe.output.validation
         self._given_out = self._under_way = self.built = 0
         self._teacher: dict[str, Any] = {}
         self.stopped = False
@@ -258,11 +265,11 @@ class _Chains:
         self._teacher = teacher
         self._state.settle("teacher", teacher)
 
-    def take(self, task: Task, outcome: ShardRecord | Exception) -> None:
+    def take(self, task: Task, outcome: ShardRecord | Exception | None) -> None:
         """Make a computed shard count; where it failed, its partition is left and the others continue.
 
         Raises:
-            ValueError: it does not fit those that are there.
+            ValueError: it does not fit those that are there, or no document of the corpus is held out.
             SourceChangedError, OSError: a file has changed or the disk is full, which no other partition would survive either.
         """
         self._under_way -= 1
@@ -273,6 +280,10 @@ class _Chains:
             if self._outbox:
                 self._outbox.put(outcome)
             self._follow(outcome)
+            return
+        if outcome is None:
+            self._unfinished.remove(task.partition)
+            self._check_held_out()
             return
         if isinstance(outcome, OSError) and outcome.errno in DISK_FULL:
             raise outcome
@@ -290,6 +301,15 @@ class _Chains:
         """The records of all shards, in order."""
         return [record for chain in self._records for record in chain]
 
+    def _check_held_out(self) -> None:
+        """Refuse a corpus that is too small for the share."""
+        first = len(self._records) // 2
+        if not any(self._records[first:]) and all(p < first for p in self._unfinished):
+            raise ValueError(
+                f"output.validation = {self._share:g} holds out no document of the corpus, which is too small for it; choose a larger share "
+                "or another output.seed, or leave validation out"
+            )
+
     def _check_next(self, record: ShardRecord) -> None:
         """See that a shard ends where the next one starts, if that is there: before it counts, and before it is sent."""
         place = record.partition, record.index + 1
@@ -304,7 +324,12 @@ class _Chains:
             self._unfinished.remove(record.partition)
             return
         self._waiting.appendleft(
-            Task(partition=record.partition, index=record.index + 1, start=record.offset_after)
+            Task(
+                partition=record.partition,
+                index=record.index + 1,
+                start=record.offset_after,
+                split=record.split or TRAIN,
+            )
         )
 
 
@@ -358,7 +383,9 @@ def _check_sources(
 
 def _files_read(record: ShardRecord, recipe: Recipe, num_files: int) -> set[int]:
     """The numbers of the corpus files that a shard may have been read from."""
-    first, end = (num_files * p // recipe.output.partitions for p in (record.partition, record.partition + 1))  # fmt: skip
+    partitions = recipe.output.partitions
+    part = record.partition % partitions
+    first, end = (num_files * p // partitions for p in (part, part + 1))
     before = record.offset_before or {}
     return set(range(before.get("file", first), min(record.offset_after["file"] + 1, end)))
 
@@ -368,7 +395,7 @@ def _compute_here(worker: Worker, output: Path, chains: _Chains) -> Generator[Co
     if task := chains.next_task():
         chains.loaded(worker.prepare(task))
     while task:
-        outcome: ShardRecord | Exception
+        outcome: ShardRecord | Exception | None
         try:
             outcome = worker.shard(output, task)
         except Exception as error:

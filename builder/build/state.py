@@ -20,10 +20,11 @@ from builder.dataset.identity import differences, teacher_differences
 from builder.dataset.manifest import ShardRecord, write_json
 from builder.dataset.shards import file_sha256
 from builder.sources.resolve import KnownSources
+from logit_dataset.schema import SPLITS
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors that every further shard would end with, too."""
-OWN_FILE = re.compile(r"train-\d{3,}-\d{5,}\.parquet", re.ASCII)
+OWN_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{3,}}-\d{{5,}}\.parquet", re.ASCII)
 """Names of `dataset.manifest.data_file`."""
 
 

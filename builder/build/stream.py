@@ -23,9 +23,11 @@ from builder.corpus.encoder import Encoder
 from builder.corpus.sequences import Place, Rows, Sequence
 from builder.dataset.shards import Block
 from builder.recipe.recipe import Recipe
+from builder.sources.holdout import split_of
 from builder.sources.opening import open_corpus
 from builder.sources.resolve import CorpusSource
 from builder.text.pieces import Piece
+from logit_dataset.schema import TRAIN
 
 LONG_DOCUMENT = 2
 """Shards' worth of tokens by which a document is cut. Former versions cut none, so that this many keep most shards what they were."""
@@ -96,6 +98,7 @@ class SequenceStream:
         partition: int,
         start: Offset | None,
         *,
+        split: str = TRAIN,
         opening: Callable[[int], None] = lambda _: None,
         reach: Callable[[int], int] = lambda _: sys.maxsize,
         notice: Notice = lambda _: None,
@@ -106,20 +109,22 @@ class SequenceStream:
             recipe: the recipe.
             source: of its corpus.
             encoder: makes sequences of documents.
-            partition: of the corpus.
+            partition: of the dataset: those of `train` are those of the corpus, and behind them are as many of `validation`.
             start: offset in it; None for its beginning.
+            split: of the dataset, whose documents alone are read.
             opening: told the number of each file before it is opened.
             reach: how long what begins with a prompt of some length may become (`Teacher.reach`).
             notice: told of the first prompt that leaves no room for a completion.
         """
         corpus, partitions = recipe.corpus, recipe.output.partitions
-        self.partition = partition
+        self.partition, self.split = partition, split
+        self.part = part = partition % partitions
+        """Of the corpus."""
         self.exhausted = False
         self.offset: Offset = start or {}
         self._shard_tokens = recipe.output.shard_tokens
         self._max_documents, self._max_tokens = (
-            limit and _share(limit, partition, partitions)
-            for limit in (corpus.max_documents, corpus.max_tokens)
+            limit and _share(limit, part, partitions) for limit in recipe.limits(split)
         )
         self._tokens: int = start["tokens"] if start else 0
         self._num_documents: int = start["documents"] if start else 0
@@ -128,10 +133,12 @@ class SequenceStream:
             corpus,
             source,
             are_prompts=recipe.generation is not None,
-            partition=partition,
+            partition=part,
             num_partitions=partitions,
             start=start,
             opening=opening,
+            keeps=_keeps(recipe, split),
+            counts_blank=split == TRAIN,  # blank ones belong to no split, and are counted once
         )
         self._read_offset = self._corpus.offset
         """Behind the last document that was taken."""
@@ -150,6 +157,11 @@ class SequenceStream:
         self._notice, self._has_told = notice, False
         self.prompts_too_long = 0
         """In the last shard of prompts."""
+
+    @property
+    def passed_over(self) -> int:
+        """Documents of the other split that were read so far."""
+        return self._corpus.passed_over
 
     @property
     def files_read(self) -> tuple[int, int]:
@@ -373,6 +385,14 @@ def _place_in(offset: Offset | None) -> Place | None:
     if not offset or "chunk" not in offset:
         return None
     return Place(**{field.name: offset[field.name] for field in fields(Place)})
+
+
+def _keeps(recipe: Recipe, split: str) -> Callable[[str], bool] | None:
+    """Whether a document is of a split, by its id; None where there is one split."""
+    share, seed = recipe.output.validation, recipe.output.seed
+    if share is None:
+        return None
+    return lambda document_id: split_of(document_id, share=share, seed=seed) == split
 
 
 def _share(limit: int, partition: int, partitions: int) -> int:

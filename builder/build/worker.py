@@ -49,7 +49,7 @@ from builder.sources.changes import Watch
 from builder.sources.opening import make_encoder, open_teacher
 from builder.sources.resolve import Sources, template_provenance
 from builder.teacher.model import Teacher
-from logit_dataset.schema import SCHEMA_VERSION, Layout
+from logit_dataset.schema import SCHEMA_VERSION, TRAIN, VALIDATION, Layout
 
 SUM_VALUES = 2**22
 """Log-probabilities that are summed at once: 32 MB in float64."""
@@ -63,15 +63,16 @@ class Task:
     index: int
     start: Offset | None
     """Where in the corpus the shard before it ended; None for the first of a partition."""
+    split: str = TRAIN
 
     @property
     def file(self) -> str:
         """Path of its file below the dataset's directory."""
-        return data_file(self.partition, self.index)
+        return data_file(self.partition, self.index, self.split)
 
 
-Computed = tuple[Task, ShardRecord | Exception]
-"""A shard that was to be computed, and how that ended."""
+Computed = tuple[Task, ShardRecord | Exception | None]
+"""A shard that was to be computed, and how that ended; None where no document of its partition is held out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,8 +214,8 @@ class Worker:
         template = encoder.chats.source if isinstance(encoder.chats, ChatTemplate) else None
         return self.teacher.provenance() | special | template_provenance(template)
 
-    def shard(self, output: Path, task: Task) -> ShardRecord:
-        """Compute one shard and write its file below the directory `output`.
+    def shard(self, output: Path, task: Task) -> ShardRecord | None:
+        """Compute one shard and write its file below the directory `output`; None where no document of its partition is held out.
 
         Raises:
             ValueError: its part of the corpus cannot be read or is empty, or the teacher fails on it.
@@ -222,6 +223,8 @@ class Worker:
         """
         try:
             return self._shard(output, task)
+        except _NothingHeldOut:
+            return None
         except Exception as error:
             _forget_locals(error)
             if self._recipe.teacher.tensor_parallel:
@@ -265,6 +268,8 @@ class Worker:
             self._watch.check_corpus(*stream.files_read)
             self._watch.check_teacher()
             if not totals.rows:
+                if task.split == VALIDATION and stream.passed_over:
+                    raise _NothingHeldOut
                 raise ValueError(_nothing_in(self._recipe.corpus, stream))
         self._stream = stream
         return ShardRecord(
@@ -288,6 +293,7 @@ class Worker:
             column_bytes=column_bytes(pq.read_metadata(file)),
             footer_sha256=footer_sha256(file),
             converted=dict(sorted(totals.converted.items())) or None,
+            split=task.split if self._recipe.output.validation else None,
         )
 
     def _blocks(
@@ -343,10 +349,15 @@ class Worker:
             self.encoder,
             task.partition,
             task.start,
+            split=task.split,
             opening=self._watch.check_corpus_file,
             reach=self.teacher.reach,
             notice=self._notice,
         )
+
+
+class _NothingHeldOut(Exception):
+    """All documents of a partition are of the other split."""
 
 
 class _Totals:
@@ -376,8 +387,13 @@ def _forget_locals(error: BaseException) -> None:
 
 def _nothing_in(recipe: CorpusRecipe, stream: SequenceStream) -> str:
     """Why there is no row."""
-    skipped, partition = stream.offset["skipped"], stream.partition
+    skipped, partition = stream.offset["skipped"], stream.part
     where = f"partition {partition} of the corpus" if partition else "the corpus"
+    if stream.passed_over:
+        return (
+            f"{where} has no document for the split {stream.split} ({stream.passed_over} are of the other one, {skipped} were skipped); "
+            "choose another output.validation or output.seed, or fewer output.partitions"
+        )
     if stream.prompts_too_long:
         return (
             f"{where} has no prompt that leaves room for generation.max_new_tokens ({stream.prompts_too_long} are too long); "

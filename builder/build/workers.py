@@ -144,9 +144,9 @@ class _Crew:
                     idle.insert(0, worker)  # it has the place open at which its partition continues
                 if task is None:
                     self._take_loaded(chains, f"worker {worker}", outcome)
-                elif isinstance(outcome, ShardRecord | SourceChangedError) or not self._try_again(
-                    task, outcome
-                ):
+                elif isinstance(
+                    outcome, ShardRecord | SourceChangedError | None
+                ) or not self._try_again(task, outcome):
                     yield task, outcome
             while idle and (task := self._next_task(chains)):
                 worker = idle.pop(0)

@@ -28,7 +28,7 @@ from builder.dataset.manifest import data_digest, mean_topk_mass, records_of, wr
 from builder.dataset.printable import as_size, counted, one_line
 from builder.dataset.shards import atomic_file
 from builder.sources import demo
-from logit_dataset.schema import Layout, card_features, columns
+from logit_dataset.schema import TRAIN, Layout, card_features, columns
 
 README = "README.md"
 MASS, ENTROPY, LINE = "assets/mass.svg", "assets/entropy.svg", "assets/line.svg"
@@ -160,6 +160,7 @@ def _variables(
         "at_wide": "[kept]" if layout.completion_mask and not layout.completions_only else "",
         "layout": layout,
         "load_arguments": _load_arguments(release),
+        "held_out": _held_out(manifest),
         "columns": columns(layout),
         "column_bytes": _column_bytes(manifest),
         "end_of_document": _end_of_document(manifest),
@@ -203,7 +204,7 @@ def _column_bytes(manifest: dict[str, Any]) -> dict[str, str]:
 def card_head(manifest: dict[str, Any]) -> dict[str, Any]:
     """The YAML head; what is None is not in it."""
     recipe, totals = manifest["recipe"], manifest["totals"]
-    corpus = manifest["corpus"]
+    corpus, splits = manifest["corpus"], totals.get("splits") or {TRAIN: totals}
     language = recipe["corpus"].get("language") or (
         demo.CORPUS_LANGUAGE if recipe["corpus"].get("embedded") else ()
     )
@@ -219,19 +220,33 @@ def card_head(manifest: dict[str, Any]) -> dict[str, Any]:
         "configs": [
             {
                 "config_name": "default",
-                "data_files": [{"split": "train", "path": "data/train-*.parquet"}],
+                "data_files": [
+                    {"split": split, "path": f"data/{split}-*.parquet"} for split in splits
+                ],
             }
         ],
         "dataset_info": {
             "config_name": "default",
             "features": card_features(Layout.of(recipe, manifest["teacher"])),
             "splits": [
-                {"name": "train", "num_bytes": totals["bytes"], "num_examples": totals["rows"]}
+                {"name": split, "num_bytes": of_split["bytes"], "num_examples": of_split["rows"]}
+                for split, of_split in splits.items()
             ],
             "download_size": totals["bytes"],
             "dataset_size": totals["bytes"],
         },
     }
+
+
+def _held_out(manifest: dict[str, Any]) -> str:
+    """What the hold-out is; empty where there is none."""
+    share = manifest["recipe"]["output"].get("validation")
+    if not share:
+        return ""
+    return (
+        f'`split="validation"` holds about {share:.3g} of the {_documents(manifest)}, and `train` the others: a hash of the id decides, so '
+        "that all rows of one are in the same split."
+    )
 
 
 def _size_category(rows: int) -> str:
@@ -307,6 +322,7 @@ def _statistics(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         ("tokens", f"{totals['tokens']:,}"),
         *_completions(totals),
         ("rows", f"{totals['rows']:,}, from {totals['documents']:,} {_documents(manifest)}"),
+        *_splits(manifest),
         (
             "size",
             f"{as_size(totals['bytes'])}, {float(totals['bytes_per_token'])} bytes per token",
@@ -318,6 +334,22 @@ def _statistics(manifest: dict[str, Any]) -> list[tuple[str, str]]:
             f"{perplexity:,.3f}" if perplexity else "infinite",
         ),
     ]
+
+
+def _splits(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is in each, where there are several."""
+    what = _documents(manifest)
+    rows = []
+    for split, found in (manifest["totals"].get("splits") or {}).items():
+        perplexity = found["teacher_perplexity"]
+        rows.append(
+            (
+                f"in `{split}`",
+                f"{found['tokens']:,} tokens in {found['rows']:,} rows, from {found['documents']:,} {what}; perplexity "
+                f"{f'{perplexity:,.3f}' if perplexity else 'infinite'}",
+            )
+        )
+    return rows
 
 
 def _completions(totals: dict[str, Any]) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from builder.console.options import DatasetArgument, RevisionOption
+from builder.console.options import DatasetArgument, RevisionOption, Split
 from builder.console.terminal import say
 
 
@@ -48,9 +48,15 @@ def export(
     packed: Annotated[
         bool, typer.Option("--packed", help="For DistillKit, put several sequences into a row.")
     ] = False,
+    split: Annotated[
+        Split | None,
+        typer.Option(
+            help="The only split to write. By default, axolotl and DistillKit get all that there are, and MaxText gets train."
+        ),
+    ] = None,
 ) -> None:
     """Write a dataset for axolotl, DistillKit or MaxText, with a README that says how to use it and what is lost."""
     from logit_dataset.export.export import export as write
 
-    how = {"length": length, "packed": packed, "revision": revision}
+    how = {"length": length, "packed": packed, "revision": revision, "split": split}
     say(write(dataset, output, to=to.value, tail=tail.value if tail else None, **how))  # type: ignore[arg-type]

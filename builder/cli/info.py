@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from builder.console.options import DatasetArgument, RevisionOption, TeacherOption
+from builder.console.options import DatasetArgument, RevisionOption, SplitOption, TeacherOption
 from builder.console.terminal import local_directory, quiet_libraries, say, say_json
 
 
@@ -31,6 +31,7 @@ def info(
         int | None,
         typer.Option(min=0, help="Show the teacher's alternatives at this position of the row."),
     ] = None,
+    split: SplitOption = None,
     teacher: TeacherOption = None,
 ) -> None:
     """Say what a dataset is, or show a row with the teacher's alternatives."""
@@ -43,11 +44,13 @@ def info(
         if as_json:
             raise ValueError("--json prints the summary; rows are read with load_dataset")
         quiet_libraries()
-        directory = local_directory(dataset, revision, file_of_row(directory, row)[0])
+        directory = local_directory(dataset, revision, file_of_row(directory, row, split)[0])
         if position is None:
-            say(information.describe_row(directory, row, teacher_path=teacher))
+            say(information.describe_row(directory, row, split=split, teacher_path=teacher))
         else:
-            found = information.alternatives(directory, row, position, teacher_path=teacher)
+            found = information.alternatives(
+                directory, row, position, split=split, teacher_path=teacher
+            )
             say(information.describe_position(found))
     elif position is not None:
         raise ValueError("--position needs --row")

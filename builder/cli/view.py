@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from builder.console.options import DatasetArgument, RevisionOption, TeacherOption
+from builder.console.options import DatasetArgument, RevisionOption, SplitOption, TeacherOption
 from builder.console.terminal import local_directory, quiet_libraries, say
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def view(
             help="Show the rows from this one on; without it, they are spread over the dataset, on the Hub over its first file.",
         ),
     ] = None,
+    split: SplitOption = None,
     against: Annotated[
         str | None,
         typer.Option(help="A second dataset of the same rows, to compare with; ORG/NAME@REV."),
@@ -46,6 +47,7 @@ def view(
         _viewed(dataset, revision),
         rows=rows,
         start=start,
+        split=split,
         against=_viewed(against, None) if against else None,
         teacher_path=teacher,
     )

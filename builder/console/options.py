@@ -15,6 +15,13 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class Split(StrEnum):
+    """A part of a dataset with a hold-out."""
+
+    TRAIN = "train"
+    VALIDATION = "validation"
+
+
 DeviceOption = Annotated[
     Device, typer.Option(help="Where the teacher runs; auto takes a GPU if there is one.")
 ]
@@ -31,6 +38,11 @@ DatasetArgument = Annotated[
 ]
 RevisionOption = Annotated[
     str | None, typer.Option(help="Tag, branch or commit, of a dataset on the Hub.")
+]
+
+SplitOption = Annotated[
+    Split | None,
+    typer.Option(help="Count rows within this split; by default those of train come first."),
 ]
 
 QuietOption = Annotated[

@@ -155,6 +155,8 @@ class Corpus:
         num_partitions: int = 1,
         start: Offset | None = None,
         opening: Callable[[int], None] = lambda _: None,
+        keeps: Callable[[str], bool] | None = None,
+        counts_blank: bool = True,
     ) -> None:
         """Prepare to read; nothing is opened yet.
 
@@ -167,6 +169,9 @@ class Corpus:
             partition: which of `num_partitions` contiguous ranges of files to read.
             start: an offset that an earlier Corpus of the same stream reported.
             opening: told the number of each file before it is opened; what it raises ends the reading.
+            keeps: says of a document's id whether it is one of those to read; the others are passed over, and counted in `passed_over`.
+                None reads all.
+            counts_blank: whether documents without content count as skipped.
 
         Raises:
             ValueError: there are fewer files than partitions.
@@ -188,6 +193,9 @@ class Corpus:
         self._documents: int = start["documents"] - ("chunk" in start)
         self._skipped: int = start["skipped"]
         self._opening = opening
+        self._keeps, self._counts_blank = keeps, counts_blank
+        self.passed_over = 0
+        """Documents that are not to be read."""
 
     @property
     def offset(self) -> Offset:
@@ -219,7 +227,10 @@ class Corpus:
                     is_first_row = False
                 document = self._document(row)
                 if document is None:
-                    self._skipped += 1
+                    self._skipped += self._counts_blank
+                    continue
+                if self._keeps and not self._keeps(document.id):
+                    self.passed_over += 1
                     continue
                 self._documents += 1
                 yield document

@@ -86,6 +86,7 @@ def facts(directory: Path) -> dict[str, str]:
         "corpus": f"{corpus_name} @ {corpus_pin}",
         "size": f"{counted(totals['tokens'], 'token')} in {counted(totals['rows'], 'row')} of {counted(totals['documents'], 'document')}{skipped}",
         **_completions(totals),
+        **_splits(totals),
         **_converted(totals),
         **({"written": written} if written else {}),
         "disk": f"{as_size(totals['bytes'])} in {counted(summary['shards'], 'file')}, {totals['bytes_per_token']} bytes per token",
@@ -129,6 +130,14 @@ def _completions(totals: dict[str, Any]) -> dict[str, str]:
     return {"of these": f"{counted(count, 'token')} in completions, {count / totals['tokens']:.1%}"}
 
 
+def _splits(totals: dict[str, Any]) -> dict[str, str]:
+    listed = [
+        f"{found['tokens']:,} tokens in {found['rows']:,} rows of {found['documents']:,} documents in {split}"
+        for split, found in (totals.get("splits") or {}).items()
+    ]
+    return {"splits": ", ".join(listed)} if listed else {}
+
+
 def _converted(totals: dict[str, Any]) -> dict[str, str]:
     found = totals.get("converted") or {}
     listed = ", ".join(f"{what} (in {count:,})" for what, count in found.items())
@@ -168,15 +177,20 @@ class Alternatives:
 
 
 def alternatives(
-    directory: Path, row: int, position: int, *, teacher_path: Path | None = None
+    directory: Path,
+    row: int,
+    position: int,
+    *,
+    split: str | None = None,
+    teacher_path: Path | None = None,
 ) -> Alternatives:
-    """The teacher's alternatives at a position of a row.
+    """The teacher's alternatives at a position of a row, by its number as `file_of_row` takes it.
 
     Raises:
         ValueError: there is no such row or position, or the teacher's tokenizer cannot be found.
     """
     manifest = read_manifest(directory)
-    values, targets = _find_row(directory, manifest, row)
+    values, targets = _find_row(directory, manifest, row, split)
     ids = values["input_ids"]
     if not 0 <= position < len(ids):
         raise ValueError(f"row {row} has positions 0 to {len(ids) - 1}, not {position}")
@@ -254,14 +268,16 @@ def describe_position(found: Alternatives) -> str:
     return "\n".join(lines)
 
 
-def describe_row(directory: Path, row: int, *, teacher_path: Path | None = None) -> str:
+def describe_row(
+    directory: Path, row: int, *, split: str | None = None, teacher_path: Path | None = None
+) -> str:
     """A row's tokens with, at each position, what really followed and what the teacher expected.
 
     Raises:
         ValueError: there is no such row, or the teacher's tokenizer cannot be found.
     """
     manifest = read_manifest(directory)
-    values, targets = _find_row(directory, manifest, row)
+    values, targets = _find_row(directory, manifest, row, split)
     tokenizer = dataset_tokenizer(manifest, teacher_path)
     ids = values["input_ids"]
 
@@ -346,10 +362,10 @@ def _spell(tokenizer: Any, tokens: list[int]) -> str:
 
 
 def _find_row(
-    directory: Path, manifest: dict[str, Any], row: int
+    directory: Path, manifest: dict[str, Any], row: int, split: str | None
 ) -> tuple[dict[str, Any], list[int]]:
     """A row, and the token that follows each of its positions."""
-    file, number = file_of_row(directory, row)
+    file, number = file_of_row(directory, row, split)
     try:
         values = read_row(directory / file, number)
         last, _ = what_follows(manifest, file, number, values, lambda name: directory / name)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from builder.corpus.sequences import NO_TOKEN
 from builder.dataset.identity import differences
-from builder.dataset.manifest import FILE_NAME, read_manifest, records_of
+from builder.dataset.manifest import FILE_NAME, of_split, read_manifest, records_of
 from builder.dataset.shards import nested_values
 from builder.dataset.unpacking import check_unpacked_size
 from builder.recipe.file import read_section
@@ -95,18 +95,24 @@ def dataset_tokenizer(manifest: dict[str, Any], teacher_path: Path | None = None
     )
 
 
-def file_of_row(directory: Path, row: int) -> tuple[str, int]:
+def file_of_row(directory: Path, row: int, split: str | None = None) -> tuple[str, int]:
     """The data file that holds a row, and the row's number in it.
 
+    Args:
+        directory: of the dataset.
+        row: its number in the split; in all of them, one after the other, without one.
+        split: `train` or `validation`.
+
     Raises:
-        ValueError: there is no such row.
+        ValueError: there is no such row or split.
     """
     first = 0
-    for record in records_of(read_manifest(directory)):
+    for record in records_of(of_split(read_manifest(directory), split)):
         if first <= row < first + record.rows:
             return record.file, row - first
         first += record.rows
-    raise ValueError(f"{directory} has rows 0 to {first - 1}, not {row}")
+    where = f"split {split} of {directory}" if split else str(directory)
+    raise ValueError(f"{where} has rows 0 to {first - 1}, not {row}")
 
 
 def read_row(file: Any, number: int, columns: list[str] | None = None) -> dict[str, Any]:

@@ -21,15 +21,21 @@ from typing import Any, Self
 from builder.dataset.identity import fingerprint, row_fingerprint
 from builder.dataset.manifest_model import Manifest, Shard, check
 from builder.dataset.printable import one_line
-from logit_dataset.schema import SCHEMA_VERSION
+from logit_dataset.schema import SCHEMA_VERSION, TRAIN
 
 FILE_NAME = "manifest.json"
 DATA_FILE = re.compile(r"data/[A-Za-z0-9_][A-Za-z0-9._-]*\.parquet")
 """Names that a manifest, which may come from anywhere, may use for a data file."""
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
 
-UNSAID = ("completions", "offset_before", "column_bytes", "footer_sha256", "converted")
+UNSAID = ("completions", "offset_before", "column_bytes", "footer_sha256", "converted", "split")
 """Fields of records that are left out where they are None."""
+
+OF_SPLITS = (
+    *("documents", "rows", "tokens", "completion_tokens", "bytes"),
+    *("mean_entropy", "mean_target_nll", "teacher_perplexity"),
+)
+"""Totals that are given for each split, too."""
 
 FORMER_KEYS = {"position_before": "offset_before", "position_after": "offset_after"}
 """Of records in older manifests and unfinished builds."""
@@ -117,6 +123,8 @@ class ShardRecord:
     """Of the Parquet footer; None of a file whose pages have no checksums, as all were once."""
     converted: dict[str, int] | None = None
     """In how many documents something was converted or left out, by what; None where nothing was."""
+    split: str | None = None
+    """None in a dataset without a hold-out. Partitions of `validation` are numbered behind those of `train`."""
 
     @property
     def begins_within(self) -> tuple[str, int] | None:
@@ -182,9 +190,9 @@ def _known(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
     return {f.name: values[f.name] for f in fields(kind) if f.name in values}
 
 
-def data_file(partition: int, index: int) -> str:
+def data_file(partition: int, index: int, split: str | None = None) -> str:
     """Path of a shard's file below the dataset's directory: in the order of their names, files are in that of their shards."""
-    return f"data/train-{partition:03d}-{index:05d}.parquet"
+    return f"data/{split or TRAIN}-{partition:03d}-{index:05d}.parquet"
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -254,6 +262,20 @@ def records_of(manifest: dict[str, Any]) -> list[ShardRecord]:
         values = {**shard, "environment": environments[place]}
         records.append(ShardRecord.from_json(values, where=where))
     return records
+
+
+def of_split(manifest: dict[str, Any], split: str | None) -> dict[str, Any]:
+    """A manifest that lists the shards of one split only; None leaves it as it is.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    if split is None:
+        return manifest
+    shards = [shard for shard in manifest["shards"] if (shard.get("split") or TRAIN) == split]
+    if not shards:
+        raise ValueError(f"the dataset has no split {split}: its recipe has no output.validation")
+    return {**manifest, "shards": shards}
 
 
 def mean_topk_mass(records: Iterable[ShardRecord]) -> float:
@@ -352,7 +374,20 @@ def json_bytes(values: Any) -> bytes:
 
 
 def totals_of(records: list[ShardRecord]) -> dict[str, Any]:
-    """The totals of a dataset, which follow from the records of all of its shards."""
+    """The totals of a dataset, and of each of its splits, which follow from the records of all of its shards."""
+    by_split: dict[str, list[ShardRecord]] = {}
+    for record in records:
+        if record.split:
+            by_split.setdefault(record.split, []).append(record)
+    splits = {split: _totals(some) for split, some in by_split.items()}
+    of_splits = {
+        split: {name: totals[name] for name in OF_SPLITS if name in totals}
+        for split, totals in splits.items()
+    }
+    return {**_totals(records), **({"splits": of_splits} if of_splits else {})}
+
+
+def _totals(records: list[ShardRecord]) -> dict[str, Any]:
     sums = Sums()
     for record in records:
         sums += record.sums

@@ -38,6 +38,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Seconds = Annotated[float, Field(ge=0)]
 Digest = Annotated[str, AfterValidator(_matches("[0-9a-f]{64}", "64 hexadecimal digits"))]
 """SHA-256."""
+Split = Literal["train", "validation"]
 Version = Annotated[
     str, AfterValidator(_matches(r"\d{1,9}(\.\d{1,9}){2}", "a version such as 1.2.0"))
 ]
@@ -113,6 +114,7 @@ class RecipeOutput(_Section):
     temperatures: list[Annotated[float, Field(gt=0)]] = []
     hidden_states: bool = False
     completions_only: bool = False
+    validation: Annotated[float, Field(gt=0, lt=1)] | None = None
     text: bool
     shard_tokens: Count
     partitions: Annotated[int, Field(ge=1, lt=2**31)] = 1
@@ -195,6 +197,16 @@ class CompletionCounts(_Section):
     corrected: Count
 
 
+class SplitTotals(_Section):
+    """One of `totals.splits`."""
+
+    documents: Count
+    rows: Annotated[int, Field(ge=1, lt=2**63)]
+    tokens: Annotated[int, Field(ge=1, lt=2**63)]
+    bytes: Count
+    teacher_perplexity: float | None
+
+
 class Totals(_Section):
     """`totals`."""
 
@@ -211,6 +223,7 @@ class Totals(_Section):
     seconds: Seconds
     tokens_per_second: float
     completions: CompletionCounts | None = None
+    splits: dict[Split, SplitTotals] | None = None
 
 
 class Environment(_Section):
@@ -250,6 +263,7 @@ class Shard(_Section):
     environment: Any
     completions: CompletionCounts | None = None
     column_bytes: dict[str, Count] | None = None
+    split: Split | None = None
 
 
 class Manifest(_Section):
@@ -280,6 +294,9 @@ class Manifest(_Section):
             raise ValueError("recipe.output.completions_only is true, but there are no completions")
         if self.recipe.generation and not self.totals.completions:
             raise ValueError("there is a recipe.generation, but no totals.completions")
+        has_splits = self.totals.splits is not None and len(self.totals.splits) == 2
+        if bool(self.recipe.output.validation) != has_splits:
+            raise ValueError("recipe.output.validation and totals.splits do not say the same of splits")  # fmt: skip
         return self
 
 

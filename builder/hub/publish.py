@@ -27,13 +27,14 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 
 from builder.card.records import read_verification
-from builder.dataset.manifest import records_of
+from builder.dataset.manifest import ShardRecord, records_of
 from builder.dataset.shards import atomic_file
 from builder.hub.calls import Notice
 from builder.hub.limits import FILES_PER_COMMIT
 from builder.hub.release import Plan, stale
 from builder.hub.repository import LocalFile, Tree, holds
 from builder.verify.verify import record_recomputation, verify
+from logit_dataset.schema import TRAIN, splits_of
 
 READ_BACK_BYTES = 2 * 10**9
 """Of the data files whose rows are read back and compared; beyond it, a choice of files. All hashes are compared."""
@@ -250,11 +251,18 @@ def _read_back(plan: Plan, files: dict[str, LocalFile], commit: str) -> None:
 
 
 def _compare_rows(plan: Plan, commit: str) -> None:
-    records = records_of(plan.manifest)
-    dataset = load_dataset(plan.repo.id, revision=commit, split="train", streaming=True)
+    for split in splits_of(plan.manifest):
+        records = [r for r in records_of(plan.manifest) if (r.split or TRAIN) == split]
+        _compare_split(plan, commit, split, records)
+
+
+def _compare_split(plan: Plan, commit: str, split: str, records: list[ShardRecord]) -> None:
+    dataset = load_dataset(plan.repo.id, revision=commit, split=split, streaming=True)
     dataset = dataset.with_format("arrow")
     if dataset.num_shards != len(records):
-        raise ValueError(f"load_dataset finds {dataset.num_shards} files, not {len(records)}")
+        raise ValueError(
+            f"load_dataset finds {dataset.num_shards} files of {split}, not {len(records)}"
+        )
     elsewhere = plan.elsewhere()
     for index in _chosen(records):
         record = records[index]

@@ -15,10 +15,11 @@ from builder.hub.calls import WAIT_SECONDS, Notice
 from builder.hub.limits import MAX_FILE_BYTES, MAX_FILES, REPO_ID
 from builder.hub.repository import LocalFile, Repository, Tree, holds
 from builder.hub.versions import Step, Version, choose, compare
+from logit_dataset.schema import SPLITS
 
 MAX_MESSAGE = 500
 
-_OURS = re.compile(r"data/train-[\w.-]+\.parquet", re.ASCII)
+_OURS = re.compile(rf"data/({'|'.join(SPLITS)})-[\w.-]+\.parquet", re.ASCII)
 _UNTOUCHED = (".gitattributes", README, "LICENSE", "LICENSE.md", "LICENSE.txt")
 
 

@@ -250,6 +250,12 @@ def measured_utilization(parameters: float, *, bits: int) -> float:
 
 def count_shards(recipe: Recipe, tokens: int) -> int:
     """Of a build of `tokens` tokens: no more, for a shard ends with the document that reaches its number of tokens."""
+    held_out = round(tokens * (recipe.output.validation or 0))
+    return _count(recipe, tokens - held_out) + (_count(recipe, held_out) if held_out else 0)
+
+
+def _count(recipe: Recipe, tokens: int) -> int:
+    """Of one split."""
     partitions, shard_tokens = recipe.output.partitions, recipe.output.shard_tokens
     share, rest = divmod(tokens, partitions)
     larger, smaller = (max(1, math.ceil(n / shard_tokens)) for n in (share + 1, share))

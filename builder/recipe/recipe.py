@@ -16,6 +16,7 @@ from builder.recipe.sections import (
     TeacherRecipe,
 )
 from builder.recipe.wording import problems
+from logit_dataset.schema import SPLITS, TRAIN, VALIDATION
 
 UNSAID = {
     "corpus": (
@@ -23,6 +24,7 @@ UNSAID = {
     ),
     "teacher": ("device_map", "tensor_parallel", "config", "python", "weights"),
     "sequences": ("learn", "chat_template_kwargs", "chat_template_date", "drop_unwritten"),
+    "output": ("validation",),
 }
 """Fields that a plan holds only if the recipe sets them to other values than their defaults: they are younger than the fingerprints of some
 datasets."""
@@ -44,12 +46,40 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _limits_can_be_shared(self) -> Self:
-        limits = [self.corpus.max_documents, self.corpus.max_tokens]
-        if any(limit and limit < self.output.partitions for limit in limits):
+        for split in self.splits:
+            limits = self.limits(split)
+            if not any(limit is not None and limit < self.output.partitions for limit in limits):
+                continue
+            if split == VALIDATION and (few := min(n for n in limits if n is not None)) < 1:
+                raise ValueError(
+                    f"output.validation = {self.output.validation:g} of the corpus's limit is {few}, which leaves nothing to hold out; choose "
+                    "a larger max_documents or max_tokens, or leave out validation"
+                )
+            what = "" if len(self.splits) == 1 else f" of the split {split}"
             raise ValueError(
-                f"output.partitions is {self.output.partitions}, which is more than the corpus's limit can be divided into"
+                f"output.partitions is {self.output.partitions}, which is more than the corpus's limit{what} can be divided into"
             )
         return self
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Of the dataset."""
+        return SPLITS if self.output.validation else (TRAIN,)
+
+    def limits(self, split: str) -> tuple[int | None, int | None]:
+        """The documents and the tokens of a split at most: its share of the corpus's limits."""
+        share = self.output.validation or 0.0
+        held_out = [limit and round(limit * share) for limit in self._limits]
+        if split == VALIDATION:
+            return held_out[0], held_out[1]
+        rest = [
+            limit and limit - (out or 0) for limit, out in zip(self._limits, held_out, strict=True)
+        ]
+        return rest[0], rest[1]
+
+    @property
+    def _limits(self) -> tuple[int | None, int | None]:
+        return self.corpus.max_documents, self.corpus.max_tokens
 
     @model_validator(mode="after")
     def _batches_can_be_tried(self) -> Self:

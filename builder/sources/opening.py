@@ -24,8 +24,10 @@ def open_corpus(
     num_partitions: int = 1,
     start: Offset | None = None,
     opening: Callable[[int], None] = lambda _: None,
+    keeps: Callable[[str], bool] | None = None,
+    counts_blank: bool = True,
 ) -> Corpus:
-    """The documents of one partition of a resolved corpus, from an offset on."""
+    """The documents of one partition of a resolved corpus, from an offset on; see `Corpus`."""
     columns = columns_of(corpus)
     if source.format == "hub":
         assert corpus.repo
@@ -48,6 +50,8 @@ def open_corpus(
         num_partitions=num_partitions,
         start=start,
         opening=opening,
+        keeps=keeps,
+        counts_blank=counts_blank,
     )
 
 

@@ -5,7 +5,7 @@ Out:  one line for each row or file that is wrong, and one where ids repeat.
 
 How:  chunks follow each other, in a file and from one file to the next of its partition; a chunk that goes on is as long as chunks are;
       documents are as many as the offsets count; an id that is the hash of a text is that of this text. Ids themselves are as the
-      corpus has them, repeated or not, so that repeated ones are only said.
+      corpus has them, repeated or not, so that repeated ones are only said. A hold-out has the documents whose ids say so, and no other.
 
 Cost: a hash of 8 bytes a document, for at most MAX_IDS of them.
 """
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from builder.dataset.manifest import ShardRecord
 from builder.dataset.printable import one_line
+from builder.sources.holdout import document_of, split_of
 from logit_dataset.schema import MAX_CHARACTER_TOKENS, is_generated, shortest_cut
 
 MAX_IDS = 2**25
@@ -51,6 +52,10 @@ class Documents:
         self._are_turns = recipe["sequences"].get("learn") == "last"
         self._shortest_cut = shortest_cut(manifest)
         self._ids_are_hashes = ids_are_hashes(recipe)
+        self._recipe = recipe
+        self._share: float | None = recipe["output"].get("validation")
+        self._split: str | None = None
+        """Of the file."""
         self._place: tuple[int, int] | None = None
         """Partition and index of the last file."""
         self._previous: tuple[str, int] | None = None
@@ -78,6 +83,7 @@ class Documents:
         self._place = record.partition, record.index
         self._file = record.file
         self._rest = record.begins_within
+        self._split = record.split
 
     def check(self, table: pa.Table, lengths: npt.NDArray[np.int64], first: int, add: Add) -> None:
         """Look at some rows of the file, in their order.
@@ -115,6 +121,8 @@ class Documents:
         for row in np.flatnonzero(lengths[:-1] < self._shortest_chunk).tolist():
             if (ids[row + 1], chunks[row + 1]) == (ids[row], chunks[row] + 1):
                 add(row, f"has {lengths[row]:,} tokens, too few for a chunk behind which its document goes on")  # fmt: skip
+        if self._share is not None:
+            self._check_split(ids, self._share, add)
         begun = [document for document, chunk in zip(ids, chunks, strict=True) if chunk == 0]
         if self._begun is not None:
             self._begun += len(begun)
@@ -123,6 +131,17 @@ class Documents:
             self._hashes.append(np.fromiter(map(hash, begun), np.int64, len(begun)))
         else:
             self._hashes.clear()
+
+    def _check_split(self, ids: list[str], share: float, add: Add) -> None:
+        seed = self._recipe["output"].get("seed", 0)
+        for row, row_id in enumerate(ids):
+            document = document_of(row_id, self._recipe)
+            expected = split_of(document, share=share, seed=seed)
+            if expected != self._split:
+                add(
+                    row,
+                    f"{_short(document)} stands in {self._split}, but its id is one of {expected} (by recipe.output.validation and seed)",
+                )
 
     def end(self, record: ShardRecord) -> None:
         """Come to the end of a file of which all rows were seen."""

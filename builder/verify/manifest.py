@@ -16,7 +16,7 @@ from typing import Any
 
 from builder.dataset.identity import differences, fingerprint, plans_of, row_fingerprint
 from builder.dataset.manifest import FILE_NAME, ShardRecord, data_file, totals_of
-from logit_dataset.schema import SCHEMA_VERSION
+from logit_dataset.schema import SCHEMA_VERSION, SPLITS
 
 Offset = dict[str, Any]
 
@@ -36,7 +36,7 @@ def check_manifest(manifest: dict[str, Any], records: list[ShardRecord]) -> list
     """
     found = [
         *_files(records),
-        *_order(records, manifest["recipe"]["output"].get("partitions", 1)),
+        *_order(records, manifest["recipe"]["output"]),
         *_sections(manifest),
         *_totals(manifest, records),
         *(() if is_of_later_schema(manifest) else _fingerprints(manifest)),
@@ -70,20 +70,30 @@ def _files(records: list[ShardRecord]) -> Iterator[str]:
         if count > 1:
             yield f"{file}: is listed {count} times"
     for record in records:
-        expected = data_file(record.partition, record.index)
+        expected = data_file(record.partition, record.index, record.split)
         if record.file != expected:
             yield f"{record.file}: is listed as shard {record.index} of partition {record.partition}, whose file is {expected}"
 
 
-def _order(records: list[ShardRecord], partitions: int) -> Iterator[str]:
-    """Partitions in their order, and in each the shards 0, 1, … of which the last one, and no other, is the end."""
+def _order(records: list[ShardRecord], output: dict[str, Any]) -> Iterator[str]:
+    """Partitions in their order, and in each the shards 0, 1, … of which the last one, and no other, is the end.
+
+    Where there is a hold-out, as many partitions of it stand behind those of `train`; no document of one may have been held out.
+    """
+    partitions: int = output.get("partitions", 1)
+    splits = SPLITS if output.get("validation") else (None,)
+    for record in records:
+        expected = splits[min(record.partition // partitions, len(splits) - 1)]
+        if record.split != expected:
+            yield f"{record.file}: is listed in the split {record.split}, but partition {record.partition} is of {expected}"
+    partitions_of_all = partitions * len(splits)
     places = [(record.partition, record.index) for record in records]
     if places != sorted(places):
         yield "shards are not in the order of partition and index, which is that of the rows"
     by_partition: dict[int, list[ShardRecord]] = {}
     for record in records:
         by_partition.setdefault(record.partition, []).append(record)
-    if extra := sorted(by_partition.keys() - set(range(partitions))):
+    if extra := sorted(by_partition.keys() - set(range(partitions_of_all))):
         yield f"lists shards of partition {extra[0]}, but recipe.output.partitions is {partitions}"
     for partition in range(min(partitions, len(records) + 1)):
         if partition not in by_partition:
@@ -173,7 +183,7 @@ def _totals(manifest: dict[str, Any], records: list[ShardRecord]) -> Iterator[st
     wrong = [
         f"{name} is {found.get(name)} and not {value}"
         for name, value in expected.items()
-        if not _is_same(found.get(name), value, DIGITS.get(name))
+        if not _is_same(found.get(name), value, DIGITS.get(name.rpartition(".")[2]))
     ]
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -181,10 +191,21 @@ def _totals(manifest: dict[str, Any], records: list[ShardRecord]) -> Iterator[st
 
 
 def _flat(totals: dict[str, Any]) -> dict[str, Any]:
-    """Totals with those of completions beside the others."""
-    inner = totals.get("completions")
-    counts = {f"completions.{key}": value for key, value in inner.items()} if isinstance(inner, dict) else {}  # fmt: skip
-    return {key: value for key, value in totals.items() if key != "completions"} | counts
+    """Totals with those of completions and splits beside the others."""
+    found: dict[str, Any] = {}
+    for key, value in totals.items():
+        if key in ("completions", "splits") and isinstance(value, dict):
+            found |= {f"{key}.{name}": inner for name, inner in _flat_values(value).items()}
+        else:
+            found[key] = value
+    return found
+
+
+def _flat_values(values: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= {f"{key}.{n}": v for n, v in value.items()} if isinstance(value, dict) else {key: value}  # fmt: skip
+    return found
 
 
 def _is_same(found: Any, expected: Any, digits: int | None) -> bool:

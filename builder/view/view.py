@@ -14,7 +14,7 @@ import numpy as np
 
 from builder.dataset.info import facts, spell_token
 from builder.dataset.lookup import dataset_tokenizer
-from builder.dataset.manifest import read_manifest, records_of
+from builder.dataset.manifest import of_split, read_manifest, records_of
 from builder.dataset.printable import one_line
 from builder.view.comparison import Against, load_same_rows
 from builder.view.page import WIDTH, render
@@ -56,6 +56,7 @@ def page(
     *,
     rows: int,
     start: int | None = None,
+    split: str | None = None,
     against: Viewed | None = None,
     teacher_path: Path | None = None,
 ) -> Page:
@@ -65,6 +66,7 @@ def page(
         dataset: to show.
         rows: how many of its rows at most.
         start: the first of consecutive rows; None spreads them over the dataset, or over the first file of one that is not here.
+        split: the only one whose rows are shown.
         against: a dataset of the same rows, to compare with.
         teacher_path: where the teacher is, if the recipe names a local one.
 
@@ -72,7 +74,7 @@ def page(
         ValueError: there are no such rows, one cannot be read, the teacher's tokenizer cannot be found, or the two datasets do not hold
             the same tokens.
     """
-    manifest = dataset.manifest
+    manifest = of_split(dataset.manifest, split)
     numbers = choose(manifest, rows, start, first_file_only=not dataset.is_here)
     tokenizer = dataset_tokenizer(manifest, teacher_path)
     shown = list(load_rows(manifest, dataset.locate, numbers))

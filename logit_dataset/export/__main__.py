@@ -8,6 +8,7 @@ from typing import get_args
 
 from logit_dataset.export.export import Trainer, export
 from logit_dataset.export.weights import Tail
+from logit_dataset.schema import SPLITS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -20,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tail", choices=get_args(Tail), help="the best possible by default")
     parser.add_argument("--length", type=int, help="tokens of a row")
     parser.add_argument("--packed", action="store_true", help="several sequences a row")
+    parser.add_argument("--split", choices=SPLITS, help="the only one to write")
     given = vars(parser.parse_args(arguments))
     try:
         print(export(given.pop("dataset"), given.pop("output"), **given))

@@ -15,6 +15,7 @@ from logit_dataset.export.parquet import axolotl_tables, distillkit_tables, writ
 from logit_dataset.export.readme import readme
 from logit_dataset.export.weights import Tail
 from logit_dataset.load import LogitDataset, load_logits
+from logit_dataset.schema import TRAIN, VALIDATION, splits_of
 
 Trainer = Literal["axolotl", "distillkit", "maxtext"]
 TAILS: dict[Trainer, tuple[Tail, ...]] = {
@@ -34,6 +35,7 @@ def export(
     tail: Tail | None = None,
     length: int | None = None,
     packed: bool = False,
+    split: str | None = None,
 ) -> str:
     """Write a dataset in another trainer's format; returns a line that says what was written.
 
@@ -46,6 +48,8 @@ def export(
         length: tokens of a row, of DistillKit and MaxText, which need rows of one length; None for the recipe's `max_length`. Longer
             sequences are cut.
         packed: for DistillKit, several sequences a row. MaxText's rows are always so, and axolotl packs by itself.
+        split: the only one to write; None for `train` and, for axolotl and DistillKit, the hold-out beside it, if there is one. MaxText
+            reads all that is in a directory.
 
     Raises:
         ValueError: there is no such dataset, it has not what this trainer needs, or the output exists.
@@ -55,7 +59,12 @@ def export(
     if output.exists():
         raise ValueError(f"{output} exists; remove it, or choose another output")
     is_here = Path(source).is_dir()
-    data = load_logits(source, revision=revision, streaming=not is_here)
+    data = load_logits(source, split=split or TRAIN, revision=revision, streaming=not is_here)
+    splits = [data]
+    if split is None and to != "maxtext" and VALIDATION in splits_of(data.manifest):
+        splits.append(
+            load_logits(source, split=VALIDATION, revision=revision, streaming=not is_here)
+        )
     tail = _check_tail(data, to, tail)
     if length is not None and (length < 2 or to == "axolotl"):
         raise ValueError(
@@ -70,21 +79,24 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        if to == "maxtext":
-            rows = write_array_records(maxtext_records(data, length=length), partial)
-        elif to == "axolotl":
-            rows = write_parquet(axolotl_tables(data, tail), partial)
-        else:
-            tables = distillkit_tables(data, tail, length=length, packed=packed)
-            rows = write_parquet(tables, partial)
+        rows = 0
+        for data in splits:
+            if to == "maxtext":
+                rows += write_array_records(maxtext_records(data, length=length), partial)
+            elif to == "axolotl":
+                rows += write_parquet(axolotl_tables(data, tail), partial, data.split)
+            else:
+                tables = distillkit_tables(data, tail, length=length, packed=packed)
+                rows += write_parquet(tables, partial, data.split)
         text = readme(
-            data, output=output, to=to, tail=tail, length=length, packed=packed, rows=rows
+            splits, output=output, to=to, tail=tail, length=length, packed=packed, rows=rows
         )
         (partial / "README.md").write_text(text, encoding="utf-8")
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return f"{output}: {rows:,} rows, {data.num_tokens:,} tokens for {to}, tail {tail}; {output / 'README.md'} has the configuration"
+    tokens = sum(data.num_tokens for data in splits)
+    return f"{output}: {rows:,} rows, {tokens:,} tokens for {to}, tail {tail}; {output / 'README.md'} has the configuration"
 
 
 def _check_tail(data: LogitDataset, to: Trainer, tail: Tail | None) -> Tail:

@@ -95,14 +95,14 @@ def distillkit_table(batch: dict[str, Array], tail: Tail) -> pa.Table:
     )
 
 
-def write_parquet(tables: Iterator[pa.Table], directory: Path) -> int:
-    """Write tables to `data/train-….parquet`, a row group each, while the next is made; returns the number of rows."""
-    (directory / "data").mkdir()
+def write_parquet(tables: Iterator[pa.Table], directory: Path, split: str) -> int:
+    """Write tables to `data/train-….parquet`, or of another split, a row group each, while the next is made; returns the number of rows."""
+    (directory / "data").mkdir(exist_ok=True)
     writer, index, tokens, rows = None, 0, 0, 0
     try:
         for table in _ahead(tables):
             if writer is None:
-                path = directory / "data" / f"train-{index:05d}.parquet"
+                path = directory / "data" / f"{split}-{index:05d}.parquet"
                 writer = pq.ParquetWriter(
                     path,
                     table.schema,

@@ -1,5 +1,6 @@
 """What stands beside an exported dataset: the configuration to paste, where the data are from, and what is lost."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ OF_TAIL: dict[Tail, str] = {
 
 
 def readme(
-    data: LogitDataset,
+    splits: Sequence[LogitDataset],
     *,
     output: Path,
     to: str,
@@ -30,23 +31,25 @@ def readme(
     """The text of a README.md.
 
     Args:
-        data: what was exported.
+        splits: what was exported.
         output: the directory.
         to, tail, length, packed: how.
         rows: how many were written.
     """
+    data, names = splits[0], [one.split for one in splits]
+    tokens = sum(one.num_tokens for one in splits)
     teacher, top_k = data.manifest["teacher"], int(data.layout.top_k)
     draws = data.layout.tail_samples if tail == "draws" else 0
     name = data.manifest["recipe"].get("name", "a logit dataset")
     config = _configuration(
-        to, output=output, vocab_size=teacher["vocab_size"], listed=top_k + draws, tail=tail, length=length, packed=packed
+        to, output=output, splits=names, vocab_size=teacher["vocab_size"], listed=top_k + draws, tail=tail, length=length, packed=packed
     )  # fmt: skip
     of_tail = _of_tail(data, tail, top_k, draws)
     lost = "\n".join(f"- {line}" for line in _lost(data, to, length))
     pin = teacher.get("commit") or teacher["sha256"]
     return f"""# {name} for {TITLES[to]}
 
-{rows:,} rows, {data.num_tokens:,} tokens with distributions of {teacher.get("repo") or teacher["name"]} ({pin[:12]}), exported from the
+{rows:,} rows, {tokens:,} tokens with distributions of {teacher.get("repo") or teacher["name"]} ({pin[:12]}), exported from the
 logit dataset {name}, fingerprint {data.manifest["fingerprint"][:12]}. Its licence and its terms are those of that dataset. The student
 needs the teacher's tokenizer: {teacher["vocab_size"]:,} ids.
 
@@ -96,10 +99,20 @@ def _lost(data: LogitDataset, to: str, length: int) -> list[str]:
     return lines
 
 
+def _eval_lines(to: str, output: Path, splits: Sequence[str]) -> Iterator[str]:
+    """Of a configuration: the hold-out, where it was written beside the first split."""
+    for split in splits[1:]:
+        yield {
+            "axolotl": f"\ntest_datasets:\n  - path: {output.name}\n    split: {split}",
+            "distillkit": f"\n  eval_dataset:\n    repo_id: {output.name}\n    split: {split}",
+        }[to]
+
+
 def _configuration(
     to: str,
     *,
     output: Path,
+    splits: Sequence[str],
     vocab_size: int,
     listed: int,
     tail: Tail,
@@ -117,14 +130,14 @@ kd_ce_alpha: 0.0
 kd_alpha: 1.0
 datasets:
   - path: {output.name}  # where this directory is
-    split: train
+    split: {splits[0]}{"".join(_eval_lines(to, output, splits))}
 skip_prepare_dataset: true
 remove_unused_columns: false
 sample_packing: true""",
         "distillkit": f"""dataset:
   train_dataset:
     repo_id: {output.name}  # where this directory is
-    split: train
+    split: {splits[0]}{"".join(_eval_lines(to, output, splits))}
   prepacked: true
 teacher:
   kind: dataset
