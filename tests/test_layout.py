@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 ROOMS = [
-    *["logit_dataset", "logit_dataset.trainers", "logit_dataset.export"],
+    *["logit_dataset", "logit_dataset.hidden", "logit_dataset.trainers", "logit_dataset.export"],
     *["builder.recipe", "builder.text", "builder.corpus", "builder.tokenizer"],
     *["builder.checkpoint", "builder.teacher", "builder.sources"],
     *["builder.dataset", "builder.capture", "builder.card", "builder.verify", "builder.view"],

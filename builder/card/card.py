@@ -27,7 +27,7 @@ from builder.dataset.manifest import data_digest, mean_topk_mass, records_of, wr
 from builder.dataset.printable import one_line
 from builder.dataset.shards import atomic_file
 from builder.sources import demo
-from logit_dataset.schema import Layout, card_features, columns
+from logit_dataset.schema import HEAD_FILE, Layout, card_features, columns
 
 README = "README.md"
 PICTURES = ("assets/mass.svg", "assets/entropy.svg")
@@ -146,6 +146,7 @@ def _variables(
         "layout": layout,
         "load_arguments": _load_arguments(release),
         "columns": columns(layout),
+        "head": _head(manifest),
         "column_bytes": _column_bytes(manifest),
         "end_of_document": _end_of_document(manifest),
         "writing": authorship.sentences(manifest),
@@ -172,6 +173,22 @@ def _variables(
         "citation": citation(manifest, release),
         "changelog": _changelog(release),
     }
+
+
+def _head(manifest: dict[str, Any]) -> str:
+    """What is said of the teacher's last layer, where it stands beside the data."""
+    head = manifest.get("teacher_head")
+    if not head:
+        return ""
+    logits = "hidden_states · weightᵀ" + (" + bias" if head["has_bias"] else "")
+    if head["scale"] != 1:
+        logits = f"{head['scale']!r} · ({logits})" if head["has_bias"] else f"{head['scale']!r} · {logits}"  # fmt: skip
+    if head["softcap"] is not None:
+        logits = f"{head['softcap']!r} · tanh({logits} / {head['softcap']!r})"
+    return (
+        f"`{HEAD_FILE}` ({head['bytes'] / 1e6:,.1f} MB, {plain(head['dtype'])}) is the last layer of the teacher, which makes the logits of the "
+        f"whole vocabulary: logits = {logits}. It is a part of the teacher, under the teacher’s licence: **{plain(head['license'] or 'not stated')}**."
+    )
 
 
 def _column_bytes(manifest: dict[str, Any]) -> dict[str, str]:
