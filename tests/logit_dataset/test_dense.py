@@ -1,5 +1,6 @@
 """The exact KL from stored hidden states and the teacher's head: against the formula in float64, and in bounded memory."""
 
+import copy
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
+from transformers import TrainingArguments
 
 from logit_dataset import (
     LogitCollator,
@@ -197,3 +199,61 @@ def test_no_second_tensor_of_all_logits_exists(out, monkeypatch):
     assert size == 2**25
     assert 2**20 < fused < size / 4
     assert size <= given < size * 5 / 4
+
+
+# Trainers
+
+
+@pytest.mark.parametrize("kind", ["transformers", "trl"])
+def test_trainers_learn_the_whole_distribution(out, tiny_model, tiny_tokenizer, tmp_path, kind):
+    rows = load_dataset(str(out), split="train")
+    head = load_teacher_head(out)
+    arguments = {
+        **{"output_dir": str(tmp_path), "report_to": [], "disable_tqdm": True, "use_cpu": True},
+        **{"save_strategy": "no", "max_steps": 1, "logging_steps": 1, "bf16": False},
+        **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},
+    }
+
+    def make(model, **options):
+        options |= {"temperature": 2.0, "text_weight": 0.25, "eval_dataset": rows}
+        if kind == "transformers":
+            from logit_dataset.trainers import DistillationTrainer
+
+            return DistillationTrainer(model, TrainingArguments(**arguments), None, rows, **options)
+        trl = pytest.importorskip("trl", reason="trl is not installed (the extra dev has it)")
+        from logit_dataset.trainers import DistillationSFTTrainer
+
+        options["processing_class"] = tiny_tokenizer
+        return DistillationSFTTrainer(model, trl.SFTConfig(**arguments), None, rows, **options)
+
+    assert abs(make(copy.deepcopy(tiny_model), teacher_head=head).evaluate()["eval_kl"]) < 1e-4
+    student = copy.deepcopy(tiny_model).requires_grad_(True)
+    for parameter in student.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    trainer = make(student, teacher_head=head)
+    found = trainer.evaluate()
+    batch = LogitCollator.of(rows)(list(rows.with_format("numpy")))
+    logits = student(batch["input_ids"]).logits.double()
+    kl = reference(logits, batch, head, 1.0, 0.0).item()
+    assert kl > 0.05
+    assert found["eval_kl"] == pytest.approx(kl, rel=1e-4)
+    assert found["eval_loss"] == pytest.approx(reference(logits, batch, head, 2.0, 0.25).item(), rel=1e-4)  # fmt: skip
+    learned = []
+
+    def keep(inputs, **_):
+        learned.append({name: values.clone() for name, values in inputs.items()})
+
+    prepare = trainer._prepare_inputs
+    trainer._prepare_inputs = lambda inputs: (keep(inputs), prepare(inputs))[1]
+    before = copy.deepcopy(student)
+    trainer.train()
+    counts = sum(count_positions(batch) for batch in learned)
+    assert len(learned) == 3
+    expected = sum(
+        dense_kl(before(batch["input_ids"]).logits, batch, head, temperature=2.0, text_weight=0.25, num_positions=counts)
+        for batch in learned
+    )  # fmt: skip
+    (logged,) = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(expected.item(), rel=1e-3)
+    with pytest.raises(ValueError, match="with a teacher_head the loss is the KL over the whole"):
+        make(student, teacher_head=head, loss="residual")
