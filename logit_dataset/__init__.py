@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from logit_dataset.collator import LogitCollator
+    from logit_dataset.hidden.head import TeacherHead, load_teacher_head
+    from logit_dataset.hidden.kl import dense_kl, dense_kl_from_hidden
     from logit_dataset.load import load_logits
     from logit_dataset.losses import distillation_loss, distillation_loss_from_hidden
     from logit_dataset.retokenize import TokenizerProjection
@@ -16,19 +18,27 @@ if TYPE_CHECKING:
 __all__ = [
     "FrequentTokens",
     "LogitCollator",
+    "TeacherHead",
     "TokenizerProjection",
+    "dense_kl",
+    "dense_kl_from_hidden",
     "distillation_loss",
     "distillation_loss_from_hidden",
     "load_logits",
+    "load_teacher_head",
 ]
 
 _HOMES = {
     "FrequentTokens": "vocabulary",
     "LogitCollator": "collator",
+    "TeacherHead": "hidden.head",
     "TokenizerProjection": "retokenize",
+    "dense_kl": "hidden.kl",
+    "dense_kl_from_hidden": "hidden.kl",
     "distillation_loss": "losses",
     "distillation_loss_from_hidden": "losses",
     "load_logits": "load",
+    "load_teacher_head": "hidden.head",
 }
 
 

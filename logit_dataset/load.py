@@ -171,7 +171,7 @@ class LogitDataset:
             found = len(rows.lengths_R), int(rows.lengths_R.sum())
             if found != (group.num_rows, group.num_tokens):
                 raise ValueError("it holds other numbers of rows and tokens than its footer says")
-        except (pa.ArrowException, ValueError, OSError, _http_error()) as error:
+        except (pa.ArrowException, ValueError, OSError, http_error()) as error:
             raise ValueError(
                 f"{group.file}, row group {group.index}: {first_line(error)}; verify the dataset"
             ) from error
@@ -312,7 +312,7 @@ def _read_manifest(source: Source, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} has no {MANIFEST}: it is not a finished logit dataset") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where}: {MANIFEST} is damaged ({error}); fetch it again") from None
-    except (OSError, _http_error()) as error:
+    except (OSError, http_error()) as error:
         raise ValueError(
             f"{where}: {MANIFEST} cannot be read ({first_line(error)}); try again"
         ) from None
@@ -371,7 +371,7 @@ def _footer(
         raise ValueError(f"{error}; fetch the dataset again") from None
     except FileNotFoundError:
         raise ValueError(f"{name} is missing; fetch the dataset again") from None
-    except (pa.ArrowException, ValueError, OSError, _http_error()) as error:
+    except (pa.ArrowException, ValueError, OSError, http_error()) as error:
         raise ValueError(
             f"{name} cannot be read ({first_line(error)}); fetch the dataset again"
         ) from None
@@ -408,14 +408,14 @@ def _hub_source(repo: str, revision: str | None, *, streaming: bool, split: str)
         ) from None
     except RevisionNotFoundError:
         raise ValueError(f"dataset {repo!r} has no revision {revision!r} on the Hub") from None
-    except (OSError, _http_error()) as error:
+    except (OSError, http_error()) as error:
         raise ValueError(
             f"there is no directory {repo!r}, and the Hub cannot be reached ({first_line(error)})"
         ) from None
     return Commit(repo, str(commit))
 
 
-def _http_error() -> type[Exception]:
+def http_error() -> type[Exception]:
     """What a broken connection to the Hub raises, and every status that is an error; HF_HUB_OFFLINE is an OSError.
 
     huggingface_hub's own error inherits from that of the library by which it speaks HTTP: requests, httpx or httpx2, by its version.

@@ -56,7 +56,7 @@ def distillation_loss(
         ValueError: the batch has not what this loss or temperature needs, or ids outside the student's vocabulary.
     """
     terms = _Terms.of(batch, loss, text_weight, temperature)
-    logits_MV = _positions(logits_BTV, batch, "logits")
+    logits_MV = positions_of(logits_BTV, batch, "logits")
     sums = terms.sums(logits_MV, slice(None), terms.rows_N)
     return terms.combine(sums, num_positions)
 
@@ -71,8 +71,8 @@ def count_positions(batch: Mapping[str, Tensor], *, loss: Loss = "tail_bucket") 
     Raises:
         ValueError: the batch lacks what tells.
     """
-    _check_columns(batch)
-    distilled, text = _counting(batch, loss)
+    check_columns(batch)
+    distilled, text = counting(batch, loss)
     return torch.stack([distilled.sum(), text.sum()])
 
 
@@ -92,7 +92,7 @@ def position_losses(
         ValueError: as above.
     """
     terms = _Terms.of(batch, loss, 0.5, temperature)
-    logits_MV = _positions(logits_BTV, batch, "logits")
+    logits_MV = positions_of(logits_BTV, batch, "logits")
     values_N = terms.at_positions(logits_MV, slice(None), terms.rows_N)
     both = [v.new_zeros(len(logits_MV)).index_put((terms.rows_N,), v) for v in values_N]
     return both[0].view(logits_BTV.shape[:2]), both[1].view(logits_BTV.shape[:2])
@@ -119,7 +119,7 @@ def distillation_loss_from_hidden(
         ValueError: as in `distillation_loss`.
     """
     terms = _Terms.of(batch, loss, text_weight, temperature)
-    hidden_MD = _positions(hidden_BTD, batch, "hidden states")
+    hidden_MD = positions_of(hidden_BTD, batch, "hidden states")
 
     def chunk_sums(hidden_CD: Tensor, chunk: slice) -> Tensor:
         logits_CV = head(hidden_CD)
@@ -135,20 +135,25 @@ def distillation_loss_from_hidden(
     return terms.combine(torch.stack(sums).sum(0), num_positions)
 
 
-def _check_columns(batch: Mapping[str, Tensor]) -> None:
+def check_columns(batch: Mapping[str, Tensor]) -> None:
+    """See that a batch is one.
+
+    Raises:
+        ValueError: it lacks what every loss needs.
+    """
     if missing := {"input_ids", "target_ids", "mask"} - set(batch):
         raise ValueError(
             f"the batch has no {', '.join(sorted(missing))}; take it from load_logits(…).batches(…) or a LogitCollator, which shift and mask"
         )
 
 
-def _counting(batch: Mapping[str, Tensor], loss: Loss) -> tuple[Tensor, Tensor]:
+def counting(batch: Mapping[str, Tensor], loss: Loss) -> tuple[Tensor, Tensor]:
     """[B, T] each: where the distillation counts, and where the text does."""
     has_target = batch["target_ids"] >= 0
     return batch["mask"] & has_target if loss == "residual" else batch["mask"], has_target
 
 
-def _positions(values_BTX: Tensor, batch: Mapping[str, Tensor], what: str) -> Tensor:
+def positions_of(values_BTX: Tensor, batch: Mapping[str, Tensor], what: str) -> Tensor:
     """[M, X]: what a student has at each position of a batch."""
     found, expected = tuple(values_BTX.shape), tuple(batch["input_ids"].shape)
     if found[:-1] != expected:
@@ -179,10 +184,10 @@ class _Terms:
             raise ValueError(f"loss is {loss!r}, expected one of {', '.join(get_args(Loss))}")
         if not 0 <= text_weight <= 1:
             raise ValueError(f"text_weight is {text_weight}, expected 0 to 1")
-        _check_columns(batch)
+        check_columns(batch)
         if loss == "tail_draws":
             _check_draws(batch, temperature)
-        distilled_M, text_M = (counts.flatten() for counts in _counting(batch, loss))
+        distilled_M, text_M = (counts.flatten() for counts in counting(batch, loss))
         if text_weight == 1:
             distilled_M = torch.zeros_like(distilled_M)
         counts_M = distilled_M | text_M if text_weight else distilled_M

@@ -165,6 +165,9 @@ _OF_KEPT: dict[Shape, Shape] = {"T,K": "C,K", "T,M": "C,M", "T,V": "C,V", "T,D":
 FLOAT16_MIN = -65504.0
 """Log-probabilities below this (−inf among them) are stored as this value, float16's lowest."""
 
+HEAD_FILE = "teacher_head.safetensors"
+"""The teacher's last layer, beside the data of a dataset with hidden states."""
+
 MAX_CHARACTER_TOKENS = 64
 """More tokens than any character takes: bytes make it 4, and no normaliser writes one as more than 18."""
 

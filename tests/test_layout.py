@@ -12,15 +12,15 @@ import pytest
 from tests.conftest import REPOSITORY
 
 ROOMS = [
-    *["logit_dataset", "logit_dataset.trainers", "logit_dataset.export"],
+    *["logit_dataset", "logit_dataset.hidden", "logit_dataset.trainers", "logit_dataset.export"],
     *["builder.recipe", "builder.text", "builder.corpus", "builder.tokenizer"],
     *["builder.checkpoint", "builder.teacher", "builder.sources"],
     *["builder.dataset", "builder.capture", "builder.card", "builder.verify", "builder.view"],
     *["builder.hub", "builder.plan", "builder.build", "builder.console", "builder.cli"],
 ]
 """In the order of the data: each may import those before it."""
-MAX_IMPORTS_BETWEEN_ROOMS = 80
-MAX_FILES = 12
+MAX_IMPORTS_BETWEEN_ROOMS = 85
+MAX_FILES = 13
 
 
 def modules() -> dict[str, Path]:

@@ -23,6 +23,8 @@ from builder.build.state import DISK_FULL, BuildState
 from builder.build.worker import Computed, Pool, Task, Worker
 from builder.capture.pipeline import Notice, Progress
 from builder.card.card import keep_curves, write_card
+from builder.card.licences import licences
+from builder.dataset.head_file import head_record
 from builder.dataset.identity import (
     deciding,
     differences,
@@ -47,7 +49,7 @@ from builder.sources.resolve import (
     resolve_corpus,
     template_provenance,
 )
-from logit_dataset.schema import SCHEMA_VERSION, TRAIN, VALIDATION
+from logit_dataset.schema import HEAD_FILE, SCHEMA_VERSION, TRAIN, VALIDATION
 
 Planned = Callable[[dict[str, Any], Sources, bool], None]
 
@@ -119,17 +121,16 @@ def build(
         state.remember(known)
         state.refuse_strangers()
         state.sweep()
-        if pool is None:
-            worker = Worker(
-                recipe,
-                sources,
-                watch=sources.watch(known.seen),
-                device=device,
-                progress=progress,
-                notice=notice,
-                told=told,
-            )
-        else:
+        worker = Worker(
+            recipe,
+            sources,
+            watch=sources.watch(known.seen),
+            device=device,
+            progress=progress,
+            notice=notice,
+            told=told,
+        )
+        if pool is not None:
             from builder.build import workers
             from builder.build.actor import make_order
         if recipe.sequences.batch_tokens == "auto":  # and no shard is there yet
@@ -161,6 +162,9 @@ def build(
         state.sweep()
         state.sweep_strays(records)
         manifest = make_manifest(plan, state.read("teacher"), records)
+        if not chains.built and not (output / HEAD_FILE).exists():  # all shards came from elsewhere
+            worker.write_teacher_head(output)
+        manifest |= head_record(output, licences(manifest)["teacher"])
         if outbox and not all((output / record.file).exists() for record in records):
             keep_curves(output, manifest, outbox.curves(records))
         write_card(output, manifest)
@@ -436,6 +440,8 @@ def _already_complete(recipe: Recipe, base: Path, output: Path) -> BuildResult:
     if described_anew(manifest, recipe):
         status = "already complete, with a new description"
         manifest["recipe"] = _published_as(manifest, recipe)
+        if "teacher_head" in manifest:
+            manifest["teacher_head"]["license"] = licences(manifest)["teacher"]
         write_card(output, manifest)
         write_json(output / FILE_NAME, manifest)
     shutil.rmtree(output / ".build", ignore_errors=True)

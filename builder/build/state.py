@@ -20,7 +20,7 @@ from builder.dataset.identity import differences, teacher_differences
 from builder.dataset.manifest import ShardRecord, write_json
 from builder.dataset.shards import file_sha256
 from builder.sources.resolve import KnownSources
-from logit_dataset.schema import SPLITS
+from logit_dataset.schema import HEAD_FILE, SPLITS
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors that every further shard would end with, too."""
@@ -203,8 +203,10 @@ class BuildState:
 
     def sweep(self) -> None:
         """Delete what killed processes left half-written. One that still writes there fails when it is done."""
-        for partial in (self._output / "data").glob(".*.partial"):
+        for partial in (*self._output.glob(f".{HEAD_FILE}.*.partial"), *(self._output / "data").glob(".*.partial")):  # fmt: skip
             partial.unlink(missing_ok=True)
+        if not self.has_shards():  # it may be of another teacher
+            (self._output / HEAD_FILE).unlink(missing_ok=True)
 
     def refuse_strangers(self) -> None:
         """See that `data/` holds nothing but shards of this program, for readers take all of it for the dataset.

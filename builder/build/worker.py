@@ -32,6 +32,7 @@ from builder.capture.trial import try_sizes
 from builder.corpus.chats import ChatTemplate
 from builder.corpus.documents import Offset
 from builder.corpus.encoder import Encoder
+from builder.dataset.head_file import write_head
 from builder.dataset.identity import row_fingerprint
 from builder.dataset.manifest import Completions, ShardRecord, Sums, data_file, environment
 from builder.dataset.shards import (
@@ -48,8 +49,9 @@ from builder.recipe.sections import CorpusRecipe, SequencesRecipe
 from builder.sources.changes import Watch
 from builder.sources.opening import make_encoder, open_teacher
 from builder.sources.resolve import Sources, template_provenance
+from builder.teacher.last_layer import last_layer
 from builder.teacher.model import Teacher
-from logit_dataset.schema import SCHEMA_VERSION, TRAIN, VALIDATION, Layout
+from logit_dataset.schema import HEAD_FILE, SCHEMA_VERSION, TRAIN, VALIDATION, Layout
 
 SUM_VALUES = 2**22
 """Log-probabilities that are summed at once: 32 MB in float64."""
@@ -124,6 +126,7 @@ class Worker:
         self._told = told
         self._stream: SequenceStream | None = None
         self._guard = Guard()
+        self._has_written_head = False
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -149,6 +152,21 @@ class Worker:
         if not teacher.head_only:
             self._notice(_slow_head(self._recipe, teacher))
         return teacher
+
+    def write_teacher_head(self, output: Path) -> None:
+        """Write the teacher's last layer beside the data, where hidden states are stored: the same bytes by every worker.
+
+        Where it cannot be said in a formula, there is a line, and no file.
+        """
+        if not self._recipe.output.hidden_states or self._has_written_head:
+            return
+        self._has_written_head = True
+        try:
+            head = last_layer(self.teacher)
+        except ValueError as error:
+            self._notice(f"{HEAD_FILE} is left out: {error}; hidden states are stored nevertheless")
+            return
+        write_head(output, head)
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -240,6 +258,7 @@ class Worker:
 
     def _shard(self, output: Path, task: Task) -> ShardRecord:
         started = time.perf_counter()
+        self.write_teacher_head(output)
         file = output / task.file
         stream, self._stream = self._stream_for(task), None
         totals = _Totals(self.layout)

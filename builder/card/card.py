@@ -28,7 +28,7 @@ from builder.dataset.manifest import data_digest, mean_topk_mass, records_of, wr
 from builder.dataset.printable import as_size, counted, one_line
 from builder.dataset.shards import atomic_file
 from builder.sources import demo
-from logit_dataset.schema import TRAIN, Layout, card_features, columns
+from logit_dataset.schema import HEAD_FILE, TRAIN, Layout, card_features, columns
 
 README = "README.md"
 MASS, ENTROPY, LINE = "assets/mass.svg", "assets/entropy.svg", "assets/line.svg"
@@ -162,6 +162,7 @@ def _variables(
         "load_arguments": _load_arguments(release),
         "held_out": _held_out(manifest),
         "columns": columns(layout),
+        "head": _head(manifest),
         "column_bytes": _column_bytes(manifest),
         "end_of_document": _end_of_document(manifest),
         "writing": authorship.sentences(manifest),
@@ -188,6 +189,22 @@ def _variables(
         "citation": citation(manifest, release),
         "changelog": _changelog(release),
     }
+
+
+def _head(manifest: dict[str, Any]) -> str:
+    """What is said of the teacher's last layer, where it stands beside the data."""
+    head = manifest.get("teacher_head")
+    if not head:
+        return ""
+    logits = "hidden_states · weightᵀ" + (" + bias" if head["has_bias"] else "")
+    if head["scale"] != 1:
+        logits = f"{head['scale']!r} · ({logits})" if head["has_bias"] else f"{head['scale']!r} · {logits}"  # fmt: skip
+    if head["softcap"] is not None:
+        logits = f"{head['softcap']!r} · tanh({logits} / {head['softcap']!r})"
+    return (
+        f"`{HEAD_FILE}` ({head['bytes'] / 1e6:,.1f} MB, {plain(head['dtype'])}) is the last layer of the teacher, which makes the logits of the "
+        f"whole vocabulary: logits = {logits}. It is a part of the teacher, under the teacher’s licence: **{plain(head['license'] or 'not stated')}**."
+    )
 
 
 def _column_bytes(manifest: dict[str, Any]) -> dict[str, str]:

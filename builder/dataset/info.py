@@ -16,7 +16,7 @@ from builder.dataset.lookup import dataset_tokenizer, file_of_row, read_row, wha
 from builder.dataset.manifest import read_manifest
 from builder.dataset.printable import as_size, counted, one_line
 from logit_dataset.files import first_line
-from logit_dataset.schema import Layout, columns, is_generated, loss_mask
+from logit_dataset.schema import HEAD_FILE, Layout, columns, is_generated, loss_mask
 
 Floats = npt.NDArray[np.float64]
 
@@ -91,6 +91,7 @@ def facts(directory: Path) -> dict[str, str]:
         **({"written": written} if written else {}),
         "disk": f"{as_size(totals['bytes'])} in {counted(summary['shards'], 'file')}, {totals['bytes_per_token']} bytes per token",
         "stored": _stored(layout),
+        **_head(manifest),
         **_share(summary),
         "entropy": f"{totals['mean_entropy']:.3f} nats on average",
         "perplexity": f"{totals['teacher_perplexity'] or '?'} of the teacher on this text",
@@ -121,6 +122,15 @@ def _stored(layout: Layout) -> str:
     if layout.completions_only:
         parts[0] += ", for completions only"
     return "; ".join(parts)
+
+
+def _head(manifest: dict[str, Any]) -> dict[str, str]:
+    head = manifest.get("teacher_head")
+    if not head:
+        return {}
+    return {
+        "head": f"{HEAD_FILE} makes the teacher's logits of these: {head['bytes'] / 1e6:,.1f} MB, {head['dtype']}, licence {head['license'] or 'not stated'}"
+    }
 
 
 def _completions(totals: dict[str, Any]) -> dict[str, str]:

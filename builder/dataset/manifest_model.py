@@ -266,6 +266,18 @@ class Shard(_Section):
     split: Split | None = None
 
 
+class TeacherHead(_Section):
+    """`teacher_head`: what is said of `teacher_head.safetensors`."""
+
+    sha256: Digest
+    bytes: Count
+    dtype: str
+    has_bias: bool
+    scale: float
+    softcap: float | None
+    license: str | None
+
+
 class Manifest(_Section):
     """A manifest, all but its `shards`, each of which is a `Shard` whose environment is a place in `environments`."""
 
@@ -275,6 +287,7 @@ class Manifest(_Section):
     recipe: PublishedRecipe
     corpus: Corpus
     teacher: Teacher
+    teacher_head: TeacherHead | None = None
     totals: Totals
     environments: Annotated[list[Environment], Field(min_length=1)]
     shards: list[dict[str, Any]]
@@ -288,6 +301,8 @@ class Manifest(_Section):
             raise ValueError(f"recipe.output.top_k is {top_k}, teacher.vocab_size only {size}")
         if self.recipe.output.hidden_states and self.teacher.hidden_size is None:
             raise ValueError("recipe.output.hidden_states is true, but there is no teacher.hidden_size")  # fmt: skip
+        if self.teacher_head and not self.recipe.output.hidden_states:
+            raise ValueError("there is a teacher_head, but recipe.output.hidden_states is not true")
         corpus = self.recipe.corpus
         has_completions = corpus.messages_column or corpus.prompt_column or self.recipe.generation
         if self.recipe.output.completions_only and not has_completions:

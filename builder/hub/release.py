@@ -15,7 +15,7 @@ from builder.hub.calls import WAIT_SECONDS, Notice
 from builder.hub.limits import MAX_FILE_BYTES, MAX_FILES, REPO_ID
 from builder.hub.repository import LocalFile, Repository, Tree, holds
 from builder.hub.versions import Step, Version, choose, compare
-from logit_dataset.schema import SPLITS
+from logit_dataset.schema import HEAD_FILE, SPLITS
 
 MAX_MESSAGE = 500
 
@@ -234,6 +234,8 @@ def local_files(
     if verification := read_verification(directory, manifest):
         small[VERIFICATION] = json_bytes(verification)
     files = {path: LocalFile.of(content) for path, content in small.items()}
+    if head := manifest.get("teacher_head"):
+        files[HEAD_FILE] = LocalFile(directory / HEAD_FILE, head["bytes"], head["sha256"])
     for record in records_of(manifest):
         files[record.file] = LocalFile(directory / record.file, record.bytes, record.sha256)
     return files
@@ -241,7 +243,7 @@ def local_files(
 
 def stale(tree: Tree, files: dict[str, LocalFile]) -> list[str]:
     """Files of an earlier version that are gone from this one. Files that are not ours stay."""
-    ours = {README, FILE_NAME, RELEASE, VERIFICATION, *PICTURES}
+    ours = {README, FILE_NAME, RELEASE, VERIFICATION, HEAD_FILE, *PICTURES}
     return [path for path in tree if path not in files and (path in ours or _OURS.fullmatch(path))]
 
 

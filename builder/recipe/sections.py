@@ -288,7 +288,7 @@ class OutputRecipe(Section):
     temperatures: tuple[Temperature, ...] = ()
     """Other temperatures at which the distribution is to be known."""
     hidden_states: bool = False
-    """Keep the teacher's last hidden states, from which its open weights make the whole distribution again."""
+    """Keep the teacher's last hidden states, and its head beside the data, which makes the whole distribution of them again."""
     completions_only: bool = False
     """Keep columns of several values a token only where the next token is the completion's: prompts then cost next to nothing."""
     text: bool = True

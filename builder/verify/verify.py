@@ -12,14 +12,16 @@ Cost: about 1 M tokens/s for hashes and invariants; recomputing costs what captu
 """
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from builder.card.card import write_card
 from builder.card.charts import Curves, curves_of
+from builder.card.licences import licences
 from builder.card.records import VERIFICATION, read_curves, read_release
+from builder.dataset.head_file import describe, mean_divergence, open_head
 from builder.dataset.manifest import (
     ShardRecord,
     data_digest,
@@ -32,7 +34,13 @@ from builder.dataset.shards import file_sha256, footer_sha256
 from builder.verify.card import check_card
 from builder.verify.documents import Documents
 from builder.verify.manifest import check_manifest, is_of_later_schema
+from builder.verify.noise import MAX_FLOAT32_DIVERGENCE
 from builder.verify.rows import Report, check_shard
+from logit_dataset.files import first_line
+from logit_dataset.schema import HEAD_FILE
+
+MAX_ROUNDED_DIVERGENCE = 0.02
+"""Mean KL in nats from stored distributions to those of the published head, where the teacher's own logits were rounded to 16 bits."""
 
 
 def verify(
@@ -76,6 +84,11 @@ def verify(
         )
     _check_files(directory, records, here, report)
     curves = _check_rows(directory, manifest, here, report, progress)
+    if "teacher_head" in manifest:
+        report.problems += (
+            f"{HEAD_FILE}: {problem}"
+            for problem in _check_head(directory, manifest, [] if report.problems else here)
+        )
     if len(here) < len(records):
         curves = read_curves(directory, manifest)
     check_card(directory, manifest, curves, report)
@@ -136,6 +149,34 @@ def _check_files(
             report.problems.append(
                 f"{record.file}: its footer does not have the hash in the manifest"
             )
+
+
+def _check_head(
+    directory: Path, manifest: dict[str, Any], records: list[ShardRecord]
+) -> Iterator[str]:
+    """Whether the teacher's head is the manifest's, and makes the stored distributions of the stored hidden states in some data files."""
+    record, teacher = manifest["teacher_head"], manifest["teacher"]
+    if record["license"] != (licence := licences(manifest)["teacher"]):
+        yield f"is under {record['license']}, the teacher under {licence}"
+    try:
+        head = open_head(directory, record)
+    except FileNotFoundError:
+        yield "is missing"
+        return
+    except (ValueError, OSError) as error:
+        yield first_line(error)
+        return
+    found = {**describe(head), "size": (head.vocab_size, head.hidden_size)}
+    said = {**record, "size": (teacher["vocab_size"], teacher["hidden_size"])}
+    for name, value in found.items():
+        if said[name] != value:
+            yield f"its {name} is {value}, the manifest says {said[name]}"
+            return
+    divergence = mean_divergence(head, [directory / one.file for one in records])
+    is_exact = "float32" in (teacher.get("head_dtype"), teacher["dtype"])
+    limit = MAX_FLOAT32_DIVERGENCE if is_exact else MAX_ROUNDED_DIVERGENCE
+    if not divergence <= limit:
+        yield f"what it makes of stored hidden states is {divergence:.3g} nats from what is stored, more than {limit:g}"
 
 
 def _check_rows(

@@ -21,6 +21,8 @@ from torch import Tensor
 from logit_dataset.batches import Batches
 from logit_dataset.collator import LogitCollator
 from logit_dataset.divergences import Loss
+from logit_dataset.hidden.head import TeacherHead
+from logit_dataset.hidden.kl import dense_kl
 from logit_dataset.losses import count_positions, distillation_loss
 from logit_dataset.rows import Projection
 from logit_dataset.trainers.evaluation import SUMS, metrics, row_sums
@@ -88,15 +90,27 @@ class Distilling(_Trainer):
     loss: Loss | None
     temperature: float
     text_weight: float
+    teacher_head: TeacherHead | None
     _evaluated: Tensor
 
-    def set_loss(self, loss: Loss | None, temperature: float, text_weight: float) -> None:
+    def set_loss(
+        self,
+        loss: Loss | None,
+        temperature: float,
+        text_weight: float,
+        teacher_head: TeacherHead | None,
+    ) -> None:
         """After the trainer's own `__init__`.
 
         Raises:
-            ValueError: the processes would divide a sequence among themselves.
+            ValueError: the processes would divide a sequence among themselves, or the loss is not that of a head.
         """
+        if teacher_head is not None and loss not in (None, "tail_bucket"):
+            raise ValueError(
+                f"loss is {loss!r}, but with a teacher_head the loss is the KL over the whole vocabulary; leave one of the two out"
+            )
         self.loss, self.temperature, self.text_weight = loss, temperature, text_weight
+        self.teacher_head = teacher_head and teacher_head.to(self.args.device)
         self._evaluated = torch.zeros(len(SUMS), dtype=torch.float64)
         # What `loss_is_scaled_for_ga` says, in the words of transformers before 5.19.
         self.model_accepts_loss_kwargs = True
@@ -109,8 +123,8 @@ class Distilling(_Trainer):
 
     def loss_of(self, batch: Mapping[str, Tensor]) -> Loss:
         """The loss that was asked for; else `tail_draws` where the rows have draws, and `tail_bucket` where not."""
-        if self.loss is not None:
-            return self.loss
+        if self.loss is not None or self.teacher_head is not None:
+            return self.loss or "tail_bucket"  # of a head, which counts the same positions
         can_draw = "tail_indices" in batch and "logprobs" not in batch and self.temperature == 1
         return "tail_draws" if can_draw else "tail_bucket"
 
@@ -132,14 +146,15 @@ class Distilling(_Trainer):
     ) -> Any:
         """The distillation, and what a mixture of experts adds to balance them. No `labels`: the model would shift them."""
         outputs = model(**self._model_inputs(inputs))
-        loss = distillation_loss(
-            _logits(outputs),
-            inputs,
-            loss=self.loss_of(inputs),
-            text_weight=self.text_weight,
-            temperature=self.temperature,
-            num_positions=num_items_in_batch,
-        )
+        weights: dict[str, Any] = {
+            "text_weight": self.text_weight,
+            "temperature": self.temperature,
+            "num_positions": num_items_in_batch,
+        }
+        if self.teacher_head is not None:
+            loss = dense_kl(_logits(outputs), inputs, self.teacher_head, **weights)
+        else:
+            loss = distillation_loss(_logits(outputs), inputs, loss=self.loss_of(inputs), **weights)
         balance = getattr(outputs, "aux_loss", None)
         if balance is not None:
             student: Any = self.model
@@ -162,7 +177,13 @@ class Distilling(_Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = _logits(model(**self._model_inputs(batch)))
             loss = self.loss_of(batch)
-            sums = row_sums(logits, batch, loss=loss, temperature=self.temperature)
+            sums = row_sums(
+                logits,
+                batch,
+                loss=loss,
+                temperature=self.temperature,
+                teacher_head=self.teacher_head,
+            )
         # Without the rows by which the last batches were filled up.
         gathered = self.accelerator.gather_for_metrics(sums)
         self._evaluated = self._evaluated + gathered.sum(0).cpu()

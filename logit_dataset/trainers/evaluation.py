@@ -7,7 +7,8 @@ How:  every metric is a mean over positions, or a correlation over them, at temp
 
       kl                    KL(teacher ‖ student), in nats. Of rows with draws an estimate of the whole: exact over the head, and
                             p_tail / M Σ_j (log p(id_j) − log q(id_j)) outside, which is 0 for the teacher itself. Without draws, and after
-                            a projection, the KL over the listed ids and the tail as one: a lower bound. Of whole distributions, exact.
+                            a projection, the KL over the listed ids and the tail as one: a lower bound. Of whole distributions, and
+                            with a teacher's head, exact.
       cross_entropy         of the student on the text.
       entropy               of the student's whole distribution.
       teacher_entropy       of the teacher's, as stored.
@@ -25,6 +26,8 @@ import torch
 from torch import Tensor
 
 from logit_dataset.divergences import Loss
+from logit_dataset.hidden.head import TeacherHead
+from logit_dataset.hidden.kl import position_dense_kl
 from logit_dataset.losses import position_losses
 from logit_dataset.schema import FLOAT16_MIN
 
@@ -43,7 +46,12 @@ SUMS = (
 
 
 def row_sums(
-    logits_BTV: Tensor, batch: Mapping[str, Tensor], *, loss: Loss, temperature: float
+    logits_BTV: Tensor,
+    batch: Mapping[str, Tensor],
+    *,
+    loss: Loss,
+    temperature: float,
+    teacher_head: TeacherHead | None = None,
 ) -> Tensor:
     """[S, len(SUMS)]: sums over the positions of each row of the dataset.
 
@@ -51,15 +59,21 @@ def row_sums(
         logits_BTV: raw logits.
         batch: with `row_ids`, or else every row of it is one of the dataset.
         loss, temperature: those of the training, of `loss` alone.
+        teacher_head: for the KL over the whole vocabulary, of a dataset with hidden states; then `loss` is that, too.
 
     Raises:
         ValueError: as in `distillation_loss`.
     """
     dtype = torch.float32 if logits_BTV.device.type == "mps" else torch.float64
     mask_BT, has_text_BT = batch["mask"], batch["target_ids"] >= 0
-    loss_BT, text_BT = position_losses(logits_BTV, batch, loss=loss, temperature=temperature)
+    if teacher_head is not None:
+        loss_BT, text_BT = position_dense_kl(
+            logits_BTV, batch, teacher_head, temperature=temperature
+        )
+    else:
+        loss_BT, text_BT = position_losses(logits_BTV, batch, loss=loss, temperature=temperature)
     counted_BT = mask_BT & has_text_BT if loss == "residual" else mask_BT
-    kl_BT = _kl(logits_BTV, batch)
+    kl_BT = loss_BT if teacher_head and temperature == 1 else _kl(logits_BTV, batch, teacher_head)
     values = {
         **{"loss": loss_BT, "loss_positions": counted_BT, "text": text_BT},
         **{"text_positions": has_text_BT, "kl": kl_BT, "positions": mask_BT},
@@ -108,8 +122,12 @@ def metrics(sums: Tensor, *, text_weight: float) -> dict[str, float]:
     return found
 
 
-def _kl(logits_BTV: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+def _kl(
+    logits_BTV: Tensor, batch: Mapping[str, Tensor], teacher_head: TeacherHead | None
+) -> Tensor:
     """[B, T]: see the module's docstring."""
+    if teacher_head is not None:
+        return position_dense_kl(logits_BTV, batch, teacher_head)[0]
     if not {"tail_indices", "tail_logprobs"} <= set(batch) or "other_indices" in batch:
         return position_losses(logits_BTV, batch, loss="tail_bucket")[0]
     cross_BT = position_losses(logits_BTV, batch, loss="tail_draws")[0]

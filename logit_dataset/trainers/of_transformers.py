@@ -9,6 +9,7 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from logit_dataset.divergences import Loss
+from logit_dataset.hidden.head import TeacherHead
 from logit_dataset.rows import Projection
 from logit_dataset.trainers.distilling import Distilling, as_arrays, collator_for
 
@@ -30,6 +31,7 @@ class DistillationTrainer(Distilling, Trainer):
         loss: Loss | None = None,
         temperature: float = 1.0,
         text_weight: float = 0.0,
+        teacher_head: TeacherHead | None = None,
         projection: Projection | None = None,
         peft_config: Any = None,
         **options: Any,
@@ -45,6 +47,7 @@ class DistillationTrainer(Distilling, Trainer):
             eval_dataset: rows of another part of it, or several by name.
             loss, temperature, text_weight: see `distillation_loss`; loss None for tail_draws where the rows have draws, and tail_bucket
                 where not.
+            teacher_head: of a dataset with hidden states, from `load_teacher_head`: the loss is the exact KL over the whole vocabulary.
             projection: into the student's vocabulary.
             peft_config: adapters to train instead of the model, by `peft.get_peft_model`.
             options: as in Trainer.
@@ -67,7 +70,7 @@ class DistillationTrainer(Distilling, Trainer):
             as_arrays(eval_dataset),
             **options,
         )
-        self.set_loss(loss, temperature, text_weight)
+        self.set_loss(loss, temperature, text_weight, teacher_head)
 
 
 def _with_adapters(model: Any, peft_config: Any, args: TrainingArguments) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from trl import SFTConfig, SFTTrainer
 
 from logit_dataset.divergences import Loss
+from logit_dataset.hidden.head import TeacherHead
 from logit_dataset.rows import Projection
 from logit_dataset.trainers.distilling import Distilling, as_arrays, collator_for
 
@@ -36,13 +37,14 @@ class DistillationSFTTrainer(Distilling, SFTTrainer):
         loss: Loss | None = None,
         temperature: float = 1.0,
         text_weight: float = 0.0,
+        teacher_head: TeacherHead | None = None,
         projection: Projection | None = None,
         **options: Any,
     ) -> None:
         """A trainer.
 
         Args:
-            model, data_collator, train_dataset, eval_dataset, loss, temperature, text_weight, projection: as in DistillationTrainer.
+            model, data_collator, train_dataset, eval_dataset, loss, temperature, text_weight, teacher_head, projection: as in DistillationTrainer.
             args: of the training.
             options: as in SFTTrainer.
 
@@ -76,4 +78,4 @@ class DistillationSFTTrainer(Distilling, SFTTrainer):
             as_arrays(eval_dataset),
             **options,
         )
-        self.set_loss(loss, temperature, text_weight)
+        self.set_loss(loss, temperature, text_weight, teacher_head)

@@ -25,7 +25,7 @@ from logit_dataset.schema import Layout as RowLayout
 from tests.build.test_build import data_bytes, read_rows, run
 from tests.conftest import TINY_VOCAB_SIZE
 from tests.loopback_hub import card_errors
-from tests.verify.forging import Row, forge
+from tests.verify.forging import Row, forge, refit
 from tests.verify.test_verify import problems
 
 EVERYTHING = "tail_samples = 6\nseed = 3\ntemperatures = [2.0, 0.5]\nhidden_states = true"
@@ -416,6 +416,11 @@ def shift_hidden_states(rows: list[Row]) -> None:
         row["hidden_states"] = np.roll(row["hidden_states"], 1, axis=0)
 
 
+def leave_the_head_out(directory: Path) -> None:
+    (directory / "teacher_head.safetensors").unlink()
+    refit(directory, lambda manifest: manifest.pop("teacher_head"))
+
+
 def other_draws(rows: list[Row]) -> None:
     """Draws that obey the invariants, of tokens that have other log-probabilities."""
     for row in rows:
@@ -442,6 +447,8 @@ def cool(rows: list[Row]) -> None:
 )
 def test_what_obeys_the_invariants_is_found_by_recomputing(copy, tiny_teacher_dir, change, message):
     forge(copy, change)
+    assert bool(problems(copy)) is (change is shift_hidden_states)
+    leave_the_head_out(copy)
     assert problems(copy) == []
     found = problems(copy, tiny_teacher_dir, recompute=5)
     drawn = [p for p in found if "draws of tail_indices" in p]
@@ -460,6 +467,9 @@ def test_a_whole_distribution_of_another_row_is_found_by_recomputing(whole_copy,
             row["target_logprob"][:-1] = np.take_along_axis(row["logprobs"][:-1], targets, -1)[:, 0]
 
     forge(whole_copy, change)
+    (found,) = problems(whole_copy)
+    assert "teacher_head.safetensors: what it makes of stored hidden states is" in found
+    leave_the_head_out(whole_copy)
     assert problems(whole_copy) == []
     found = problems(whole_copy, tiny_teacher_dir, recompute=5)
     assert any("logprobs is" in p and "nats from the teacher's" in p for p in found), found

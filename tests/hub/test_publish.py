@@ -648,3 +648,55 @@ def test_versions_are_numbers_not_texts():
     assert choose("v0.1.0", set(), None, "major", []).tag == "v0.1.0"
     with pytest.raises(ValueError, match=r"v1\.3\.1 is too small a step from v1\.3\.0: rows were added \(why\)"):  # fmt: skip
         choose("v1.3.1", {"v1.3.0"}, Version(1, 3, 0), "minor", ["why"])
+
+
+LOAD_HEAD = """
+import torch
+from pathlib import Path
+from huggingface_hub.constants import HF_HUB_CACHE
+from logit_dataset import load_teacher_head
+head = load_teacher_head("org/set", revision="v1.0.0")
+files = [path.name for path in Path(HF_HUB_CACHE).rglob("*") if path.is_symlink()]
+assert "teacher_head.safetensors" in files and not any("parquet" in name for name in files), files
+assert torch.equal(head.weight_VD, load_teacher_head(DIRECTORY).weight_VD) and head.scale == 1
+"""
+
+
+def test_the_head_of_a_teacher_is_published_and_fetched_only_when_asked_for(hub, publish, client, tiny_teacher_dir, tmp_path):  # fmt: skip
+    out = build_dataset(
+        tmp_path / "x",
+        tiny_teacher_dir,
+        corpus="max_documents = 8",
+        output="hidden_states = true",
+    )
+    assert "teacher_head.safetensors" in publish("org/set", out, "--dry-run").stdout
+    result = publish("org/set", out)
+    assert result.returncode == 0, result.stderr
+    assert_published(hub, out, "v1.0.0")
+    assert "teacher_head.safetensors" in dataset_files(hub, "v1.0.0")
+    loaded = client.python(LOAD_HEAD.replace("DIRECTORY", repr(str(out))))
+    assert loaded.returncode == 0, loaded.stderr
+    # A next version without hidden states does not keep the old head.
+    plain = build_dataset(tmp_path / "y", tiny_teacher_dir, corpus="max_documents = 8")
+    assert publish("org/set", plain).returncode == 0
+    assert "teacher_head.safetensors" not in dataset_files(hub, "v2.0.0")
+    missing = client.python(
+        "from logit_dataset import load_teacher_head\n"
+        "try: load_teacher_head('org/set', revision='v2.0.0')\n"
+        "except ValueError as error: print(error)"
+    )
+    assert "org/set@v2.0.0 has no teacher_head.safetensors; it comes with" in missing.stdout
+
+
+def test_a_damaged_head_is_not_published(hub, publish, tiny_teacher_dir, tmp_path):
+    out = build_dataset(
+        tmp_path / "x",
+        tiny_teacher_dir,
+        corpus="max_documents = 8",
+        output="hidden_states = true",
+    )
+    head = bytearray((out / "teacher_head.safetensors").read_bytes())
+    head[-1] ^= 1
+    (out / "teacher_head.safetensors").write_bytes(head)
+    assert_one_line(publish("org/set", out), "teacher_head.safetensors: its content does not have")
+    assert ("dataset", "org/set") not in hub.repos
