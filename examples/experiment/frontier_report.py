@@ -1,0 +1,5 @@
+"""To come."""
+
+
+def write_frontier(results, page):
+    """To come."""
