@@ -57,8 +57,8 @@ class SplitPlan:
 
 
 FIRST = ("text", "whole", "50+4", "1+24", "50+24")
-SECOND = ("9+15", "0+24", "4+20", "0+50", "16+16", "1+8", "0+4", "4+8", "50+8", "16+32")
-WHY = ("0+24-heavy", "0+4", "0+4-damped")
+SECOND = ("9+15", "0+24", "4+20", "0+50", "16+16", "1+8", "0+4", "0+24-heavy")
+THIRD = ("4+8", "50+8", "16+32", "0+4-damped", "50+4-text", "1+24-text")
 FRONTIER = SplitPlan(
     rate=2e-3,
     batch_size=4,
@@ -67,15 +67,15 @@ FRONTIER = SplitPlan(
     evaluate_every=100,
     patience=400,
     stages=(
-        ((*FIRST, *SECOND, "0+24-heavy"), "quarter", (0,)),
-        ((*FIRST, "9+15", "0+24"), "quarter", (1, 2)),
+        ((*FIRST, *SECOND), "quarter", (0,)),
+        (FIRST, "quarter", (1, 2)),
+        (("9+15", "0+24"), "quarter", (1, 2)),
         (FIRST, "train", (0,)),
-        (WHY, "quarter", (0, 1, 2)),
-        (("4+20", "0+50"), "quarter", (1, 2)),
-        (("50+4-text", "1+24-text"), "quarter", (0, 1, 2)),
+        (("0+4", "0+24-heavy"), "quarter", (1, 2)),
+        (THIRD, "quarter", (0,)),
         (FIRST, "train", (1, 2)),
-        ((*SECOND, "0+24-heavy"), "train", (0, 1, 2)),
-        (SECOND, "quarter", (1, 2)),
+        (("4+20", "0+50", "16+16", "1+8", *THIRD), "quarter", (1, 2)),
+        ((*SECOND, *THIRD), "train", (0, 1, 2)),
     ),
 )
 
