@@ -19,11 +19,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the Hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a run is one thread, and there are several at once
 
 from builder.console.terminal import quiet_libraries
-from examples.experiment.frontier import FRONTIER, frontier
-from examples.experiment.frontier_report import write_frontier
 from examples.experiment.prepare import Place
 from examples.experiment.report import BEGIN, END, write_report
 from examples.experiment.runs import FULL, QUICK, experiment
+from examples.experiment.splits.frontier import FRONTIER, frontier
+from examples.experiment.splits.report import write_frontier
+from examples.experiment.splits.sizes import write_sizes
 
 HERE = Path(__file__).parent
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="small, to see that all works")
-    parser.add_argument("--splits", action="store_true", help="the runs of frontier.py")
+    parser.add_argument("--splits", action="store_true", help="the runs of splits/frontier.py")
     parser.add_argument("--work", type=Path, help="directory of datasets (about 1 GB)")
     parser.add_argument("--results", type=Path, help="directory of results (WORK/results)")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, one thread each")
@@ -44,16 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     work = options.work or Path("out/experiment-quick" if options.quick else "out/experiment")
     results = options.results or work / "results"
-    name = "splits.md" if options.splits else "README.md"
+    name = "splits/README.md" if options.splits else "README.md"
     page = (HERE if results.resolve() == HERE / "results" else work) / name
     if not page.exists():
-        work.mkdir(parents=True, exist_ok=True)
+        page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(f"# Experiment\n\n{BEGIN}\n{END}\n", encoding="utf-8")
     if options.splits:
         place = Place(work=work, num_kept=FULL.num_kept, length=FRONTIER.length)
         if not options.report:
             quiet_libraries()
             frontier(FRONTIER, place, results / "splits", workers=options.workers)
+            if not (results / "splits/bytes.json").exists():
+                write_sizes(place, results / "splits/bytes.json")
         write_frontier(results / "splits", page)
         print(f"next: read {page}")
         return

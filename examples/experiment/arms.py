@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.experiment.splits import Split
+from examples.experiment.splits.draws import Split
 from logit_dataset import FrequentTokens, distillation_loss
 from logit_dataset.rows import Rows
 
@@ -155,7 +155,7 @@ TEXT_WEIGHT = 0.2
 
 
 def arm_of(name: str) -> Arm:
-    """An arm by its name: one of ARMS, or a split of `splits`, such as "1+24"."""
+    """An arm by its name: one of ARMS, or a split, such as "1+24"."""
     if name in ARMS:
         return ARMS[name]
     found = re.fullmatch(rf"(\d+)\+(\d+)({'|'.join(KINDS)})", name)

@@ -60,6 +60,8 @@ def share_of_gap(get: Any, arm: str, data: str) -> float:
 
 
 def better(arm: str, than: str, data: str, metric: str = "ce", **options: Any) -> dict[str, Any]:
+    """Fields of a claim that one arm is better than another."""
+
     def value(get: Any) -> float:
         return float(get(than, data)["best"][metric] - get(arm, data)["best"][metric])
 

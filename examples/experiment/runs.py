@@ -204,4 +204,5 @@ def _say_while_wanted(message: str) -> None:
 
 
 def say(message: str) -> None:
+    """On the terminal, at once."""
     print(message, file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from examples.experiment.arms import Batch, StudentVocabulary, arm_of
 from examples.experiment.measure import cross_entropy_and_kl, measure
-from examples.experiment.splits import Split, SplitDraws
+from examples.experiment.splits.draws import Split, SplitDraws
 from examples.experiment.student import logits_of, make_student, write_on
 from examples.experiment.truth import student_vocabulary
 from logit_dataset import load_logits

@@ -5,7 +5,7 @@ Out:  in a directory of its own: `whole.npy` [N, n + 1] float16, log-probabiliti
       dataset each for train, quarter, validation and test, with the columns of the built one and two more:
 
       samples        [T, 50] ids drawn from the teacher, with replacement: what fifty calls of an API give
-      position       [T] the row of `whole.npy`, and of the files of `splits`
+      position       [T] the row of `whole.npy`, and of the files of `splits.draws`
 
 How:  the teacher runs once more over the rows, in the batches of the build, so that a 16-bit one rounds alike. Every
       value that the dataset stores is compared with it: both must speak of the same distribution. Draws are by the inverse of the
@@ -36,11 +36,12 @@ from builder.dataset.shards import atomic_file, file_sha256, footer_sha256, nest
 from builder.teacher.loading import load_teacher
 from builder.teacher.model import Teacher
 from examples.experiment.corpus import PARTS, in_quarter, part_of
-from examples.experiment.splits import (
+from examples.experiment.splits.draws import (
     HEADS,
     MOST_DRAWS,
     SplitDraws,
     document_uniforms,
+    nested,
     open_whole,
 )
 from logit_dataset import FrequentTokens
@@ -245,17 +246,8 @@ def _teacher(manifest: dict[str, Any], path: Path | None) -> Teacher:
 def _extended(table: pa.Table, columns: dict[str, Array]) -> pa.Table:
     lengths = np.asarray(table["input_ids"].combine_chunks().value_lengths())
     for name, values in columns.items():
-        table = table.append_column(name, _nested(values, lengths))
+        table = table.append_column(name, nested(values, lengths))
     return table
-
-
-def _nested(values: Array, lengths: Array) -> pa.ListArray:
-    """Values [N] or [N, K] → a list a row."""
-    inner = pa.array(values.reshape(-1))
-    if values.ndim == 2:
-        stops = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
-        inner = pa.ListArray.from_arrays(pa.array(stops), inner)
-    return pa.ListArray.from_arrays(pa.array(np.append(0, lengths.cumsum()).astype("i4")), inner)
 
 
 def _write_parts(table: pa.Table, manifest: dict[str, Any], work: Path) -> None:

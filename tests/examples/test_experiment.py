@@ -20,13 +20,10 @@ sys.path.insert(0, str(REPOSITORY))
 
 from filelock import FileLock
 
-from builder.build.build import build
-from builder.recipe import load_recipe
 from examples.experiment import arms, corpus, measure, truth
 from examples.experiment import runs as program
 from examples.experiment import train as trainer
 from examples.experiment.claims import CLAIMS
-from examples.experiment.prepare import Place
 from examples.experiment.report import BEGIN, END, spread, write_report
 from examples.experiment.train import train
 from logit_dataset import load_logits

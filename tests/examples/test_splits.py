@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from examples.experiment import arms, truth
-from examples.experiment.frontier import FRONTIER
-from examples.experiment.splits import HEADS, MOST_DRAWS, Split
+from examples.experiment.splits.draws import HEADS, MOST_DRAWS, Split
+from examples.experiment.splits.frontier import FRONTIER
 from examples.experiment.train import Settings, train
 from logit_dataset import load_logits
 from tests.examples.conftest import whole_batch

@@ -1,6 +1,6 @@
 """Which split of a token's bytes teaches most: the runs, in the order of what they tell, and what was claimed before the first.
 
-Each arm is a split K + M: K exact entries and M draws from outside of them (`splits`). All of the machinery is that of the nine arms:
+Each arm is a split K + M: K exact entries and M draws from outside of them (`draws`). All of the machinery is that of the nine arms:
 the same parts, students, optimiser and rule for the best point. Runs end where the validation documents have not got better for
 a while, so that no arm is cut off while it still learns.
 """

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -110,3 +111,12 @@ def open_whole(path: Path, shape: tuple[int, ...], dtype: str) -> Array:
         if found.shape == shape:
             return found
     return np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
+
+
+def nested(values: Array, lengths: Array) -> pa.ListArray:
+    """Values [N] or [N, K] → a list a row."""
+    inner = pa.array(values.reshape(-1))
+    if values.ndim == 2:
+        stops = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
+        inner = pa.ListArray.from_arrays(pa.array(stops), inner)
+    return pa.ListArray.from_arrays(pa.array(np.append(0, lengths.cumsum()).astype("i4")), inner)

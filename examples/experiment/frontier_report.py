@@ -1,5 +1,0 @@
-"""To come."""
-
-
-def write_frontier(results, page):
-    """To come."""
