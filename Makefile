@@ -3,7 +3,8 @@
 # make publish         publish OUT as REPO=ORG/NAME, version TAG=v1.0.0 (the next one by default)
 # make bench           how fast, how large, how much memory (DEVICE=cuda on a GPU)
 # make test            set up everything, run the tests        make test-gpu   those that need a GPU
-# make experiment      what a student learns from distributions, in two hours (QUICK=1: in ten minutes, to see that it works)
+# make experiment      what a student learns from distributions, in two hours (QUICK=1: in ten minutes, to see that it works;
+#                      SPLITS=1: how a token's bytes are best divided between exact entries and draws)
 # make test-reader     the wheel of the reader beside the oldest libraries that it claims
 # make quality         formatting, lint, types                 make docs       write the generated pages of docs/ again
 # make clean           remove what was set up
@@ -54,7 +55,7 @@ test-gpu: .venv/.ready-dev
 	.venv/bin/python -m pytest -m gpu tests/gpu
 
 experiment: .venv/.ready
-	.venv/bin/python -m examples.experiment $(if $(QUICK),--quick)
+	.venv/bin/python -m examples.experiment $(if $(QUICK),--quick) $(if $(SPLITS),--splits)
 
 quality: .venv/.ready-dev
 	.venv/bin/ruff format --check .

@@ -323,10 +323,10 @@ def _what_is_kept(manifest: dict[str, Any], layout: Layout) -> str:
         if layout.tail_samples
         else ""
     )
-    return (
-        f"the {layout.top_k} most probable tokens with their true log-probabilities, the mass of all others{draws}, and the "
-        "partition function"
-    )
+    head = f"the {layout.top_k} most probable tokens with their true log-probabilities"
+    if layout.top_k == 1:
+        head = "the most probable token with its true log-probability"
+    return f"{head}, the mass of all others{draws}, and the partition function"
 
 
 def _statistics(manifest: dict[str, Any]) -> list[tuple[str, str]]:

@@ -6,13 +6,16 @@ teacher says is put into the student's vocabulary by `StudentVocabulary`, as for
 Shape suffixes: B rows, T positions, N those that count, K top-k, V student's vocabulary.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from examples.experiment.splits.draws import Split
 from logit_dataset import FrequentTokens, distillation_loss
 from logit_dataset.rows import Rows
 
@@ -23,9 +26,14 @@ Loss = Callable[[Tensor, Batch], Tensor]
 class StudentVocabulary:
     """`FrequentTokens` for datasets that also have a column of samples."""
 
-    def __init__(self, frequent: FrequentTokens, teacher_vocab_size: int) -> None:
-        """Project as `frequent` does."""
-        self.frequent = frequent
+    def __init__(
+        self,
+        frequent: FrequentTokens,
+        teacher_vocab_size: int,
+        told: Callable[[Rows], Rows] | None = None,
+    ) -> None:
+        """Project as `frequent` does, what `told` makes of the rows of the dataset."""
+        self.frequent, self._told = frequent, told
         self.vocab_size, self.fingerprint = frequent.vocab_size, f"samples-{frequent.fingerprint}"
         self.place_V = np.full(teacher_vocab_size, frequent.other, dtype=np.int32)
         """[V]: the student's id of each of the teacher's ids."""
@@ -33,7 +41,7 @@ class StudentVocabulary:
 
     def __call__(self, rows: Rows) -> Rows:
         """Rows in the student's vocabulary."""
-        projected = self.frequent(rows)
+        projected = self.frequent(self._told(rows) if self._told else rows)
         columns = {**projected.columns, "samples": self.place_V[rows.columns["samples"]]}
         return Rows(lengths_R=projected.lengths_R, columns=columns)
 
@@ -100,6 +108,10 @@ class Arm:
     """A token, uncompressed: ids in 4 bytes, log-probabilities in 2 (for the whole distribution 49,152 of them)."""
     has_seeds: bool = True
     """Whether it is run with every seed, or with the first only."""
+    needs_whole: bool = False
+    """Whether its batches have `whole`."""
+    split: Split | None = None
+    """Of the bytes, where it is another than the dataset's."""
 
 
 TOP_K = ("topk_indices", "topk_logprobs", "tail_logprob")
@@ -125,9 +137,75 @@ ARMS = {
         columns=(*TOP_K, "tail_indices"),
         raw_bytes=318,
     ),
-    "whole": Arm(title="the whole distribution", loss=whole, columns=(), raw_bytes=98_304),
+    "whole": Arm(
+        title="the whole distribution",
+        loss=whole,
+        columns=(),
+        raw_bytes=98_304,
+        needs_whole=True,
+    ),
 }
 """By the number of the arm: 1 to 9."""
+
+
+KINDS = ("", "-heavy", "-damped", "-text")
+"""What a name of a split may end in: see `split_loss`."""
+FEW_DRAWS, MANY_DRAWS = 4, 24
+TEXT_WEIGHT = 0.2
+
+
+def arm_of(name: str) -> Arm:
+    """An arm by its name: one of ARMS, or a split, such as "1+24"."""
+    if name in ARMS:
+        return ARMS[name]
+    found = re.fullmatch(rf"(\d+)\+(\d+)({'|'.join(KINDS)})", name)
+    if not found:
+        raise ValueError(f"no arm {name!r}; expected one of {', '.join(ARMS)}, or a split: 50+4")
+    split, kind = Split(int(found[1]), int(found[2])), found[3]
+    return Arm(
+        title=f"{split.top_k} + {split.num_draws}{kind.replace('-', ', ')}",
+        loss=partial(split_loss, kind=kind),
+        columns=(),
+        raw_bytes=6 * split.top_k + 2 * (split.top_k > 0) + 4 * split.num_draws,
+        needs_whole=kind == "-damped",
+        split=split,
+    )
+
+
+def split_loss(logits_BTV: Tensor, batch: Batch, *, kind: str = "") -> Tensor:
+    """Cross-entropy with the estimate p̂ that a split makes of the distribution p.
+
+    Two kinds have the covariance of one number of draws, and the ids of another:
+
+    -heavy   M draws, of which the first has so large a share of the tail that the covariance is that of FEW_DRAWS equal ones.
+    -damped  FEW_DRAWS draws, of whose error p̂ − p so little is left that its covariance is that of MANY_DRAWS.
+    -text    TEXT_WEIGHT of the loss is the text's cross-entropy.
+
+    Cov p̂ = Σ w² (diag r − r rᵀ) p_tail² for independent draws from the tail r, with weights w that sum to 1.
+    """
+    if kind == "-heavy":
+        ids = batch["tail_indices"]
+        first = heavy_weight(ids.shape[-1])
+        parts = [
+            distillation_loss(logits_BTV, {**batch, "tail_indices": some}, loss="tail_draws")
+            for some in (ids[..., :1], ids[..., 1:])
+        ]
+        return first * parts[0] + (1 - first) * parts[1]
+    told = distillation_loss(
+        logits_BTV, batch, loss="tail_draws", text_weight=TEXT_WEIGHT if kind == "-text" else 0.0
+    )
+    if kind == "-damped":
+        left = (FEW_DRAWS / MANY_DRAWS) ** 0.5
+        return left * told + (1 - left) * whole(logits_BTV, batch)
+    return told
+
+
+def heavy_weight(num_draws: int) -> float:
+    """The weight a of the first of M draws for which a² + (1 − a)² / (M − 1) = 1 / FEW_DRAWS."""
+    rest = num_draws - 1
+    # (M) a² − 2 a + 1 − (M − 1) / FEW = 0
+    a, b, c = num_draws, -2.0, 1 - rest / FEW_DRAWS
+    return (-b + (b * b - 4 * a * c) ** 0.5) / (2 * a)
 
 
 def _hard(logits_BTV: Tensor, batch: Batch, ids_BT: Tensor) -> Tensor:

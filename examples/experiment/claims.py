@@ -59,7 +59,9 @@ def share_of_gap(get: Any, arm: str, data: str) -> float:
     return float((ce["text"] - ce[arm]) / gap) if gap > 0 else nan
 
 
-def _better(arm: str, than: str, data: str, metric: str = "ce", **options: Any) -> dict[str, Any]:
+def better(arm: str, than: str, data: str, metric: str = "ce", **options: Any) -> dict[str, Any]:
+    """Fields of a claim that one arm is better than another."""
+
     def value(get: Any) -> float:
         return float(get(than, data)["best"][metric] - get(arm, data)["best"][metric])
 
@@ -78,12 +80,12 @@ CLAIMS = {
     "1a": Claim(
         text="A student learns more from top 50 and 4 tail draws than from text",
         number="cross-entropy of text − that of tail draws, full data",
-        **_better("tail_draws", "text", "train"),
+        **better("tail_draws", "text", "train"),
     ),
     "1b": Claim(
         text="… with a quarter of the data, too",
         number="the same with a quarter",
-        **_better("tail_draws", "text", "quarter"),
+        **better("tail_draws", "text", "quarter"),
     ),
     "2": Claim(
         text="The fewer the data, the more the distribution is worth",
@@ -97,12 +99,12 @@ CLAIMS = {
     "3a": Claim(
         text="A truthful tail beats the renormalised top 50: with 4 draws",
         number="cross-entropy of renormalised − that of tail draws, full data",
-        **_better("tail_draws", "renormalised", "train"),
+        **better("tail_draws", "renormalised", "train"),
     ),
     "3b": Claim(
         text="A truthful tail beats the renormalised top 50: with a bucket",
         number="cross-entropy of renormalised − that of tail bucket, full data",
-        **_better("tail_bucket", "renormalised", "train"),
+        **better("tail_bucket", "renormalised", "train"),
     ),
     "4": Claim(
         text="Top 50 and 4 draws are nearly as good as the whole distribution",
@@ -121,17 +123,17 @@ CLAIMS = {
     "6a": Claim(
         text="The renormalised top 50 makes students overconfident: calibration",
         number="ECE of renormalised − that of tail draws, full data",
-        **_better("tail_draws", "renormalised", "train", "ece"),
+        **better("tail_draws", "renormalised", "train", "ece"),
     ),
     "6b": Claim(
         text="The renormalised top 50 makes students overconfident: entropy",
         number="entropy of tail draws − that of renormalised, in nats, full data",
-        **_better("renormalised", "tail_draws", "train", "entropy_gap"),
+        **better("renormalised", "tail_draws", "train", "entropy_gap"),
     ),
     "7": Claim(
         text="Fifty samples of a position are worth more than one",
         number="cross-entropy of one sample − that of fifty, full data, one seed",
-        **_better("samples", "sample", "train", min_seeds=1),
+        **better("samples", "sample", "train", min_seeds=1),
     ),
     "8": Claim(
         text="The student of tail draws is where that of text will be at its best after fewer steps",

@@ -11,6 +11,8 @@ ece           expected calibration error: |accuracy − confidence| of the stude
 accuracy      how often that token really follows
 entropy_gap   mean of the student's entropy minus the teacher's, nats
 entropy_rank  Spearman's rank correlation of the two
+acceptance    mean of Σ min(p, q) over the ids: how often the teacher would accept a token that the student proposes, in speculative
+              decoding (Leviathan et al. 2023, §3.2)
 
 Shape suffixes: N positions, V student's vocabulary.
 """
@@ -53,9 +55,10 @@ def measure(logits: Logits, batches: Sequence[Batch]) -> dict[str, float]:
                 -(p_NV * logp_NV).sum(-1),
                 place_NV[known_N].gather(1, target_N[known_N][:, None])[:, 0],
                 ((logq_NV.exp() - p_NV) * tail_NV).sum(-1),
+                torch.minimum(logq_NV.exp(), p_NV).sum(-1),
             ]
         )
-    ce, kl, confidence, right, student, teacher, place, tail_gap = (
+    ce, kl, confidence, right, student, teacher, place, tail_gap, accepted = (
         torch.cat(values).double().numpy() for values in zip(*parts, strict=True)
     )
     return {
@@ -71,6 +74,7 @@ def measure(logits: Logits, batches: Sequence[Batch]) -> dict[str, float]:
         "accuracy": float(right.mean()),
         "entropy_gap": float((student - teacher).mean()),
         "entropy_rank": rank_correlation(student, teacher),
+        "acceptance": float(accepted.mean()),
     }
 
 

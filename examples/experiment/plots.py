@@ -69,6 +69,32 @@ def dots(
     return _svg(title, parts)
 
 
+def pareto(
+    points: Mapping[str, tuple[float, Sequence[float]]], *, title: str, x: str, y: str
+) -> str:
+    """A dot a name at (cost, mean of its values), small ones for the values, and a line through those that no cheaper one is above."""
+    costs = [cost for cost, _ in points.values()]
+    values = [value for _, of in points.values() for value in of]
+    margin = (max(values) - min(values)) * 0.08 or 0.1
+    x_of = _scale(0, max(costs) * 1.05, LEFT, WIDTH - 30)
+    y_of = _scale(min(values) - margin, max(values) + margin, HEIGHT - BOTTOM, TOP)
+    parts = _axes(
+        x_of, y_of, _ticks(0, max(costs)), _ticks(min(values), max(values)), x, y, WIDTH - 30
+    )
+    best, edge = float("-inf"), []
+    for name, (cost, of) in sorted(points.items(), key=lambda point: point[1][0]):
+        centre = sum(of) / len(of)
+        if centre > best:
+            best = centre
+            edge.append(f"{x_of(cost):.1f},{y_of(centre):.1f}")
+        colour = COLOURS[3] if len(of) > 1 else COLOURS[0]
+        parts.append(_circle(x_of(cost), y_of(centre), 5, colour))
+        parts += [_circle(x_of(cost), y_of(value), 2, colour) for value in of if len(of) > 1]
+        parts.append(_text(x_of(cost) + 8, y_of(centre) - 6, name, colour))
+    line = f'<polyline points="{" ".join(edge)}" fill="none" stroke="{GRID}" stroke-width="3"/>'
+    return _svg(title, [line, *parts])
+
+
 def _scale(low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
     span = (high - low) or 1.0
 
@@ -93,9 +119,10 @@ def _axes(
     y_ticks: Sequence[float],
     x: str,
     y: str,
+    end: float = WIDTH - RIGHT,
 ) -> list[str]:
     parts = []
-    left, right = (LEFT, WIDTH - RIGHT) if y_ticks else (LEFT + 130, WIDTH - 30)
+    left, right = (LEFT, end) if y_ticks else (LEFT + 130, WIDTH - 30)
     for tick in x_ticks:
         parts.append(f'<path d="M{x_of(tick):.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="{GRID}"/>')
         parts.append(_text(x_of(tick), HEIGHT - BOTTOM + 18, f"{tick:g}", INK, "middle"))

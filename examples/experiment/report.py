@@ -5,14 +5,14 @@ A number is a mean over seeds ± the standard deviation among them; without ± i
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from examples.experiment.arms import ARMS
-from examples.experiment.claims import CLAIMS, Results, share_of_gap
+from examples.experiment.claims import CLAIMS, Claim, Results, share_of_gap
 from examples.experiment.measure import PLACES
 from examples.experiment.plots import COLOURS, curves, dots
 from examples.experiment.train import read_json
@@ -45,7 +45,7 @@ def write_report(results: Path, page: Path) -> None:
             found[settings["arm"], settings["data"]][settings["seed"]] = run
     _plots(found, results)
     at = Path(os.path.relpath(results.resolve(), page.resolve().parent)).as_posix()
-    parts = [_state(found, runs, plan, dataset), _verdicts(found)]
+    parts = [_state(found, runs, plan, dataset), verdicts(found, CLAIMS)]
     for data, words in DATA.items():
         if any(which == data for _, which in found):
             parts.append(f"### With {words}\n\n{_table(found, data, dataset)}")
@@ -82,9 +82,10 @@ def _state(
     return " ".join(lines)
 
 
-def _verdicts(found: Results) -> str:
+def verdicts(found: Results, claims: Mapping[str, Claim]) -> str:
+    """A row a claim."""
     lines = ["| | claim | number, by seed | must be above | |", "|---|---|---|---|---|"]
-    for name, claim in CLAIMS.items():
+    for name, claim in claims.items():
         values = " ".join(spread([value]) for value in claim.values(found)) or "–"
         lines.append(
             f"| {name} | {claim.text} | {claim.number}: {values} | {claim.bound:g} | {claim.verdict(found)} |"
@@ -110,13 +111,13 @@ def _table(found: Results, data: str, dataset: dict[str, Any]) -> str:
             f"{number} {arm.title}",
             spread(best("ce")),
             spread([run["last"]["ce"] for run in seeds.values()]),
-            spread(_by_seed(found, name, data, share_of_gap), "{:.0%}"),
+            spread(by_seed(found, name, data, share_of_gap), "{:.0%}"),
             spread(best("kl")),
             spread(best("ece"), "{:.1%}"),
             spread(best("entropy_gap"), "{:+.2f}"),
             spread(best("entropy_rank"), "{:.2f}"),
             spread([run["best_step"] for run in seeds.values()], "{:.0f}"),
-            _reached(_by_seed(found, name, data, _steps_to_text)),
+            _reached(by_seed(found, name, data, _steps_to_text)),
             str(len(seeds)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -135,7 +136,7 @@ def spread(values: Sequence[float], form: str = "{:.3f}") -> str:
     return form.format(mean(values)) + deviation
 
 
-def _by_seed(
+def by_seed(
     found: Results, arm: str, data: str, value: Callable[[Any, str, str], Any]
 ) -> list[Any]:
     """A number of each seed for which text and the whole distribution were run, too."""

@@ -110,7 +110,7 @@ def experiment(plan: Plan, place: Place, results: Path, *, workers: int) -> None
         ValueError: results of other settings are in the way, or a run went wrong.
     """
     torch.set_num_threads(workers)  # now the teacher has all cores
-    prepare(place, results, max_characters=plan.max_characters, progress=_say)
+    prepare(place, results, max_characters=plan.max_characters, progress=say)
     torch.set_num_threads(1)
     run_all([*plan.to_choose_rate(), *plan.to_check_rate()], place, results, workers)
     rate = choose_rate(plan.to_choose_rate(), results)
@@ -134,11 +134,11 @@ def run_all(runs: Sequence[Settings], place: Place, results: Path, workers: int)
     ]
     if not missing:
         return
-    _say(f"{len(missing)} runs to do")
+    say(f"{len(missing)} runs to do")
     if workers == 1:
         _start_worker(place)
         for settings in missing:
-            _say(_run(settings, place, results))
+            say(_run(settings, place, results))
         return
     with ProcessPoolExecutor(
         workers,
@@ -149,7 +149,7 @@ def run_all(runs: Sequence[Settings], place: Place, results: Path, workers: int)
         futures = [pool.submit(_run, settings, place, results) for settings in missing]
         try:
             for number, future in enumerate(as_completed(futures), 1):
-                _say(f"{number}/{len(missing)} {future.result()}")
+                say(f"{number}/{len(missing)} {future.result()}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -200,8 +200,9 @@ def _say_while_wanted(message: str) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         sys.exit(1)
-    _say(message)
+    say(message)
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
+    """On the terminal, at once."""
     print(message, file=sys.stderr, flush=True)

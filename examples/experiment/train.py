@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from examples.experiment.arms import ARMS, Batch, StudentVocabulary
+from examples.experiment.arms import Batch, StudentVocabulary, arm_of
 from examples.experiment.measure import cross_entropy_and_kl, measure
+from examples.experiment.splits.draws import Split, SplitDraws
 from examples.experiment.student import logits_of, make_student, write_on
 from examples.experiment.truth import student_vocabulary
 from logit_dataset import load_logits
@@ -47,6 +48,8 @@ class Settings:
     evaluate_every: int
     batch_size: int
     length: int
+    patience: int | None = None
+    """Stop after so many steps without a lower cross-entropy on the validation documents; None never stops early."""
 
     @property
     def name(self) -> str:
@@ -66,16 +69,22 @@ class Data:
         """What the data are: only runs of the same can be compared."""
         self.frequent = student_vocabulary(dataset, num_kept)
         self.whole = np.load(parts / "whole.npy", mmap_mode="r")
+        self.splits = SplitDraws(parts)
         self.manifest = load_logits(parts / "train").manifest
         self.vocabulary = StudentVocabulary(self.frequent, self.manifest["teacher"]["vocab_size"])
 
-    def part(self, name: str) -> LogitDataset:
-        """A part as the loader has it."""
-        return load_logits(self._parts / name).project(self.vocabulary)
+    def part(self, name: str, split: Split | None = None) -> LogitDataset:
+        """A part as the loader has it, or as it would have a dataset of another split."""
+        vocabulary = self.vocabulary
+        if split:
+            told = partial(self.splits.told, split)
+            vocabulary = StudentVocabulary(self.frequent, len(vocabulary.place_V), told)
+        return load_logits(self._parts / name).project(vocabulary)
 
     def training(self, settings: Settings) -> Iterator[Batch]:
-        """Batches without end, packed; only the oracle's have `whole`."""
-        batches = self.part(settings.data).batches(
+        """Batches without end, packed; only those of arms that need it have `whole`."""
+        arm = arm_of(settings.arm)
+        batches = self.part(settings.data, arm.split).batches(
             batch_size=settings.batch_size,
             length=settings.length,
             packed=True,
@@ -84,7 +93,7 @@ class Data:
         )
         while True:
             for batch in batches:
-                yield self.with_whole(batch) if settings.arm == "whole" else batch
+                yield self.with_whole(batch) if arm.needs_whole else batch
 
     def held_out(self, name: str, length: int) -> list[Batch]:
         """All batches of a part, with `whole`."""
@@ -110,7 +119,7 @@ def train(
     settings: Settings, data: Data, progress: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
     """Train a student and measure it: settings, curve, and the test documents at the best point and the last."""
-    started, loss_of = time.perf_counter(), ARMS[settings.arm].loss
+    started, loss_of = time.perf_counter(), arm_of(settings.arm).loss
     student = make_student(data.vocabulary.vocab_size, length=settings.length, seed=settings.seed)
     averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     optimizer = torch.optim.AdamW(
@@ -142,6 +151,9 @@ def train(
             curve.append({"step": step, "loss": float(np.mean(recent)), "ce": ce, "kl": kl})
             recent.clear()
             progress(f"{settings.name}: step {step}, validation ce {ce:.4f}, kl {kl:.4f}")
+            lowest = min(curve, key=lambda point: point["ce"])["step"]
+            if settings.patience is not None and step - lowest >= settings.patience:
+                break
     test = data.held_out("test", settings.length)
     last_metrics = measure(logits, test)
     averaged.module.load_state_dict(best)

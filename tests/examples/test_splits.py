@@ -1,0 +1,137 @@
+"""Splits of a token's bytes: their draws come from outside of their own top K, their losses are unbiased, and their kinds what they say."""
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from examples.experiment import arms, truth
+from examples.experiment.splits.draws import HEADS, MOST_DRAWS, Split
+from examples.experiment.splits.frontier import FRONTIER
+from examples.experiment.train import Settings, train
+from logit_dataset import load_logits
+from tests.examples.conftest import whole_batch
+
+
+def rows_of(place, split, part="train"):
+    """Rows of the part in the teacher's vocabulary, as the split has them."""
+    data = place.data()
+    loaded = load_logits(place.parts / part)
+    return [data.splits.told(split, loaded.read(group)) for group in loaded.row_groups]
+
+
+@pytest.mark.parametrize("k", HEADS)
+def test_draws_and_tail_are_of_what_is_outside_the_top_k(place, k):
+    for rows in rows_of(place, Split(k, MOST_DRAWS)):
+        listed, drawn = rows.columns["topk_indices"], rows.columns["tail_indices"]
+        assert (listed.shape[1], drawn.shape[1]) == (min(k, 20), MOST_DRAWS)  # it stores 20
+        assert not (listed[:, None, :] == drawn[:, :, None]).any()
+        mass = np.exp(rows.columns["topk_logprobs"].astype("f8")).sum(-1)
+        tail = np.exp(rows.columns["tail_logprob"].astype("f8"))
+        np.testing.assert_allclose(mass + tail, 1, atol=1e-3)
+
+
+@pytest.mark.parametrize("k", HEADS)
+def test_draws_follow_the_teacher(place, k):
+    """Σ over positions of the estimate of E[f] is that under the whole distribution, for a random f of the student's ids."""
+    data = place.data()
+    f_S = np.random.default_rng(k).standard_normal(data.vocabulary.vocab_size)
+    errors = []
+    for rows in rows_of(place, Split(k, MOST_DRAWS)):
+        columns = rows.columns
+        p_NS = np.exp(data.whole[columns["position"]].astype("f8"))
+        place_V = data.vocabulary.place_V
+        head = np.exp(columns["topk_logprobs"].astype("f8")) * f_S[place_V[columns["topk_indices"]]]
+        tail = np.exp(columns["tail_logprob"].astype("f8"))
+        drawn = tail * f_S[place_V[columns["tail_indices"]]].mean(-1)
+        errors.append(head.sum(-1) + drawn - p_NS @ f_S)
+    errors = np.concatenate(errors)
+    assert abs(errors.mean()) < 4 * errors.std() / len(errors) ** 0.5 + 1e-3
+
+
+def test_draws_are_fixed_by_the_document_and_nested(place):
+    few, many = (rows_of(place, Split(1, m))[0].columns["tail_indices"] for m in (4, 24))
+    assert (few == many[:, :4]).all()
+
+
+def split_batch(place, name, seed=0):
+    data = place.data()
+    part = data.part("train", arms.arm_of(name).split)
+    batch = next(iter(part.batches(batch_size=4, length=64, packed=True, seed=seed)))
+    return data.with_whole(batch)
+
+
+@pytest.mark.parametrize("name", ["0+4", "1+24", "50+4", "0+24-heavy", "0+4-damped"])
+def test_the_loss_of_a_split_is_that_of_its_estimate(place, name):
+    """Against p̂ made id by id in float64."""
+    batch = split_batch(place, name)
+    _, logits = whole_batch(place)
+    mask = batch["mask"]
+    p_NV = batch["whole"].double().exp()
+    told_NV = torch.zeros_like(p_NV)
+    weights = torch.ones(batch["tail_indices"].shape[-1], dtype=torch.float64)
+    weights /= len(weights)
+    if name.endswith("heavy"):
+        first = arms.heavy_weight(24)
+        weights[:] = (1 - first) / 23
+        weights[0] = first
+        assert (weights**2).sum() == pytest.approx(1 / 4)
+        assert weights.sum() == pytest.approx(1)
+    for n, (ids, logp) in enumerate(
+        zip(batch["topk_indices"][mask], batch["topk_logprobs"][mask].double(), strict=True)
+    ):
+        for i, value in zip(ids.tolist(), logp.tolist(), strict=True):
+            if i >= 0:
+                told_NV[n, i] += np.exp(value)
+        told_NV[n, -1] += batch["other_logprob"][mask][n].double().exp()
+        tail = batch["tail_logprob"][mask][n].double().exp()
+        for i, weight in zip(batch["tail_indices"][mask][n].tolist(), weights, strict=True):
+            told_NV[n, i] += tail * weight
+    if name.endswith("damped"):
+        left = (4 / 24) ** 0.5
+        told_NV = p_NV + left * (told_NV - p_NV)
+    expected = -(told_NV * logits[mask].log_softmax(-1)).sum(-1).mean()
+    loss = arms.arm_of(name).loss(logits, batch)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    got, wanted = (torch.autograd.grad(value, logits)[0] for value in (loss, expected))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
+
+
+def test_every_arm_of_the_plan_is_known_and_starts_as_all_others(place):
+    streams = []
+    for settings in FRONTIER.runs():
+        assert settings.arm in arms.ARMS or arms.arm_of(settings.arm).split.top_k in HEADS
+    for arm in ("text", "0+4", "50+24"):
+        settings = Settings(
+            arm=arm, data="train", seed=3, rate=1e-3, steps=4, evaluate_every=2, batch_size=2, length=64
+        )  # fmt: skip
+        streams.append(place.data().training(settings))
+    for one, two, three in zip(*streams, strict=False):
+        assert torch.equal(one["input_ids"], two["input_ids"])
+        assert torch.equal(one["input_ids"], three["input_ids"])
+        break
+    with pytest.raises(ValueError, match="no arm '50-4'"):
+        arms.arm_of("50-4")
+
+
+def test_a_run_ends_where_it_gets_no_better(place, monkeypatch):
+    from examples.experiment import train as trainer
+
+    monkeypatch.setattr(trainer, "WRITTEN_TOKENS", 3)
+    values = iter([5.0, 4.0, 4.5, 4.2, 4.1, 3.0])
+    monkeypatch.setattr(trainer, "cross_entropy_and_kl", lambda *_: (next(values), 0.0))
+    settings = Settings(
+        arm="0+4", data="quarter", seed=0, rate=1e-3, steps=60, evaluate_every=2, batch_size=2, length=64, patience=6
+    )  # fmt: skip
+    result = train(settings, place.data())
+    assert [point["ce"] for point in result["curve"]] == [5.0, 4.0, 4.5, 4.2, 4.1]
+    assert result["best_step"] == 4
+
+
+def test_another_pass_writes_the_same_splits(place, tmp_path):
+    truth.write_truth(place.dataset, tmp_path, num_kept=120, teacher_path=place.teacher)
+    for k in HEADS:
+        for name in ("draws", "tail"):
+            file = f"{name}-{k}.npy"
+            assert (tmp_path / file).read_bytes() == (place.parts / file).read_bytes()
+    assert pq.read_table(tmp_path / "test" / "data").num_rows
