@@ -1,15 +1,24 @@
 """Splits of a token's bytes: their draws come from outside of their own top K, their losses are unbiased, and their kinds what they say."""
 
+import json
+import re
+import shutil
+from dataclasses import asdict
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from examples.experiment import arms, truth
+from examples.experiment.report import BEGIN, END, spread
 from examples.experiment.splits.draws import HEADS, MOST_DRAWS, Split
 from examples.experiment.splits.frontier import FRONTIER
+from examples.experiment.splits.report import target_bytes, write_frontier
+from examples.experiment.splits.sizes import STATISTICS, TARGET, write_sizes
 from examples.experiment.train import Settings, train
 from logit_dataset import load_logits
+from tests.conftest import REPOSITORY
 from tests.examples.conftest import whole_batch
 
 
@@ -135,3 +144,84 @@ def test_another_pass_writes_the_same_splits(place, tmp_path):
             file = f"{name}-{k}.npy"
             assert (tmp_path / file).read_bytes() == (place.parts / file).read_bytes()
     assert pq.read_table(tmp_path / "test" / "data").num_rows
+
+
+@pytest.fixture(scope="module")
+def sizes(place, tmp_path_factory):
+    path = tmp_path_factory.mktemp("sizes") / "bytes.json"
+    write_sizes(place, path)
+    return path
+
+
+def test_sizes_are_those_of_files_and_errors_those_of_estimates(place, sizes):
+    found = json.loads(sizes.read_text())
+    assert set(found["splits"]["0+4"]) == {"tail_indices", *STATISTICS}
+    assert set(found["splits"]["1+24"]) == {*TARGET, *STATISTICS}
+    of = {split: columns["tail_indices"] for split, columns in found["splits"].items()}
+    assert of["0+4"] < of["0+24"] < of["0+50"] <= 4 * MOST_DRAWS + 1
+    data = place.data()
+    part, errors = data.part("validation", Split(0, 4)), []
+    for group in part.row_groups:
+        columns = part.read(group).columns
+        for row, ids in zip(columns["position"], columns["tail_indices"], strict=True):
+            told_V = np.bincount(ids, minlength=data.vocabulary.vocab_size) / 4
+            errors.append(((told_V - np.exp(data.whole[row].astype("f8"))) ** 2).sum())
+    assert found["squared_error"]["0+4"] == pytest.approx(np.mean(errors), rel=1e-3)
+
+
+def result(arm, data, seed, ce):
+    best = {"ce": ce, "kl": 1.0, "ece": 0.02, "entropy_rank": 0.3, "acceptance": 0.4}
+    settings = {"arm": arm, "data": data, "seed": seed}
+    return {"settings": settings, "best": best, "best_step": 100, "seconds": 60.0}
+
+
+def test_the_report_says_what_the_results_are(sizes, tmp_path):
+    results, page = tmp_path / "results", tmp_path / "page.md"
+    results.mkdir()
+    shutil.copy(sizes, results)
+    ces = {"text": 5.0, "whole": 4.0, "50+4": 4.2, "1+24": 4.1, "0+24-heavy": 4.3}
+    for arm, ce in ces.items():
+        for seed in range(3):
+            (results / f"{arm}-quarter-{seed}-rate0.002.json").write_text(
+                json.dumps(result(arm, "quarter", seed, ce + seed / 100))
+            )
+    (results / "plan.json").write_text(json.dumps(asdict(FRONTIER)))
+    page.write_text(f"before\n{BEGIN}\nstale\n{END}\nafter\n")
+    write_frontier(results, page)
+    text = page.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n15 of ")
+    assert text.endswith(f"{END}\nafter\n")
+    assert "| S1 | 1 entry and 24 draws teach more than 50 entries and 4 draws |" in text
+    assert "0.100 0.100 0.100 | 0 | holds |" in text
+    table = text.split("### With a quarter")[1].split("###")[0]
+    rows = {line.split(" | ")[0]: line.split(" | ") for line in table.splitlines()}
+    row = rows["| 1 + 24"]
+    assert row[3:5] == ["4.110 ± 0.010", "90% ± 0%"]
+    assert rows["| 0 + 24, heavy"][4] == "70% ± 0%"
+    picture = (results / "pareto.svg").read_text()
+    assert ">1+24<" in picture
+    assert "heavy" not in picture
+    write_frontier(results, page)
+    assert page.read_text() == text
+
+
+def test_the_docs_say_what_the_results_are():
+    results = REPOSITORY / "examples/experiment/results/splits"
+    sizes = json.loads((results / "bytes.json").read_text())
+    page = (REPOSITORY / "docs/splits.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \+ (\d+) \| .*", page, flags=re.MULTILINE)
+    assert len(rows) >= 4
+    for k, m in rows:
+        row = re.search(rf"^\| {k} \+ {m} \| (.*) \|$", page, flags=re.MULTILINE)
+        cells = row[1].split(" | ")
+        runs = [
+            json.loads(path.read_text())
+            for path in sorted(results.glob(f"{k}+{m}-quarter-*-rate0.002.json"))
+        ]
+        split = Split(int(k), int(m))
+        assert cells[0] == f"{target_bytes(sizes, split):.1f}"
+        every = sum(sizes["splits"][str(split)].values()) + 1.8 * split.num_draws
+        assert cells[1] == f"{every:.1f}"
+        assert cells[5] == spread([run["best"]["ce"] for run in runs])
+        assert cells[6] == spread([run["best"]["kl"] for run in runs])
+        assert cells[7] == ", ".join(str(run["settings"]["seed"]) for run in runs)

@@ -7,6 +7,7 @@ a while, so that no arm is cut off while it still learns.
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -80,8 +81,8 @@ FRONTIER = SplitPlan(
 )
 
 
-def _ids_explain(get: object) -> float:
-    ce = {arm: get(arm, "quarter")["best"]["ce"] for arm in ("0+4", "0+24", "0+24-heavy")}  # type: ignore[operator]
+def _ids_explain(get: Any) -> float:
+    ce = {arm: get(arm, "quarter")["best"]["ce"] for arm in ("0+4", "0+24", "0+24-heavy")}
     return float((ce["0+4"] - ce["0+24-heavy"]) / (ce["0+4"] - ce["0+24"]))
 
 

@@ -63,7 +63,7 @@ def write_frontier(results: Path, page: Path) -> None:
 
 def _state(runs: Sequence[dict[str, Any]], wanted: int) -> str:
     minutes = sum(run["seconds"] for run in runs) / 60
-    text = f"{len(runs)} of {wanted} runs, {minutes:.0f} minutes of one thread."
+    text = f"{len(runs)} of {wanted} runs, together {minutes:.0f} minutes of wall time, several side by side on a shared machine."
     if len(runs) < wanted:
         text += " **Not complete**: `make experiment SPLITS=1` goes on from here. Seeds that are not there yet are named in the tables."
     return text
