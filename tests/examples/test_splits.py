@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,11 +11,18 @@ import pytest
 import torch
 
 from examples.experiment import arms, truth
+from examples.experiment import runs as program
+from examples.experiment import train as trainer
 from examples.experiment.report import BEGIN, END, spread
 from examples.experiment.splits.draws import HEADS, MOST_DRAWS, Split
-from examples.experiment.splits.frontier import FRONTIER
+from examples.experiment.splits.frontier import FRONTIER, frontier
 from examples.experiment.splits.report import target_bytes, write_frontier
-from examples.experiment.splits.sizes import STATISTICS, TARGET, write_sizes
+from examples.experiment.splits.sizes import (
+    DRAW_LOGPROB_BYTES,
+    STATISTICS,
+    TARGET,
+    write_sizes,
+)
 from examples.experiment.train import Settings, train
 from logit_dataset import load_logits
 from tests.conftest import REPOSITORY
@@ -124,8 +131,6 @@ def test_every_arm_of_the_plan_is_known_and_starts_as_all_others(place):
 
 
 def test_a_run_ends_where_it_gets_no_better(place, monkeypatch):
-    from examples.experiment import train as trainer
-
     monkeypatch.setattr(trainer, "WRITTEN_TOKENS", 3)
     values = iter([5.0, 4.0, 4.5, 4.2, 4.1, 3.0])
     monkeypatch.setattr(trainer, "cross_entropy_and_kl", lambda *_: (next(values), 0.0))
@@ -220,8 +225,35 @@ def test_the_docs_say_what_the_results_are():
         ]
         split = Split(int(k), int(m))
         assert cells[0] == f"{target_bytes(sizes, split):.1f}"
-        every = sum(sizes["splits"][str(split)].values()) + 1.8 * split.num_draws
+        every = sum(sizes["splits"][str(split)].values()) + DRAW_LOGPROB_BYTES * split.num_draws
         assert cells[1] == f"{every:.1f}"
         assert cells[5] == spread([run["best"]["ce"] for run in runs])
         assert cells[6] == spread([run["best"]["kl"] for run in runs])
         assert cells[7] == ", ".join(str(run["settings"]["seed"]) for run in runs)
+
+
+def test_a_plan_is_run_resumed_and_reported(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "WRITTEN_TOKENS", 3)
+    results, page = tmp_path / "results", tmp_path / "page.md"
+    plan = replace(
+        FRONTIER,
+        batch_size=2,
+        length=64,
+        steps=8,
+        evaluate_every=4,
+        patience=8,
+        stages=((("text", "whole", "0+4"), "quarter", (0,)), (("1+24",), "train", (0,))),
+    )
+    frontier(plan, place, results, workers=1)
+    made = {path.name for path in results.glob("*-rate0.002.json")}
+    assert made == {
+        f"{run}-0-rate0.002.json"
+        for run in ("text-quarter", "whole-quarter", "0+4-quarter", "1+24-train")
+    }
+    monkeypatch.setattr(program, "_run", lambda *_: pytest.fail("it was done"))
+    frontier(plan, place, results, workers=1)
+    page.write_text(f"{BEGIN}\n{END}\n")
+    write_frontier(results, page)
+    assert "4 of 4 runs" in page.read_text()
+    assert "Not complete" not in page.read_text()
+    assert "### With all data" in page.read_text()

@@ -12,7 +12,7 @@ from examples.experiment.plots import pareto
 from examples.experiment.report import BEGIN, DATA, END, by_seed, spread, verdicts
 from examples.experiment.splits.draws import Split
 from examples.experiment.splits.frontier import CLAIMS
-from examples.experiment.splits.sizes import STATISTICS
+from examples.experiment.splits.sizes import DRAW_LOGPROB_BYTES, STATISTICS
 from examples.experiment.train import read_json
 
 
@@ -139,7 +139,10 @@ def _columns(sizes: dict[str, Any]) -> str:
         rest = sum(columns[column] for column in STATISTICS)
         cells += [f"{target_bytes(sizes, split):.1f}", f"{rest:.1f}"]
         lines.append(f"| {name.replace('+', ' + ')} | {' | '.join(cells)} |")
-    lines += ["", "(Without `tail_logprobs`, which no loss reads: 1.8 bytes a draw more.)"]
+    lines += [
+        "",
+        f"(Without `tail_logprobs`, which no loss reads: {DRAW_LOGPROB_BYTES} bytes a draw more.)",
+    ]
     return "\n".join(lines)
 
 

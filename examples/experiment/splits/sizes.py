@@ -34,6 +34,8 @@ STATISTICS = ("input_ids", "target_logprob", "logsumexp", "entropy")
 """Columns of one value a token that every split has."""
 TARGET = ("topk_indices", "topk_logprobs", "tail_logprob", "tail_indices")
 """Columns that the loss of a split reads."""
+DRAW_LOGPROB_BYTES = 1.6
+"""Of a draw's entry in `tail_logprobs`, which no loss reads: what the experiment's own dataset takes beside its 50 entries."""
 LEVELS = (1, ZSTD_LEVEL, 9, 19)
 WAYS: dict[str, dict[str, Any]] = {
     "PLAIN": {},
