@@ -287,15 +287,18 @@ class Pipeline:
         if chosen is None:
             return
         sequence, loss_only = sequences[chosen], self._layout.completions_only
-        limit, noise = NOISE[self._teacher.dtype], 0.0
+        dtype = self._teacher.dtype
+        limit, noise = NOISE[dtype], 0.0
         try:
             alone = self.start(self.batch([sequence]))()
             found = _part(distribution, sequences, chosen, loss_only=loss_only)
-            if (off := distance(found, alone)) <= limit:
+            if (off := distance(found, alone, dtype)) <= limit:
                 return
-            copies = [sequence] * len(sequences)
+            # As many positions, by which a GPU chooses how to sum a product.
+            positions = len(sequences) * max(len(other.token_ids) for other in sequences)
+            copies = [sequence] * (positions // len(sequence.token_ids))
             same = self.start(self.batch(copies))()
-            noise = distance(_part(same, copies, chosen, loss_only=loss_only), alone)
+            noise = distance(_part(same, copies, chosen, loss_only=loss_only), alone, dtype)
         except torch.OutOfMemoryError:
             return  # the next batch is under way, too; there will be others to look at
         if not off <= max(limit, FACTOR * noise):

@@ -69,10 +69,11 @@ def test_distance_is_the_mean_of_the_column_that_is_furthest_off():
     }
 
     def moved(name: str, by: torch.Tensor) -> float:
-        return distance({**row, name: (row[name].float() + by).to(row[name].dtype)}, row)
+        moved = {**row, name: (row[name].float() + by).to(row[name].dtype)}
+        return distance(moved, row, torch.float32)
 
-    assert distance(row, row) == 0
-    assert moved("logsumexp", torch.tensor([0.5, 0.1])) == pytest.approx(0.3)
+    assert distance(row, row, torch.float32) == 0
+    assert moved("logsumexp", torch.tensor([0.5, 0.1])) == pytest.approx(0.3, abs=1e-5)
     assert moved("topk_logprobs", torch.tensor([[1.0], [0.0]])) == pytest.approx(0.5, abs=2e-3)
     # Rounding to float16 is no distance, and draws may be others.
     assert moved("topk_logprobs", torch.tensor(2**-12)) == 0
@@ -80,9 +81,24 @@ def test_distance_is_the_mean_of_the_column_that_is_furthest_off():
     assert moved("topk_indices", torch.tensor(1)) == 0
     # A distribution that is lost is.
     lost = {**row, "logsumexp": torch.tensor([8.0, torch.nan])}
-    assert distance(lost, row) == distance(row, lost) == pytest.approx(4.5)
+    for pair in ((lost, row), (row, lost)):
+        assert distance(*pair, torch.float32) == pytest.approx(4.5, abs=1e-5)
     # Nothing that nobody would ever see.
-    assert distance({"x": torch.tensor([-65504.0])}, {"x": torch.tensor([-80.0])}) == 0
+    low, lower = {"x": torch.tensor([-80.0])}, {"x": torch.tensor([-65504.0])}
+    assert distance(lower, low, torch.float32) == 0
+
+
+def test_raw_logits_of_16_bits_are_rounded_by_their_size():
+    """A shift of all logits of a position is in logsumexp alone. Of the embedded teacher it was 0.1, and ended its build."""
+    row = {"logsumexp": torch.tensor([20.0, 24.0]), "logsumexp_t2": torch.tensor([14.0, 15.0])}
+    for dtype, bits in ((torch.bfloat16, 7), (torch.float16, 10)):
+        for name in row:
+            within = {**row, name: row[name] * (1 + 2.0**-bits)}
+            beyond = {**row, name: row[name] * (1 + 3 * 2.0**-bits)}
+            assert distance(within, row, dtype) < 1e-6
+            excess = float(row[name].mean()) * 2 * 2.0**-bits
+            assert distance(beyond, row, dtype) == pytest.approx(excess, rel=1e-3)
+            assert distance(within, row, torch.float32) == pytest.approx(excess / 2, rel=1e-3)
 
 
 class Shaky(Teacher):
@@ -124,6 +140,9 @@ def test_noise_is_measured_before_a_build_is_stopped(shaky, completions_only, to
     assert capture() == 5
     # Kernels for several sequences differ from those for one: that is noise, whoever shares the batch.
     shaky.is_shaken = lambda batch: len(batch) > 1
+    assert capture() == 5
+    # So is what kernels for many positions do: of so short a sequence, these are more copies than the batch had sequences.
+    shaky.is_shaken = lambda batch: len(batch) * max(map(len, batch)) > 100
     assert capture() == 5
     # Where it is padding that makes a difference, it is not.
     shaky.is_shaken = lambda batch: len(set(map(len, batch))) > 1
