@@ -76,7 +76,8 @@ def test_with_draws_the_tail_is_pushed_nowhere(tmp_path, capsys):
         batch = main.collate_packed_batch(
             list(load_dataset(str(export), split="train").select(range(4)))
         )
-        signal = main.create_signal_source(config, 448).get_signal(batch)
+        size = teacher.config.vocab_size
+        signal = main.create_signal_source(config, size).get_signal(batch)
         loss_function = DistillationTrainer.__init__.__globals__["create_loss_func"](
             config.loss_functions[0]
         )

@@ -43,7 +43,7 @@ def test_it_gives_the_loss_and_the_gradients_of_ours(capsys):
     mask = batch["mask"]
     torch.manual_seed(0)
     hidden = torch.randn(*mask.shape, 24, requires_grad=True)
-    weight = torch.randn(448, 24, requires_grad=True)
+    weight = torch.randn(head.vocab_size, 24, requires_grad=True)
     jsd = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)  # fmt: skip
     states = batch["hidden_states"][mask].float()
     theirs = jsd(hidden[mask], weight, states, head.weight_VD, torch.zeros(len(states), dtype=torch.long))  # fmt: skip

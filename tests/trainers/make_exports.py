@@ -1,5 +1,6 @@
 """What the checks of other trainers read: a dataset with draws and hidden states, its exports, and its teacher. Run by `make test-trainers`."""
 
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -17,13 +18,18 @@ EXPORTS = [
 ]
 
 
-def test_exports(tiny_teacher_dir, tmp_path):
+def test_exports(tiny_model, tiny_tokenizer, tmp_path):
+    # DistillKit cuts a student's logits to the tokenizer's ids.
+    teacher = copy.deepcopy(tiny_model)
+    teacher.resize_token_embeddings(len(tiny_tokenizer))
+    teacher.lm_head.weight.data *= 1.5  # so that one position off is far off
+    for part in (teacher, tiny_tokenizer):
+        part.save_pretrained(OUT / "teacher")
     write_jsonl(tmp_path / "corpus.jsonl", sample_documents())
     (tmp_path / "recipe.toml").write_text(
-        recipe_text(tiny_teacher_dir, "corpus.jsonl", output=OUTPUT)
+        recipe_text((OUT / "teacher").resolve(), "corpus.jsonl", output=OUTPUT)
     )
     build(load_recipe(tmp_path / "recipe.toml"), tmp_path, tmp_path / "out")
     shutil.copytree(tmp_path / "out", OUT / "dataset")
-    shutil.copytree(tiny_teacher_dir, OUT / "teacher")
     for to, tail in EXPORTS:
         export(OUT / "dataset", OUT / f"{to}-{tail}", to=to, tail=tail)
