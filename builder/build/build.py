@@ -286,6 +286,7 @@ class _Chains:
             self._follow(outcome)
             return
         if outcome is None:
+            self._given_out -= 1  # no shard, so that it counts for none of `max_shards`, whenever it is found again
             self._unfinished.remove(task.partition)
             self._check_held_out()
             return

@@ -1,6 +1,8 @@
 """A hold-out from the recipe to the trainers: the same documents whatever interrupts or divides the build, in files of their own."""
 
 import random
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,8 +66,6 @@ def whole(recipe, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def out(whole, tmp_path) -> Path:
-    import shutil
-
     return Path(shutil.copytree(whole, tmp_path / "out"))
 
 
@@ -105,11 +105,10 @@ def test_each_split_holds_the_documents_that_their_ids_say(cli, whole):
     assert [s["name"] for s in card["dataset_info"]["splits"]] == list(SPLITS)
 
 
-def test_the_card_says_what_is_in_each_split_and_its_snippets_run(whole, client, tmp_path):
+def test_the_card_says_what_is_in_each_split(whole):
     text = (whole / "README.md").read_text()
     found = read_manifest(whole)["totals"]["splits"][VALIDATION]
     assert f"| in `validation` | {found['tokens']:,} tokens in {found['rows']:,} rows" in text
-    assert 'split="validation").with_format("numpy")' in text
 
 
 @pytest.mark.parametrize(
@@ -229,7 +228,13 @@ def test_a_partition_may_hold_nothing_out(cli, make_recipe, tmp_path):
     recipe = make_recipe(
         files="part-*.jsonl", output=f"shard_tokens = 300\npartitions = 2\nvalidation = {SHARE}"
     )
-    assert cli("build", recipe, "--output", tmp_path / "out", "--max-shards", 2)[0] == 0
+    steps = 0
+    # A shard at a time; that there is none in a partition is no shard.
+    while (
+        "stopped early" in cli("build", recipe, "--output", tmp_path / "out", "--max-shards", 1)[1]
+    ):
+        assert len(list((tmp_path / "out/data").iterdir())) == (steps := steps + 1)
+    assert steps > 3
     status, _, err = cli("build", recipe, "--output", tmp_path / "out")
     assert status == 0, err
     assert by_split(tmp_path / "out")[VALIDATION] == {held_out[0]["id"]}
@@ -411,6 +416,21 @@ def test_it_is_published_with_both_splits_and_a_version_without_it_leaves_none(
     done = client.cli(*command, "--recompute", 2, "--yes")
     assert done.returncode == 0, done.stderr
     assert_published(hub, out, "v1.0.0")
+    snippets = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), flags=re.DOTALL)
+    assert 'eval_dataset=load_dataset("org/set", revision="v1.0.0", split="validation")' in snippets[-1]  # fmt: skip
+    streamed = 'load_logits("org/set", split="validation", streaming=True)'
+    fetched = 'load_logits("org/set", split="validation")'
+    code = "\n".join(
+        [
+            *snippets,
+            "from logit_dataset import load_logits",
+            f"print(len({streamed}), len({fetched}), sum(1 for _ in {streamed}.batches(batch_size=1)))",
+        ]
+    )
+    result = client.python(code)
+    assert result.returncode == 0, result.stderr
+    rows = len(load_logits(whole, split=VALIDATION))
+    assert result.stdout.splitlines()[-1] == f"{rows} {rows} {rows}"
     plain = write_recipe(tmp_path / "plain", tiny_teacher_dir, output="shard_tokens = 2000")
     run(plain, tmp_path / "plain/out")
     done = client.cli("publish", "org/set", tmp_path / "plain/out", "--recompute", 0, "--yes")
