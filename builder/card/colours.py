@@ -41,7 +41,7 @@ def style_sheet() -> str:
         for colours in (LIGHT, DARK)
     ]
     rules = [
-        f'i[data-v="{i}"] {{ background: var(--v{i}); color: var(--on{i}); }}'
+        f'i[data-v="{i}"] {{ --v: var(--v{i}); background: var(--v); color: var(--on{i}); }}'
         for i in range(1, len(LIGHT))
     ]
     dark = f"@media (prefers-color-scheme: dark) {{ :root {{ {variables[1]} }} }}"

@@ -1,5 +1,6 @@
 """The command `view`: a page on which one sees what the teacher expected."""
 
+import os
 import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -40,8 +41,7 @@ def view(
     from builder.dataset.shards import atomic_file
     from builder.view.view import page
 
-    if output.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--output {output} is no page; give it a name that ends in .html")
+    _check_output(output)
     quiet_libraries()
     found = page(
         _viewed(dataset, revision),
@@ -58,6 +58,24 @@ def view(
     )
     if not (open_page and webbrowser.open(output.absolute().as_uri())):
         say(f"next: open {output} in a browser")
+
+
+def _check_output(output: Path) -> None:
+    """See that a page can be written there, before it is made.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if output.suffix.lower() not in (".html", ".htm") or output.is_dir():
+        raise ValueError(f"--output {output} is no page; give it a name that ends in .html")
+    if not output.parent.is_dir():
+        raise ValueError(
+            f"--output {output}: there is no directory {output.parent}; create it, or name another one"
+        )
+    if not os.access(output.parent, os.W_OK):
+        raise ValueError(
+            f"--output {output}: {output.parent} cannot be written to; name another directory"
+        )
 
 
 def _viewed(dataset: str, revision: str | None) -> "Viewed":

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from builder.text.pieces import WINDOW, Pieces
 from builder.verify.verify import verify
 from builder.view.view import Viewed, page
 from tests.conftest import REPOSITORY
+from tests.test_docs import PAGES
 
 pytestmark = pytest.mark.embedded
 
@@ -124,3 +126,42 @@ def test_the_embedded_recipe_builds_verifies_and_equals_float64(teacher, tmp_pat
     for against in (None, dataset):
         shown = page(dataset, rows=20, against=against)
         assert len(shown.html) / shown.tokens * 20 * 512 < 3_000_000
+
+
+SHOWN = [
+    (page, *command)
+    for page in PAGES
+    for command in re.findall(
+        r"^\$ \.venv/bin/logit-dataset (info out/(capitals|chats) .*)\n((?:[^$`].*\n)+)",
+        page.read_text("utf-8"),
+        re.MULTILINE,
+    )
+]
+NUMBER = re.compile(r"(?<![\w.])\d+\.\d+")
+
+
+def test_pages_show_positions_of_examples():
+    assert {name for _, _, name, _ in SHOWN} == {"capitals", "chats"}
+
+
+@pytest.mark.parametrize("name", ["capitals", "chats"])
+def test_pages_show_what_the_examples_print(cli, tmp_path, monkeypatch, name):
+    """Line by line, where a page does not leave some out; numbers may differ by what another CPU makes of them."""
+    recipe = REPOSITORY / "examples" / name / "recipe.toml"
+    build(load_recipe(recipe), recipe.parent, tmp_path / "out" / name)
+    monkeypatch.chdir(tmp_path)
+    for page_path, command, _, block in [shown for shown in SHOWN if shown[2] == name]:
+        status, out, err = cli(*command.split())
+        assert (status, err) == (0, "")
+        printed = iter(out.splitlines())
+        for line in block.splitlines():
+            if line.strip() == "…":
+                continue
+            found = next((p for p in printed if masked(p) == masked(line)), None)
+            assert found is not None, f"{page_path.name}: {line!r} is not in\n{out}"
+            shown, said = (list(map(float, NUMBER.findall(text))) for text in (line, found))
+            assert shown == pytest.approx(said, abs=0.002), page_path.name
+
+
+def masked(line: str) -> str:
+    return NUMBER.sub("#", line).rstrip()

@@ -280,6 +280,18 @@ def test_chats_show_who_speaks_and_what_is_learned(browser, make_page, chats, ch
             assert [speaker for speaker in speakers if speaker] == roles
             checked += 1
     assert checked >= 6
+    looks = browser.run("""
+      return [...document.querySelectorAll("i[data-v]:not(.e)")].filter((token) => token.dataset.v > 0).map((token) => {
+        const style = getComputedStyle(token);
+        return [token.classList.contains("n"), style.color, style.backgroundColor, style.boxShadow];
+      });
+    """)
+    nothing = "rgba(0, 0, 0, 0)"
+    grey = browser.run('return getComputedStyle(document.querySelector(".hint")).color')
+    assert {is_grey for is_grey, *_ in looks} == {True, False}
+    for is_grey, ink, ground, line in looks:  # a colour of its own tells what is learned
+        assert is_grey == (ink == grey) == (ground == nothing) == (line != "none")
+        assert not is_grey or nothing not in line
     row = rows[0]
     kept = np.flatnonzero(loss_mask(row["completion_mask"]))
     browser.run("location.hash = arguments[0]", f"#row=0&token={kept[2] + 1}")

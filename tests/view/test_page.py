@@ -403,8 +403,11 @@ def test_the_command_opens_the_page_or_says_how(
 
 
 def test_one_line_says_what_is_wrong(built, tmp_path, tiny_teacher_dir):
+    (tmp_path / "folder.html").mkdir()
     for arguments, message in (
         ((built, "--output", "x.txt"), "--output x.txt is no page; give it a name that ends in .html"),
+        ((built, "--output", tmp_path / "no" / "x.html"), f"x.html: there is no directory {tmp_path / 'no'}; create it"),
+        ((built, "--output", tmp_path / "folder.html"), "folder.html is no page; give it a name"),
         ((built, "--start", 999, "--teacher", tiny_teacher_dir), "the dataset has rows 0 to"),
         ((tmp_path,), "has no manifest.json: it is not a logit dataset"),
         ((built,), "name it with --teacher PATH"),
@@ -414,6 +417,16 @@ def test_one_line_says_what_is_wrong(built, tmp_path, tiny_teacher_dir):
         assert result.returncode == 1
         assert re.fullmatch(rf"error: .*{re.escape(message)}.*\n", result.stderr), result.stderr
     assert not Path("view.html").exists()
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_it_is_made(
+    cli, built, tmp_path, monkeypatch
+):
+    """Root may write everywhere, so that the answer is given in its place."""
+    monkeypatch.setattr("os.access", lambda path, _: path != tmp_path)
+    status, out, err = cli("view", built, "--output", tmp_path / "x.html")
+    assert (status, out) == (1, "")
+    assert err == f"error: --output {tmp_path / 'x.html'}: {tmp_path} cannot be written to; name another directory\n"  # fmt: skip
 
 
 def test_a_dataset_on_the_hub_is_shown_by_one_file_of_one_commit(
