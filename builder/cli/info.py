@@ -33,7 +33,10 @@ def info(
     ] = None,
     teacher: TeacherOption = None,
 ) -> None:
-    """Say what a dataset is, or show a row with the teacher's alternatives."""
+    """Describe a dataset, or show one of its rows.
+
+    A row is shown token by token, with the tokens that the teacher expected.
+    """
     from builder.dataset import info as information
     from builder.dataset.lookup import file_of_row
 

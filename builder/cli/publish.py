@@ -41,7 +41,10 @@ def publish(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Publish a finished dataset as a tagged version, or resume that."""
+    """Publish a finished dataset as a tagged version.
+
+    Run the same command again to resume.
+    """
     from builder.hub import publish as hub
     from builder.hub import release
 

@@ -34,7 +34,10 @@ def view(
     ] = False,
     teacher: TeacherOption = None,
 ) -> None:
-    """Write a page that shows texts, token by token, with what the teacher expected."""
+    """Write a page of texts and the teacher's predictions.
+
+    It is one HTML file. It shows each token with its alternatives.
+    """
     from builder.dataset.printable import as_size, counted
     from builder.dataset.shards import atomic_file
     from builder.view.view import page
