@@ -4,6 +4,7 @@ Each command is a file beside this one. Everything heavy is imported inside the 
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -71,7 +72,7 @@ def main() -> None:
     """Run a command. A failure is one line on stderr, and exit status 1, 2 for a wrong command line, or 130 after Ctrl-C."""
     try:
         # What this returns is the status of a typer.Exit, which typer also makes of Ctrl-C.
-        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        status = app(sys.argv[1:] or ["--help"], prog_name="logit-dataset", standalone_mode=False)
         sys.stdout.flush()
     except (typer.Abort, KeyboardInterrupt):
         status = INTERRUPTED
@@ -92,12 +93,26 @@ def main() -> None:
     sys.exit(status)
 
 
+WORDS = (
+    (r"^Invalid value for '(\S+)'( / '\S+')?: ", r"\1: "),
+    (r"Input should be a valid integer.*", "expected a whole number"),
+    (r"Input should be a valid number.*", "expected a number"),
+    (r"Input should be greater than or equal to", "expected at least"),
+    (r"Input should be less than or equal to", "expected at most"),
+    (r"Value error, '(.*)' is not one of (.*)$", r"expected one of \2, found '\1'"),
+)
+"""What typer says, and what we say."""
+
+
 def _explain(error: Exception) -> str:
     if isinstance(error, typer.TyperException):
         command = (
             context.command_path if (context := getattr(error, "ctx", None)) else "logit-dataset"
         )
-        return f"{error.format_message().rstrip('.')}; see {command} --help"
+        message = error.format_message().rstrip(".")
+        for theirs, ours in WORDS:
+            message = re.sub(theirs, ours, message)
+        return f"{message}{' See' if message.endswith('?') else '; see'} {command} --help"
     if isinstance(error, OSError) and error.errno:
         from builder.build.state import DISK_FULL
 

@@ -18,6 +18,7 @@ from builder.console.options import (
 )
 from builder.console.progress import progress
 from builder.console.terminal import (
+    UsageError,
     choose_device,
     notice,
     quiet_libraries,
@@ -48,6 +49,8 @@ def publish(
     from builder.hub import publish as hub
     from builder.hub import release
 
+    if Path(name).is_dir() and not directory.exists():
+        raise UsageError(f"{name} is a directory; give ORG/NAME first, then the directory")
     quiet_libraries()
     plan = release.prepare(
         name, directory, tag=tag, private=private, message=message, notice=notice

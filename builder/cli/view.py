@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from builder.console.options import DatasetArgument, RevisionOption, TeacherOption
-from builder.console.terminal import local_directory, quiet_libraries, say
+from builder.console.terminal import UsageError, local_directory, quiet_libraries, say
 
 if TYPE_CHECKING:
     from builder.view.view import Viewed
@@ -43,7 +43,7 @@ def view(
     from builder.view.view import page
 
     if output.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--output {output} is no page; give it a name that ends in .html")
+        raise UsageError(f"--output {output} is no page; give it a name that ends in .html")
     quiet_libraries()
     found = page(
         _viewed(dataset, revision),
@@ -69,7 +69,7 @@ def _viewed(dataset: str, revision: str | None) -> "Viewed":
     if Path(dataset).exists() or not at:
         name = dataset
     elif revision is not None:
-        raise ValueError(f"{dataset} names a revision, and --revision names another; leave one out")
+        raise UsageError(f"{dataset} names a revision, and --revision names another; leave one out")
     else:
         revision = pinned
     directory = local_directory(name, revision)

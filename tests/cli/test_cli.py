@@ -108,11 +108,14 @@ def test_help_loads_nothing_heavy():
         (["build", "--output", "x"], "Missing argument 'recipe'"),
         (
             ["build", "recipe.toml", "--output", "x", "--max-shards", "-1"],
-            "--max-shards.* greater than or equal to 0",
+            "--max-shards: expected at least 0",
         ),
         (["build", "recipe.toml", "--output", "x", "--devcie", "cpu"], "No such option.*--device"),
-        (["verify", "x", "--recompute", "some"], "--recompute.*valid integer"),
-        (["info", "x", "--format", "xml"], "'xml' is not one of 'human', 'json'"),
+        (["verify", "x", "--recompute", "some"], "--recompute: expected a whole number"),
+        (
+            ["info", "x", "--format", "xml"],
+            "--format: expected one of 'human', 'json', found 'xml'",
+        ),
     ],
 )
 def test_a_wrong_command_line_is_status_2_and_one_line_that_names_the_help(cli, arguments, message):
@@ -134,9 +137,8 @@ def test_no_arguments_print_the_help(cli):
         (["build", "none.toml", "--output", "x"], r"no recipe at none\.toml; name a \.toml file"),
         (["verify", "{empty}"], r"has no manifest\.json: it is not a logit dataset"),
         (["info", "{empty}"], r"has no manifest\.json: it is not a logit dataset"),
-        (["info", "{built}", "--position", "0"], r"--position needs --row"),
+
         (["info", "{built}", "--row", "999"], r"has rows 0 to \d+, not 999"),
-        (["info", "{built}", "--row", "0", "--format", "json"], r"rows are read with load_dataset"),
         (["info", "{built}", "--row", "0"], r"'tiny' does not exist .* name it with --teacher PATH"),
     ],
 )  # fmt: skip
