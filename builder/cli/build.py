@@ -18,6 +18,7 @@ from builder.console.options import (
 )
 from builder.console.progress import progress
 from builder.console.terminal import (
+    UsageError,
     choose_device,
     notice,
     program,
@@ -89,11 +90,11 @@ def build(
     from builder.recipe.file import load_recipe
 
     if not publish_to and (discard_local or tag or private or message):
-        raise ValueError(
-            "--discard-local, --tag, --private and --message mean something only with --publish-to"
+        raise UsageError(
+            "--discard-local, --tag, --private and --message mean something only with --publish-to; add it, or leave them out"
         )
     if as_json and not dry_run:
-        raise ValueError("--json means something only with --dry-run")
+        raise UsageError("--json means something only with --dry-run; add it, or leave --json out")
     loaded = load_recipe(recipe)
     base = recipe.parent
     quiet_libraries()

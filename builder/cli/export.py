@@ -55,7 +55,10 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write a dataset for axolotl, DistillKit or MaxText, with a README that says how to use it and what is lost."""
+    """Convert a dataset for another trainer.
+
+    Trainers are axolotl, DistillKit and MaxText. A README in the output says how to use it, and what is lost.
+    """
     from logit_dataset.export.export import export as write
 
     how = {"length": length, "packed": packed, "revision": revision, "split": split}

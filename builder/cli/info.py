@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from builder.console.options import DatasetArgument, RevisionOption, SplitOption, TeacherOption
-from builder.console.terminal import local_directory, quiet_libraries, say, say_json
+from builder.console.terminal import UsageError, local_directory, quiet_libraries, say, say_json
 
 
 class Format(StrEnum):
@@ -34,7 +34,10 @@ def info(
     split: SplitOption = None,
     teacher: TeacherOption = None,
 ) -> None:
-    """Say what a dataset is, or show a row with the teacher's alternatives."""
+    """Describe a dataset, or show one of its rows.
+
+    A row is shown token by token, with the tokens that the teacher expected.
+    """
     from builder.dataset import info as information
     from builder.dataset.lookup import file_of_row
 
@@ -42,7 +45,9 @@ def info(
     directory = local_directory(dataset, revision)
     if row is not None:
         if as_json:
-            raise ValueError("--json prints the summary; rows are read with load_dataset")
+            raise UsageError(
+                "--json prints the summary, and --row one row; leave one out (load_dataset reads rows)"
+            )
         quiet_libraries()
         directory = local_directory(dataset, revision, file_of_row(directory, row, split)[0])
         if position is None:
@@ -53,7 +58,7 @@ def info(
             )
             say(information.describe_position(found))
     elif position is not None:
-        raise ValueError("--position needs --row")
+        raise UsageError("--position needs --row; say of which row, such as --row 0")
     elif as_json:
         say_json(information.summarize(directory))
     else:

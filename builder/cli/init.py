@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from builder.console.terminal import program, quiet_libraries, say
+from builder.console.terminal import UsageError, program, quiet_libraries, say
 
 
 def init(
@@ -27,7 +27,7 @@ def init(
     from builder.recipe.file import load_recipe
 
     if not corpus:
-        raise ValueError(
+        raise UsageError(
             "say what to read with --corpus, such as --corpus 'texts/*.txt' or --corpus ORG/NAME"
         )
     path = directory / "recipe.toml"

@@ -4,7 +4,9 @@ Each command is a file beside this one. Everything heavy is imported inside the 
 """
 
 import os
+import re
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -24,27 +26,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Capture a teacher's next-token distributions as a Hugging Face dataset, verify and read them.",
-    epilog="Example: logit-dataset build dataset_cards/smollm2-135m-python-docs/recipe.toml --output out/python-docs",
+    epilog="\b\nExample: logit-dataset build recipe.toml --output out/mine",
 )
-app.command(epilog="Example: logit-dataset init mine --corpus 'texts/*.txt'")(init)
-app.command(epilog="Example: logit-dataset build recipe.toml --output out/mine --dry-run")(build)
-app.command(
-    epilog="Example: logit-dataset plan recipe.toml --tokens 1e12 --gpu h100 --parameters 8e9 --workers 64"
-)(plan)
-app.command(epilog="Example: logit-dataset verify ORG/NAME --revision v1.0.0 --recompute 20")(
-    verify
-)
-app.command(epilog="Example: logit-dataset info ORG/NAME --revision v1.0.0")(info)
-app.command(
-    epilog="Example: logit-dataset view out/mine --rows 20 --against out/other --output page.html"
-)(view)
-app.command(epilog="Example: logit-dataset card out/mine")(card)
-app.command(epilog="Example: logit-dataset export ORG/NAME --to axolotl --output out/axolotl")(
-    export
-)
-app.command(epilog="Example: logit-dataset publish ORG/NAME out/mine --tag v1.0.0 --dry-run")(
-    publish
-)
+EXAMPLES: dict[Callable[..., None], str] = {
+    init: "init mine --corpus 'texts/*.txt'",
+    build: "build recipe.toml --output out/mine --dry-run",
+    plan: "plan recipe.toml --tokens 1e12 --gpu h100 --parameters 8e9 --workers 64",
+    verify: "verify ORG/NAME --revision v1.0.0 --recompute 20",
+    info: "info ORG/NAME --revision v1.0.0",
+    view: "view out/mine --rows 20 --against out/other --output page.html",
+    card: "card out/mine",
+    export: "export ORG/NAME --to axolotl --output out/axolotl",
+    publish: "publish ORG/NAME out/mine --dry-run",
+}
+"""Of every command, in the order of the help. They are not wrapped there, so that they can be pasted."""
+for command, example in EXAMPLES.items():
+    app.command(epilog=f"\b\nExample: logit-dataset {example}")(command)
 
 
 def _print_version(is_asked: bool) -> None:
@@ -75,7 +72,7 @@ def main() -> None:
     """Run a command. A failure is one line on stderr, and exit status 1, 2 for a wrong command line, or 130 after Ctrl-C."""
     try:
         # What this returns is the status of a typer.Exit, which typer also makes of Ctrl-C.
-        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        status = app(sys.argv[1:] or ["--help"], prog_name="logit-dataset", standalone_mode=False)
         sys.stdout.flush()
     except (typer.Abort, KeyboardInterrupt):
         status = INTERRUPTED
@@ -96,12 +93,26 @@ def main() -> None:
     sys.exit(status)
 
 
+WORDS = (
+    (r"^Invalid value for '(\S+)'( / '\S+')?: ", r"\1: "),
+    (r"Input should be a valid integer.*", "expected a whole number"),
+    (r"Input should be a valid number.*", "expected a number"),
+    (r"Input should be greater than or equal to", "expected at least"),
+    (r"Input should be less than or equal to", "expected at most"),
+    (r"Value error, '(.*)' is not one of (.*)$", r"expected one of \2, found '\1'"),
+)
+"""What typer says, and what we say."""
+
+
 def _explain(error: Exception) -> str:
     if isinstance(error, typer.TyperException):
         command = (
             context.command_path if (context := getattr(error, "ctx", None)) else "logit-dataset"
         )
-        return f"{error.format_message().rstrip('.')}; see {command} --help"
+        message = error.format_message().rstrip(".")
+        for theirs, ours in WORDS:
+            message = re.sub(theirs, ours, message)
+        return f"{message}{' See' if message.endswith('?') else '; see'} {command} --help"
     if isinstance(error, OSError) and error.errno:
         from builder.build.state import DISK_FULL
 

@@ -55,9 +55,9 @@ def plan(
     ] = 1000,
     as_json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
 ) -> None:
-    """Say what a build takes, by formulas alone: GPU hours, bytes, files, commits, days.
+    """Calculate GPU hours, bytes and days of a build.
 
-    Sources of the formulas and peaks are named in builder/plan.py.
+    Nothing is run. docs/planning.md has the formulas, and their sources.
     """
     from dataclasses import asdict
 

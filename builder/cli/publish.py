@@ -18,6 +18,7 @@ from builder.console.options import (
 )
 from builder.console.progress import progress
 from builder.console.terminal import (
+    UsageError,
     choose_device,
     notice,
     quiet_libraries,
@@ -41,10 +42,15 @@ def publish(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Publish a finished dataset as a tagged version, or resume that."""
+    """Publish a finished dataset as a tagged version.
+
+    Run the same command again to resume.
+    """
     from builder.hub import publish as hub
     from builder.hub import release
 
+    if Path(name).is_dir() and not directory.exists():
+        raise UsageError(f"{name} is a directory; give ORG/NAME first, then the directory")
     quiet_libraries()
     plan = release.prepare(
         name, directory, tag=tag, private=private, message=message, notice=notice

@@ -48,23 +48,23 @@ def verify(
     ] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Check that a dataset is what its manifest says: hashes, totals, every row's invariants, the card; with --recompute also the teacher.
+    """Check files, manifest, card and every row of a dataset.
 
-    It prints one line per problem and exits with 1, or says that there are none. Notes, which are not problems, go to stderr.
+    With --recompute, run the teacher again on random rows, and compare. One line per problem goes to stdout, and the exit status is 1 if
+    there is any. Notes, which are not problems, go to stderr.
 
-    Whoever can change a file can make its hash fit. What is found even then, without the teacher: a manifest that contradicts itself;
-    values that break an invariant of the schema; rows, chunks or documents that are missing, repeated or in another order than
-    offsets and counts say; ids that are not the hash of their text; a card that loads something else, or names other types,
-    sizes or licences.
+    Whoever can change a file can make its hash fit. Without the teacher, verify still finds: a manifest that contradicts itself; values that
+    break an invariant of the schema; rows, chunks or documents that are missing, repeated or out of order by offsets and counts; ids that are
+    not the hash of their text; a card that loads something else, or names other types, sizes or licences.
 
-    Only with --recompute, and in the rows that are drawn: values that obey every invariant and are not the teacher's; tokens that
-    are not those of the text; draws, or completions, that are not those of the seed; another dtype than the values were computed in.
+    With --recompute, it also finds, in the rows that are drawn: values that obey every invariant and are not the teacher's; tokens that are
+    not those of the text; draws, or completions, that are not those of the seed; values that were computed in another dtype.
 
-    Not at all: rows that are not drawn, if they are forged with all of this in mind; the last documents of a partition left out, or whole
-    ones left out, replaced or exchanged, with all counts made to fit; differences within the rounding of a column or below the noise of 16 bits; which
-    tokens of a chat completion_mask marks, for its messages are not in the dataset; texts without --recompute, where ids are not
-    their hashes; whether texts are those of the corpus; what is only said: device, versions, seconds, license, verification.json,
-    release.json; and text below the head of the card, which an owner may write (a note).
+    It does not find: rows that are not drawn and forged with all of this in mind; documents that were left out, replaced or exchanged with all
+    counts made to fit; differences within the rounding of a column, or below the noise of 16 bits; a wrong completion_mask of a chat, whose
+    messages are not in the dataset; texts that are not those of the corpus; wrong texts without --recompute, where ids are not their
+    hashes. It believes what is only stated: device, versions, seconds, license, verification.json, release.json. Text below the head of
+    the card may be its owner's, and is a note.
     """
     from builder.dataset.manifest import read_manifest
     from builder.dataset.printable import counted, one_line

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from builder.console.options import DatasetArgument, RevisionOption, SplitOption, TeacherOption
-from builder.console.terminal import local_directory, quiet_libraries, say
+from builder.console.terminal import UsageError, local_directory, quiet_libraries, say
 
 if TYPE_CHECKING:
     from builder.view.view import Viewed
@@ -36,7 +36,10 @@ def view(
     ] = False,
     teacher: TeacherOption = None,
 ) -> None:
-    """Write a page that shows texts, token by token, with what the teacher expected."""
+    """Write a page of texts and the teacher's predictions.
+
+    It is one HTML file. It shows each token with its alternatives.
+    """
     from builder.dataset.printable import as_size, counted
     from builder.dataset.shards import atomic_file
     from builder.view.view import page
@@ -64,10 +67,11 @@ def _check_output(output: Path) -> None:
     """See that a page can be written there, before it is made.
 
     Raises:
-        ValueError: it cannot.
+        UsageError: the name is not one of a page.
+        ValueError: nothing can be written there.
     """
     if output.suffix.lower() not in (".html", ".htm") or output.is_dir():
-        raise ValueError(f"--output {output} is no page; give it a name that ends in .html")
+        raise UsageError(f"--output {output} is no page; give it a name that ends in .html")
     if not output.parent.is_dir():
         raise ValueError(
             f"--output {output}: there is no directory {output.parent}; create it, or name another one"
@@ -86,7 +90,7 @@ def _viewed(dataset: str, revision: str | None) -> "Viewed":
     if Path(dataset).exists() or not at:
         name = dataset
     elif revision is not None:
-        raise ValueError(f"{dataset} names a revision, and --revision names another; leave one out")
+        raise UsageError(f"{dataset} names a revision, and --revision names another; leave one out")
     else:
         revision = pinned
     directory = local_directory(name, revision)

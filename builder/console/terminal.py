@@ -9,11 +9,19 @@ from typing import Any
 from builder.console.options import Device
 
 
+class UsageError(ValueError):
+    """The command line is wrong."""
+
+    exit_code = 2
+
+
 def local_directory(dataset: str, revision: str | None, *files: str) -> Path:
     """The directory of a dataset; of one on the Hub, what describes it is fetched, and these files."""
     if Path(dataset).exists():
         if revision is not None:
-            raise ValueError(f"--revision is for datasets on the Hub, but {dataset} is a directory")
+            raise UsageError(
+                f"--revision is for datasets on the Hub, but {dataset} is a directory; leave it out"
+            )
         return Path(dataset)
     from builder.hub.limits import REPO_ID
     from builder.hub.repository import fetch

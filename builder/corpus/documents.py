@@ -13,6 +13,7 @@ How:  `datasets` streams Parquet files and the Hub's datasets, `text.files` all 
 """
 
 import csv
+import difflib
 import hashlib
 import itertools
 import json
@@ -29,7 +30,7 @@ from datasets import IterableDataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from zstandard import ZstdError
 
-from builder.corpus.messages import Message
+from builder.corpus.messages import Message, kind_of
 from builder.corpus.rows import Columns, NotRead, Said, read_row
 from builder.text.files import PART, LongText, TextFiles
 
@@ -284,7 +285,7 @@ class Corpus:
             yield from self._rest_of(iter(self.stream.rows(self._file)))
             self._row = 0
             return
-        with _readable(self._where(), self._advice()):
+        with readable(self._where(), self._advice()):
             row_groups = self.stream.shard(self.stream.num_shards, self._file).reshard()
         while self._row_group < row_groups.num_shards:
             yield from self._rest_of(iter(row_groups.shard(row_groups.num_shards, self._row_group)))
@@ -292,10 +293,10 @@ class Corpus:
 
     def _rest_of(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The rows of a file or row group from the current place on."""
-        with _readable(self._where(), self._advice()):
+        with readable(self._where(), self._advice()):
             next(itertools.islice(rows, self._row, self._row), None)  # what an earlier run has read
         while True:
-            with _readable(self._where(), self._advice()):
+            with readable(self._where(), self._advice()):
                 row = next(rows, None)
             if row is None:
                 return
@@ -305,14 +306,18 @@ class Corpus:
     def _parse(self, line: str) -> dict[str, Any]:
         try:
             row = json.loads(line)
+        except json.JSONDecodeError as error:
+            reason = f"not valid JSON ({error.msg} at column {error.colno})"
+            if line.startswith("["):
+                reason = "the beginning of a list"
         except (ValueError, RecursionError) as error:
             reason = f"not valid JSON ({error})"
         else:
             if isinstance(row, dict):
                 return row
-            reason = f"a JSON {type(row).__name__}"
+            reason = kind_of(row)
         raise ValueError(
-            f"{self._where_exactly()} is {reason}; expected one JSON object a line, with the key {self._columns.needed[0]!r}"
+            f"{self._where_exactly()} is {reason}; expected one JSON object per line, with the key {self._columns.needed[0]!r}"
         )
 
     def _identify(self, row: dict[str, Any], said: Said) -> str:
@@ -320,7 +325,7 @@ class Corpus:
         own = row.get(self._columns.id) if self._columns.id else None
         if not isinstance(own, str | int | None) or isinstance(own, bool):
             raise ValueError(
-                f"{self._where_exactly()}: column {self._columns.id!r} holds {type(own).__name__}, expected text or a whole "
+                f"{self._where_exactly()}: column {self._columns.id!r} holds {kind_of(own)}, expected text or a whole "
                 "number; set corpus.id_column to another column, or leave it out to have hashes of the text as ids"
             )
         try:
@@ -357,7 +362,7 @@ class Corpus:
 
 
 @contextmanager
-def _readable(where: str, advice: str = "mend it or leave it out") -> Iterator[None]:
+def readable(where: str, advice: str = "mend it or leave it out") -> Iterator[None]:
     """Turn whatever a reader raises into one line that names the file and says what to do.
 
     Raises:
@@ -385,7 +390,7 @@ def _readable(where: str, advice: str = "mend it or leave it out") -> Iterator[N
 
 
 def _check_parquet(path: Path, columns: tuple[str, ...]) -> None:
-    with _readable(f"corpus file {path.name}"):
+    with readable(f"corpus file {path.name}"):
         found = pq.read_schema(path).names
     for name in columns:
         if name not in found:
@@ -393,7 +398,10 @@ def _check_parquet(path: Path, columns: tuple[str, ...]) -> None:
 
 
 def _no_column(name: str, found: Iterable[str]) -> str:
+    names = list(found)
+    near = difflib.get_close_matches(name, names, n=1)
+    guess = f", did you mean {near[0]!r}?" if near else ";"
     return (
-        f"has no column {name!r}; its columns are {', '.join(found)}; "
-        "set corpus.text_column, corpus.messages_column or corpus.id_column"
+        f"has no column {name!r}{guess} its columns are {', '.join(names) or 'none'}; "
+        "set corpus.text_column, corpus.messages_column or corpus.id_column to one of them"
     )

@@ -78,15 +78,34 @@ def split_reasoning(message: Message) -> tuple[str, str] | None:
     return before.lstrip().removeprefix("<think>"), answer
 
 
+KINDS: dict[Any, str] = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number with a fraction",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
+
+
 def canonical(value: Any) -> str:
     """Messages, or other JSON values, as JSON that is the same for equal ones."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words."""
+    for kinds, words in KINDS.items():
+        if isinstance(value, kinds):
+            return words
+    return type(value).__name__
+
+
 def _check(number: int, message: Any, converted: set[str]) -> Message:
     where = f"holds a chat whose message {number}"
     if not isinstance(message, dict):
-        raise ValueError(f"{where} is {type(message).__name__}, expected an object with role and content")  # fmt: skip
+        raise ValueError(f"{where} is {kind_of(message)}, expected an object with role and content")  # fmt: skip
     found: Message = {key: value for key, value in message.items() if value is not None}
     role, content = found.get("role"), found.get("content")
     if role not in ROLES:
@@ -100,7 +119,7 @@ def _check(number: int, message: Any, converted: set[str]) -> Message:
     if content is None and role == ASSISTANT and "content" in message:
         found["content"] = None
     elif not isinstance(content, str):
-        given = "no content" if content is None else f"{type(content).__name__} as its content"
+        given = "no content" if content is None else f"{kind_of(content)} as its content"
         raise ValueError(f"{where} has {given}, expected text")
     try:
         json.dumps(found)

@@ -12,6 +12,7 @@ from builder.corpus.messages import (
     canonical,
     has_answer,
     has_null_answer,
+    kind_of,
     without_last_answer,
 )
 from builder.corpus.shapes import read_messages, read_objects, read_options
@@ -118,7 +119,7 @@ def _text(row: dict[str, Any], columns: Columns) -> Said | None:
         if value is not None and not isinstance(value, str):
             raise NotRead(
                 str(name),
-                f"holds {type(value).__name__}, expected text",
+                f"holds {kind_of(value)}, expected text",
                 "set corpus.text_column to a column of strings, or corpus.messages_column to one of chats",
             )
         parts.append(value)

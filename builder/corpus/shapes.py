@@ -11,7 +11,7 @@ Nulls. JSON text says which values are null, so there they stay (but for keys of
 import json
 from typing import Any
 
-from builder.corpus.messages import ASSISTANT, Message, check_messages
+from builder.corpus.messages import ASSISTANT, Message, check_messages, kind_of
 
 SHAREGPT = "ShareGPT"
 JSON_TEXT = "JSON text"
@@ -50,7 +50,7 @@ def read_messages(value: Any, *, arrow: Any = False) -> tuple[list[Message], set
         converted |= more
     if not isinstance(value, list):
         raise ValueError(
-            f"holds {type(given).__name__}, expected a list of messages with role and content"
+            f"holds {kind_of(given)}, expected a list of messages with role and content"
         )
     if arrow is not False:
         value, more = _without_nulls_below(value, arrow)
@@ -212,4 +212,4 @@ def _without(values: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _name(value: Any) -> str:
-    return "text that is no JSON" if isinstance(value, str) else type(value).__name__
+    return "text that is no JSON" if isinstance(value, str) else kind_of(value)

@@ -322,6 +322,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         if (size := path.stat().st_size) > MAX_MANIFEST_BYTES:
             raise ValueError(f"it has {size:,} bytes, expected at most {MAX_MANIFEST_BYTES:,}")
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError("it is not a JSON object")
         version = manifest["schema_version"]
         json.dumps(manifest, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -336,7 +338,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged ({_reason(error)}); {advice}") from None
     if str(version).split(".")[0] != SCHEMA_VERSION.split(".")[0]:
         raise ValueError(
-            f"{path} has schema version {one_line(version, limit=60)}, this program reads {SCHEMA_VERSION}; install the matching version"
+            f"{path} has schema version {one_line(version, limit=60)}, this program reads {SCHEMA_VERSION}; install the version of logit-dataset that built it"
         )
     try:
         check(manifest, Manifest)
@@ -347,6 +349,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} in line {error.lineno}, column {error.colno}"
     return f"no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
 
 

@@ -6,6 +6,7 @@ Out:  nothing, or one line that names the key and says what was expected there.
 What is listed is what some command reads. Keys that are not listed are of no concern here, so that a later version may add some.
 """
 
+import json
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
@@ -351,6 +352,8 @@ def _explain(problem: Any, within: str) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     message = f"{message[:1].lower()}{message[1:]}".replace("input should be", "expected")
     message = message.split(" or instance of")[0].replace("dictionary", "object")
+    message = message.replace("expected a valid object", "expected an object")
+    message = message.replace("expected a valid", "expected a")
     if isinstance(problem["input"], dict | list):
         return f"{where}: {message}" if where else message
-    return f"{where}: {message}, found {one_line(repr(problem['input']), limit=60)}"
+    return f"{where}: {message}, found {one_line(json.dumps(problem['input'], ensure_ascii=False, default=repr), limit=60)}"

@@ -28,6 +28,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOpera
 
 from builder.card.records import read_verification
 from builder.dataset.manifest import ShardRecord, records_of
+from builder.dataset.printable import as_size
 from builder.dataset.shards import atomic_file
 from builder.hub.calls import Notice
 from builder.hub.limits import FILES_PER_COMMIT
@@ -176,7 +177,7 @@ def _upload(plan: Plan, files: dict[str, LocalFile], main: str, notice: Notice) 
     gone = stale(there, files)
     missing = [path for path, file in files.items() if not holds(there, path, file)]
     size = sum(files[path].size for path in missing)
-    notice(f"sending {len(missing)} of {len(files)} files, {size / 1e6:,.1f} MB, to {repo.id}")
+    notice(f"sending {len(missing)} of {len(files)} files, {as_size(size)}, to {repo.id}")
     for start in range(0, max(len(missing), 1 if gone else 0), FILES_PER_COMMIT):
         batch = missing[start : start + FILES_PER_COMMIT]
         deletions = gone if start == 0 else []

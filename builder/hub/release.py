@@ -252,7 +252,7 @@ def _check_licences(recipe: dict[str, Any]) -> None:
     missing = [f"{section}.license" for section, name in stated.items() if not name]
     if missing:
         raise ValueError(
-            f"the recipe does not state {' and '.join(missing)}, without which nobody may use the dataset; add it to the "
+            f"the recipe does not state {' and '.join(missing)}, without which nobody may use the dataset; add {'it' if len(missing) == 1 else 'them'} to the "
             "recipe and run the build command again, which only rewrites the description"
         )
 

@@ -20,9 +20,9 @@ import torch
 import zstandard
 
 from builder.card.recipe_text import resolved_toml
-from builder.corpus.documents import Corpus, Document, check_partitions
+from builder.corpus.documents import Corpus, Document, check_partitions, readable
 from builder.corpus.encoder import Encoder
-from builder.dataset.printable import as_size, duration
+from builder.dataset.printable import as_size, counted, duration
 from builder.plan.fit import check_fit
 from builder.plan.plan import bytes_per_token, count_parameters
 from builder.recipe.recipe import Recipe
@@ -217,7 +217,7 @@ def _count_tokens(
             break
     else:
         num_blank = documents.offset["skipped"]
-        _check_not_empty(num_tokens, recipe)
+        _check_not_empty(num_tokens, num_blank, recipe)
     sample = Sample(
         documents=num_documents + num_blank,
         skipped=num_blank + num_empty,
@@ -228,14 +228,15 @@ def _count_tokens(
     )
     if is_all:
         return sample, num_tokens
-    share = _share_of_corpus(sample.documents, documents, recipe, sources.corpus)
+    with readable("a file of the corpus"):
+        share = _share_of_corpus(sample.documents, documents, recipe, sources.corpus)
     whole = share and round(num_tokens / share)
     most = corpus.max_documents and round(num_tokens / num_documents * corpus.max_documents)
     known = [n for n in (whole, most, corpus.max_tokens) if n]
     return sample, min(known, default=None)
 
 
-def _check_not_empty(num_tokens: int, recipe: Recipe) -> None:
+def _check_not_empty(num_tokens: int, num_blank: int, recipe: Recipe) -> None:
     if num_tokens:
         return
     if recipe.generation:
@@ -244,7 +245,8 @@ def _check_not_empty(num_tokens: int, recipe: Recipe) -> None:
         )
     column = "messages_column" if recipe.corpus.messages_column else "text_column"
     what = "chat with an answer" if recipe.corpus.messages_column else "text"
-    raise ValueError(f"the corpus has no {what}; check corpus.{column}")
+    found = counted(num_blank, "null, empty or blank document") if num_blank else "it is empty"
+    raise ValueError(f"the corpus has no {what} ({found}); check corpus.{column}, and the files")
 
 
 def _tokens_of(document: Document, encoder: Encoder, recipe: Recipe) -> tuple[int, int, bool]:

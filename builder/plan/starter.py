@@ -136,7 +136,9 @@ def _first_rows(source: CorpusSource) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line["text"]) for line in itertools.islice(lines, ROWS) if line["text"].strip()]  # fmt: skip
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path.name} is not JSON lines ({error})") from None
+        raise ValueError(
+            f"{path.name} is not JSON lines ({error.msg} at column {error.colno}); expected one JSON object per line"
+        ) from None
     return [row for row in rows if isinstance(row, dict)]
 
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from builder.recipe.recipe import Recipe
 from builder.recipe.sections import Section
+from builder.recipe.syntax import what_is_wrong
 from builder.recipe.wording import expected, problems
 
 _AnySection = TypeVar("_AnySection", bound=Section)
@@ -25,13 +26,19 @@ def load_recipe(path: Path) -> Recipe:
         OSError: the file cannot be read.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        values = tomllib.loads(text)
     except (FileNotFoundError, IsADirectoryError):
         raise ValueError(
             f"no recipe at {path}; name a .toml file such as dataset_cards/*/recipe.toml"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    except UnicodeDecodeError as error:
+        number = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path} line {number} is not UTF-8 (byte 0x{error.object[error.start]:02x}); save the recipe as UTF-8"
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} {what_is_wrong(text, error)}") from None
     try:
         # JSON mode, since TOML and JSON share lists where Recipe has tuples.
         return Recipe.model_validate_json(json.dumps(_as_meant(values), default=str))

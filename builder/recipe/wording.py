@@ -16,10 +16,10 @@ EXPECTED = {
     "dict_type": "a table, such as {{ x = 1 }}",
     "model_type": "a section of keys and values",
     "literal_error": "{expected}",
-    "greater_than": "more than {gt}",
-    "greater_than_equal": "at least {ge}",
-    "less_than": "less than {lt}",
-    "less_than_equal": "at most {le}",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
 }
 """What a value should be, by the kind of problem that pydantic reports."""
 PATTERNS = {
@@ -52,7 +52,7 @@ def expected(problem: Any) -> str:
 
 
 def _explain(problem: Any, recipe: type[BaseModel]) -> str:
-    where = ".".join(str(part) for part in problem["loc"]) or "recipe"
+    where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         section: Any = recipe
         for part in problem["loc"][:-1]:
@@ -67,7 +67,7 @@ def _explain(problem: Any, recipe: type[BaseModel]) -> str:
     if problem["type"] == "missing":
         return f"{where!r} is missing"
     given = "" if isinstance(problem["input"], dict) else f" (found {_shown(problem['input'])})"
-    return f"{where}: {expected(problem)}{given}"
+    return f"{where}: {expected(problem)}{given}" if where else expected(problem)
 
 
 def _shown(value: Any) -> str:

@@ -237,6 +237,10 @@ def resolve_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
     else:
         assert recipe.gguf
         file = _existing(base, recipe.gguf, "teacher.gguf", "file")
+        if file.suffix != ".gguf":
+            raise ValueError(
+                f"teacher.gguf: {recipe.gguf!r} is not a .gguf file; name one, or a directory as teacher.path"
+            )
         files.append(file)
         location = str(file)
         provenance = {"kind": "gguf", "name": file.name, "sha256": known.sha256(file)}
@@ -269,7 +273,9 @@ def _python_teacher(recipe: TeacherRecipe, base: Path, known: KnownSources) -> T
     assert recipe.python
     code = _existing(base, recipe.python, "teacher.python", "file")
     if code.suffix != ".py":
-        raise ValueError(f"teacher.python: {recipe.python!r} is not a .py file")
+        raise ValueError(
+            f"teacher.python: {recipe.python!r} is not a .py file; name one with a function load_teacher"
+        )
     weights = [_existing(base, path, "teacher.weights", "file") for path in recipe.weights]
     return TeacherSource(
         location=str(code),
@@ -324,7 +330,9 @@ def expand_home(path: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise ValueError(f"{path!r} begins with the home directory of nobody") from None
+        raise ValueError(
+            f"{path!r} is below the home directory of a user that this machine does not have; write the whole path"
+        ) from None
 
 
 def _check_not_here(repo: str, key: str) -> None:
@@ -382,7 +390,9 @@ def _expand(patterns: tuple[str, ...], base: Path) -> tuple[Path, ...]:
             found = [Path(path) for path in sorted(glob.glob(str(full), recursive=True))]
             found = [path for path in found if path.is_file()]
         if not found:
-            raise ValueError(f"corpus.files: nothing matches {pattern!r} (looked in {base or '.'})")
+            raise ValueError(
+                f"corpus.files: nothing matches {pattern!r}{_looked_in(pattern, base)}; check the name, and that the path starts at the recipe"
+            )
         files |= dict.fromkeys(path.resolve() for path in found)
     return tuple(files)
 
@@ -420,10 +430,14 @@ def _format(path: Path) -> CorpusFormat:
     return found
 
 
+def _looked_in(path: str, base: Path) -> str:
+    return "" if Path(path).is_absolute() else f" (looked in {base or '.'})"
+
+
 def _existing(base: Path, path: str, key: str, kind: Literal["file", "directory"]) -> Path:
     full = base / expand_home(path)
     if not full.exists():
-        raise ValueError(f"{key}: {path!r} does not exist (looked in {base or '.'})")
+        raise ValueError(f"{key}: {path!r} does not exist{_looked_in(path, base)}")
     if full.is_dir() is not (kind == "directory"):
         raise ValueError(f"{key}: {path!r} is not a {kind}")
     return full.resolve()

@@ -6,12 +6,14 @@ How:  transformers loads. Weights are read from safetensors and GGUF only, for a
 """
 
 import json
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -284,7 +286,7 @@ def _explain_load(error: Exception, location: str, commit: str | None) -> str:
             "install it, or use the unquantised model"
         )
     if isinstance(error, json.JSONDecodeError):
-        return f"one of its JSON files is not valid ({message[:100]}); download it again"
+        return f"one of its JSON files is not valid ({error.msg} in line {error.lineno}, column {error.colno}); download it again"
     if isinstance(error, KeyError):
         return (
             f"its config.json cannot be read ({message[:200]}); correct it, or update transformers"
@@ -297,6 +299,8 @@ def _explain_load(error: Exception, location: str, commit: str | None) -> str:
         return "it has no tokenizer.json, and other vocabularies are not read; save it with a fast tokenizer's save_pretrained"
     if isinstance(error, SafetensorError):
         return f"its weights are damaged ({message[:100]}); download it again"
+    if unknown := re.search("model type `([^`]+)` but Transformers does not recognize", message):
+        return f"transformers {transformers.__version__} has no model of the type {unknown[1]!r}, which its config.json names; install a newer one, or name another teacher"
     return message.split(". ")[0][:300]
 
 

@@ -73,7 +73,7 @@ def export(
             else f"length is {length}, expected 2 or more"
         )
     if packed and to != "distillkit":
-        raise ValueError(f"packed is for DistillKit; {to}'s rows are as they must be")
+        raise ValueError(f"packed is for DistillKit alone, and this is for {to}; leave packed out")
     length = length or int(data.manifest["recipe"]["sequences"]["max_length"])
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -436,9 +436,9 @@ def chat(*messages: Any) -> dict[str, Any]:
 
 GOOD = chat({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 WRONG = {
-    "text": ({"id": "x", "messages": "hello"}, r"holds str, expected a list of messages with role and content"),
-    "an object": ({"id": "x", "messages": {"role": "user"}}, r"holds dict, expected a list of messages"),
-    "a list of strings": (chat("hello"), r"holds a chat whose message 0 is str, expected an object with role and content"),
+    "text": ({"id": "x", "messages": "hello"}, r"holds text, expected a list of messages with role and content"),
+    "an object": ({"id": "x", "messages": {"role": "user"}}, r"holds an object, expected a list of messages"),
+    "a list of strings": (chat("hello"), r"holds a chat whose message 0 is text, expected an object with role and content"),
     "no role": (chat(GOOD["messages"][0], {"content": "x"}), r"message 1 has no role, expected one of system, developer, user"),
     "another role": (chat({"role": "human", "content": "x"}), r"message 0 has the role 'human', expected one of"),
     "a role that is no text": (chat({"role": 3, "content": "x"}), r"message 0 has the role 3"),

@@ -100,7 +100,7 @@ def test_what_is_wrong_in_the_corpus_counts_in_its_turn(
         monkeypatch.setattr(stream, "AHEAD", ahead)
         monkeypatch.setattr(stream, "BATCH_DOCUMENTS", batch_documents)
         output = tmp_path / f"out-{len(finished)}"
-        with pytest.raises(ValueError, match="line 16 is a JSON list"):
+        with pytest.raises(ValueError, match="line 16 is a list"):
             run(recipe, output)
         finished.append({p.name: p.read_bytes() for p in (output / "data").iterdir()})
     assert len(finished[0]) > 2

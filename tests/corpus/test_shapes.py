@@ -72,18 +72,18 @@ def test_calls_of_sharegpt(speaker):
 
 
 WRONG = {
-    "text": ("hello", r"holds str, expected a list of messages with role and content"),
-    "a number": (3, r"holds int, expected a list"),
-    "an object": ({"role": "user"}, r"holds dict, expected a list of messages"),
-    "JSON text of an object": ('{"a": 1}', r"holds str, expected a list of messages"),
+    "text": ("hello", r"holds text, expected a list of messages with role and content"),
+    "a number": (3, r"holds a number, expected a list"),
+    "an object": ({"role": "user"}, r"holds an object, expected a list of messages"),
+    "JSON text of an object": ('{"a": 1}', r"holds text, expected a list of messages"),
     "lists of different lengths": ({"role": ["user"], "content": ["a", "b"]}, r"lists that have different lengths \(1 of role, 2 of content\)"),
-    "strings": (["hello"], r"message 0 is str, expected an object"),
+    "strings": (["hello"], r"message 0 is text, expected an object"),
     "another speaker": ([{"from": "narrator", "value": "x"}], r"message 0 is from 'narrator', expected one of human, user"),
     "a speaker of lists": ([{"from": ["human"], "value": "x"}], r"message 0 is from \['human'\]"),
     "a call that is none": ([{"from": "function_call", "value": "f(x)"}], r"message 0 is a function_call without a name"),
     "no answer at all": ([{"role": "assistant", "text": "x"}], r"message 0 has no content, expected text"),
     "no question": ([{"role": "user", "content": None}], r"message 0 has no content, expected text"),
-    "a number as content": ([{"role": "user", "content": 3}], r"message 0 has int as its content"),
+    "a number as content": ([{"role": "user", "content": 3}], r"message 0 has a number as its content"),
     "an image": ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], r"a part of content with the type 'image', expected text"),
     "a part without a type": ([{"role": "user", "content": [{"text": "x"}]}], r"a part of content with no type"),
     "a part that is text": ([{"role": "user", "content": ["x"]}], r"a part of content with no type"),
@@ -164,9 +164,9 @@ def test_tools_and_options_may_be_json_text():
     ("read", "value", "message"),
     [
         (lambda v: read_objects(v, "tools"), "a tool", r"holds text that is no JSON, expected a list of tools, each an object"),
-        (lambda v: read_objects(v, "documents"), ["a"], r"holds list, expected a list of documents"),
-        (lambda v: read_objects(v, "tools"), {"a": 1}, r"holds dict, expected a list of tools"),
-        (read_options, ["a"], r"holds list, expected an object with variables of the template"),
+        (lambda v: read_objects(v, "documents"), ["a"], r"holds a list, expected a list of documents"),
+        (lambda v: read_objects(v, "tools"), {"a": 1}, r"holds an object, expected a list of tools"),
+        (read_options, ["a"], r"holds a list, expected an object with variables of the template"),
     ],
 )  # fmt: skip
 def test_what_is_none_of_these_is_refused(read, value, message):
@@ -207,7 +207,7 @@ def test_a_prompt_and_its_completion():
     assert other.content != found.content
     for row in ({"prompt": None, "completion": "4"}, {"prompt": "2", "completion": None}, {"prompt": "2", "completion": " "}):  # fmt: skip
         assert read_row(row, columns) is None
-    with pytest.raises(NotRead, match=r"column 'prompt' holds list, expected text"):
+    with pytest.raises(NotRead, match=r"column 'prompt' holds a list, expected text"):
         read_row({"prompt": HI, "completion": "4"}, columns)
 
 
@@ -219,7 +219,7 @@ def test_a_prompt_and_its_completion_as_messages():
     assert examples.learn_from == 3
     assert read_row({"prompt": HI, "completion": HI[:1]}, columns) is None, "no answer in it"
     assert read_row({"prompt": None, "completion": HI[1:]}, columns) is None
-    with pytest.raises(NotRead, match=r"column 'prompt' holds str, expected a list of messages"):
+    with pytest.raises(NotRead, match=r"column 'prompt' holds text, expected a list of messages"):
         read_row({"prompt": "Hi", "completion": HI[1:]}, columns)
 
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from builder.build.build import build
-from builder.recipe import load_recipe
+from builder.recipe.file import load_recipe
 from logit_dataset.export.export import export
 from tests.conftest import recipe_text, sample_documents, write_jsonl
 
