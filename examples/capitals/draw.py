@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from builder.dataset.info import alternatives
+from builder.dataset.spelling import signs
 
 BAR_WIDTH, ROW_HEIGHT, LABEL_WIDTH = 420, 24, 110
 
@@ -34,9 +35,12 @@ def draw(directory: Path, row: int, position: int, shown: int = 8) -> str:
         y = ROW_HEIGHT * (i + 1.5)
         width = max(BAR_WIDTH * probability, 1)
         colour = "#c2410c" if really_followed else "#94a3b8" if i >= shown else "#1d4ed8"
+        seen = label.strip() or "".join(
+            signs(label, in_line=True)
+        )  # a token of spaces has a name, too
         note = "  ← really followed" if really_followed else ""
         parts += [
-            f'<text x="{LABEL_WIDTH - 8}" y="{y + 12}" text-anchor="end">{escape(label.strip())}</text>',
+            f'<text x="{LABEL_WIDTH - 8}" y="{y + 12}" text-anchor="end">{escape(seen)}</text>',
             f'<rect x="{LABEL_WIDTH}" y="{y}" width="{width:.1f}" height="16" fill="{colour}"/>',
             f'<text x="{LABEL_WIDTH + width + 6:.1f}" y="{y + 12}">{probability:.1%}{note}</text>',
         ]

@@ -230,7 +230,10 @@ def test_draws_depend_on_seed_and_document_and_not_on_how_the_work_is_cut(
         ("top_k = true", r"output\.top_k: expected a whole number"),
         ("tail_samples = -1", r"output\.tail_samples: expected at least 0"),
         ('top_k = "all"\ntail_samples = 4', r"leaves no tail to draw from; leave out tail_samples"),
-        ("tail_samples = 0\nseed = 1", "seed means something only with tail_samples; leave it out"),
+        (
+            "tail_samples = 0\nseed = 1",
+            "seed means something only with tail_samples or validation; leave it out",
+        ),
         ("temperatures = [2, 2.0]", r"temperatures are \[2\.0, 2\.0\], expected different ones"),
         ("temperatures = [1.0]", r"and not 1, which is always stored"),
         (
