@@ -121,7 +121,7 @@ def test_help_loads_nothing_heavy():
 def test_a_wrong_command_line_is_status_2_and_one_line_that_names_the_help(cli, arguments, message):
     status, out, err = cli(*arguments)
     assert (status, out) == (2, "")
-    assert re.fullmatch(rf"error: .*{message}.*; see .* --help\n", err)
+    assert re.fullmatch(rf"error: .*{message}.*(; see|\? See) logit-dataset .*--help\n", err)
 
 
 def test_no_arguments_print_the_help(cli):

@@ -110,7 +110,7 @@ CORPORA: dict[str, tuple[str, bytes | None, str]] = {
     "broken JSON": (
         "c.jsonl",
         jsonl(GOOD, GOOD) + b'{"id": "b", "text": "cut\n',
-        r"file c\.jsonl line 3 is not valid JSON \(Unterminated string.*\); expected one JSON object a line",
+        r"file c\.jsonl line 3 is not valid JSON \(Unterminated string.*\); expected one JSON object per line",
     ),
     "nested too deep": ("c.jsonl", b"[" * 10**5, r"line 1 is not valid JSON"),
     "a JSON list": ("c.jsonl", json.dumps([GOOD]).encode(), r"line 1 is a list; expected one JSON object per line"),
@@ -380,7 +380,7 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another JSON": (lambda d: (d / "manifest.json").write_text("{}"), DAMAGED % "no 'schema_version'"),
     "newer": (
         edit(lambda m: m.update(schema_version="2.0.0", recipe="of another shape")),
-        r"has schema version 2\.0\.0, this program reads 1\.\d+\.\d+; install the matching version",
+        r"has schema version 2\.0\.0, this program reads 1\.\d+\.\d+; install the version of logit-dataset that built it",
     ),
     "without shards": (edit(lambda m: m.update(shards=[])), DAMAGED % "no shards"),
     "with half a record": (edit(lambda m: m["shards"][0].pop("rows")), DAMAGED % r"not a shard record: no 'shards\[0\]\.rows'"),
