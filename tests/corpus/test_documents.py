@@ -145,7 +145,9 @@ def test_partitions_cover_every_document_once_and_in_order(tmp_path, num_files, 
 
 def test_more_partitions_than_files_are_refused(tmp_path):
     write_corpus(tmp_path, ".jsonl")
-    with pytest.raises(ValueError, match=r"output\.partitions is 4, but the corpus has only 3 fil"):
+    with pytest.raises(
+        ValueError, match=r"output\.partitions is 4, but the corpus has fewer files \(3\)"
+    ):
         open_files(tmp_path, "*.jsonl", partition=(0, 4))
 
 

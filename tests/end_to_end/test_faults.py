@@ -174,8 +174,8 @@ def instead(old: str, new: str) -> Callable[[str], str]:
 
 RECIPES: dict[str, tuple[Callable[[str], str | bytes | None], str]] = {
     "absent": (lambda _: None, r"no recipe at \S+/recipe\.toml; name a \.toml file"),
-    "not TOML": (lambda _: "name = \n", r"is not valid TOML: .*line 1"),
-    "not text": (lambda _: b"\xff\xfe", r"is not valid TOML: .*byte 0xff"),
+    "not TOML": (lambda _: "name = \n", r"line 1, column 8 is not valid TOML: "),
+    "not text": (lambda _: b"\xff\xfe", r"line 1 is not UTF-8 .byte 0xff"),
     "nothing": (lambda _: "", r"'name' is missing; 'corpus' is missing; 'teacher' is missing"),
     "a misspelt key": (instead("top_k", "topk"), r"unknown key 'output\.topk'; did you mean 'top_k'\?"),
     "an unknown key": (with_line("output", "zzz = 1"), r"unknown key 'output\.zzz'; known keys: top_k, tail_samples, "),
@@ -193,7 +193,7 @@ RECIPES: dict[str, tuple[Callable[[str], str | bytes | None], str]] = {
     ),
     "a name with a path": (instead('"tiny"', '"../tiny"'), r"name: expected a name as the Hub takes it"),
     "two sources": (with_line("corpus", 'repo = "a/b"'), r"exactly one of repo, files, embedded \(found repo and files\)"),
-    "two sections alike": (lambda text: f"{text}[output]\n", r"is not valid TOML: Cannot declare"),
+    "two sections alike": (lambda text: f"{text}[output]\n", r"is not valid TOML: .*is there twice"),
     "code from a branch": (
         instead("^path = .*", 'repo = "a/b"\ntrust_remote_code = true'),
         r"trust_remote_code runs code from the repo, so revision must be a full 40-digit commit, not 'main'",
@@ -204,11 +204,11 @@ RECIPES: dict[str, tuple[Callable[[str], str | bytes | None], str]] = {
     ),
     "more partitions than documents": (
         lambda text: with_line("output", "partitions = 3")(with_line("corpus", "max_documents = 2")(text)),
-        r"recipe\.toml: recipe: output\.partitions is 3, which is more than",
+        r"recipe\.toml: output\.partitions is 3, which is more than",
     ),
     "more partitions than files": (
         with_line("output", "partitions = 3"),
-        r"output\.partitions is 3, but the corpus has only 1 files to divide; choose fewer",
+        r"output\.partitions is 3, but the corpus has fewer files \(1\) to divide; choose 1 at most",
     ),
     "mixed formats": (
         instead(r"\[(\".*\")\]", '["*.jsonl", "*.csv"]'),
@@ -309,13 +309,13 @@ def test_a_bad_teacher_is_one_line(
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("biuld", r"No such command 'biuld'.*; see .*--help"),
+        ("biuld", r"No such command 'biuld'.* See .*--help"),
         ("build", r"Missing argument 'recipe'; see .*build --help"),
         ("build r.toml", r"Missing option '--output' / '-o'; see "),
-        ("build r.toml --output o --device tpu", r"--device.*'tpu' is not one of 'auto', 'cpu', 'cuda'"),
-        ("build r.toml --output o --max-shards -1", r"--max-shards.*greater than or equal to 0"),
+        ("build r.toml --output o --device tpu", r"--device: expected one of 'auto', 'cpu', 'cuda', found 'tpu'"),
+        ("build r.toml --output o --max-shards -1", r"--max-shards: expected at least 0"),
         ("verify d --recmopute 3", r"No such option: --recmopute.*--recompute"),
-        ("info d --row first", r"--row.*valid integer"),
+        ("info d --row first", r"--row: expected a whole number"),
     ],
 )  # fmt: skip
 def test_a_wrong_command_line_is_one_line_and_status_2(cli, command, message):
@@ -402,7 +402,6 @@ def test_a_directory_that_is_no_dataset_is_one_line(cli, built, tmp_path, damage
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--position", 3], r"--position needs --row"),
         (["--row", 10_000], r"has rows 0 to \d\d, not 10000"),
         (["--row", 0, "--position", 64], r"row 0 has positions 0 to \d\d, not 64"),
         (["--row", 0], r"teacher\.path: 'tiny' does not exist .*; name it with --teacher PATH"),
@@ -419,7 +418,7 @@ def test_problems_are_data_and_make_verify_fail(cli, built, tmp_path):
     victim.unlink()
     status, out, err = cli("verify", directory)
     assert (status, err) == (1, "")
-    assert out == f"data/{victim.name}: is missing\n{directory}: 1 problems\n"
+    assert out == f"data/{victim.name}: is missing\n{directory}: 1 problem\n"
 
 
 def test_a_changed_recipe_is_refused_with_the_fields(cli, make_recipe, tmp_path):

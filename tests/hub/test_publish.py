@@ -246,7 +246,7 @@ def test_large_files_go_in_parts(hub, publish, out):
 def test_what_is_not_fit_to_be_published(hub, publish, out, built):
     assert_one_line(
         publish("org/set", built),
-        r"the recipe does not state corpus\.license and teacher\.license, .* add it to the recipe",
+        r"the recipe does not state corpus\.license and teacher\.license, .* add them to the recipe",
     )
     victim = out / "data" / "train-000-00001.parquet"
     victim.write_bytes(victim.read_bytes()[:-1] + b"?")
