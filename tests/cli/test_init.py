@@ -101,7 +101,7 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(init, tmp_path, case):
     (tmp_path / "a.txt").write_text("a")
     arguments, message = WRONG[case]
     status, out, err = init(*arguments)
-    assert (status, out) == (1, "")
+    assert (status, out) == (1 if arguments else 2, "")
     assert message in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "mine").exists()
