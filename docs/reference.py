@@ -155,7 +155,7 @@ def cli_page() -> str:
         GENERATED.format(source="builder/cli/"),
         "# Command line\n",
         "In a checkout, the command is `.venv/bin/logit-dataset`. Data goes to stdout, progress and notices to stderr. Exit status: 0 done, 1 "
-        "something was found, 2 a wrong command line, 130 interrupted. [Messages](faq.md) are explained on their own page.\n",
+        "something was found, 2 a wrong command line, 130 interrupted. Errors are red on a terminal, unless `NO_COLOR` is set. [Messages](faq.md) are explained on their own page.\n",
     ]
     group: Any = typer.main.get_command(app)
     for name, command in group.commands.items():

@@ -84,13 +84,19 @@ def main() -> None:
             raise
         from builder.dataset.printable import one_line
 
-        print(f"error: {one_line(' '.join(_explain(error).split()))}", file=sys.stderr)
+        print(f"{_red('error:')} {one_line(' '.join(_explain(error).split()))}", file=sys.stderr)
         status = getattr(error, "exit_code", 1)
     if status == INTERRUPTED:
         print(
             "interrupted: finished shards are safe; run the same command to resume", file=sys.stderr
         )
     sys.exit(status)
+
+
+def _red(word: str) -> str:
+    """In colour on a terminal, unless NO_COLOR is set (https://no-color.org) or the terminal can do nothing."""
+    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return word if is_plain or not sys.stderr.isatty() else typer.style(word, fg="red", bold=True)
 
 
 WORDS = (

@@ -197,6 +197,9 @@ def _upload(plan: Plan, files: dict[str, LocalFile], main: str, notice: Notice) 
             parent=head,
             landed=landed,
         )
+        if (sent := start + len(batch)) < len(missing):
+            sent_size = as_size(sum(files[path].size for path in missing[:sent]))
+            notice(f"sent {sent} of {len(missing)} files, {sent_size} of {as_size(size)}")
     return head
 
 

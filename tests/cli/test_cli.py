@@ -282,3 +282,25 @@ def test_cuda_where_there_is_none_is_refused(cli, make_recipe, tmp_path, monkeyp
     assert status == 1
     assert err.startswith("error: --device cuda, but torch finds no CUDA device; use --device cpu")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "variables", "is_red"),
+    [
+        (True, {"TERM": "xterm"}, True),
+        (True, {"TERM": "xterm", "NO_COLOR": "1"}, False),
+        (True, {"TERM": "dumb"}, False),
+        (False, {"TERM": "xterm"}, False),
+    ],
+)
+def test_errors_are_red_on_a_terminal_only_and_not_with_no_color(
+    cli, monkeypatch, is_terminal, variables, is_red
+):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
+    status, _, err = cli("biuld")
+    assert status == 2
+    word = "\x1b[31m\x1b[1merror:\x1b[0m" if is_red else "error:"
+    assert err.startswith(f"{word} No such command")

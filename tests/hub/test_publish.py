@@ -700,3 +700,25 @@ def test_a_damaged_head_is_not_published(hub, publish, tiny_teacher_dir, tmp_pat
     (out / "teacher_head.safetensors").write_bytes(head)
     assert_one_line(publish("org/set", out), "teacher_head.safetensors: its content does not have")
     assert ("dataset", "org/set") not in hub.repos
+
+
+def test_a_long_way_to_the_hub_is_told_in_bytes(client, hub, out):
+    code = f"""
+import sys
+from builder.cli.main import main
+from builder.hub import publish
+publish.FILES_PER_COMMIT = 2
+sys.argv = ["logit-dataset", "publish", "org/set", {str(out)!r}, "--device", "cpu", "--recompute", "0"]
+main()
+"""
+    result = client.python(code)
+    assert result.returncode == 0, result.stderr
+    sizes = r"\d+(?:\.\d)? [kM]?B"
+    total, whole = re.search(
+        rf"sending (\d+) of \1 files, ({sizes}), to org/set", result.stderr
+    ).groups()
+    said = re.findall(
+        rf"sent (\d+) of {total} files, {sizes} of {re.escape(whole)}\n", result.stderr
+    )
+    assert said == [str(sent) for sent in range(2, int(total), 2)]
+    assert_published(hub, out, "v1.0.0")
