@@ -428,7 +428,8 @@ def test_the_plain_loss_of_the_card_is_that_of_the_package(
 def test_the_card_says_how_to_cite_it_and_what_not_to_train_with(manifest, curves):
     card = render_card(manifest, curves=curves)
     assert (
-        "**A plain `SFTTrainer` learns from the text of these rows alone, without a word.**" in card
+        "**A plain `SFTTrainer` trains on the text of these rows only, and gives no warning.**"
+        in card
     )
     assert "pip install logit-dataset" in card
     assert "Published by" not in card

@@ -152,7 +152,7 @@ def special_tokens_are_others(directory: Path, _: random.Random) -> None:
     refit(directory, lambda m: m["teacher"].update(prefix_ids=[5]))
 
 
-@attack("recompute", "another dtype than the values were computed in")
+@attack("recompute", "values that were computed in another dtype")
 def the_dtype_is_another(directory: Path, rng: random.Random) -> None:
     def change(manifest: Manifest) -> None:
         dtype = rng.choice(["bfloat16", "float16"])
@@ -162,7 +162,7 @@ def the_dtype_is_another(directory: Path, rng: random.Random) -> None:
     refit(directory, change)
 
 
-@attack("unseen", "what is only said: device, versions, seconds, license")
+@attack("unseen", "what is only stated: device, versions, seconds, license")
 def what_is_only_said_is_another(directory: Path, rng: random.Random) -> None:
     def change(manifest: Manifest) -> None:
         say = rng.choice(
@@ -177,13 +177,13 @@ def what_is_only_said_is_another(directory: Path, rng: random.Random) -> None:
     refit(directory, change)
 
 
-@attack("unseen", "the last documents of a partition left out")
+@attack("unseen", "documents that were left out")
 def the_last_shards_are_left_out(directory: Path, _: random.Random) -> None:
     (directory / read_json(directory)["shards"][-1]["file"]).unlink()
     refit(directory, lambda m: m["shards"].pop())
 
 
-@attack("unseen", "whole ones left out, replaced or exchanged, with all counts made to fit")
+@attack("unseen", "documents that were left out, replaced or exchanged with all counts made to fit")
 def shards_are_left_out_or_exchanged(directory: Path, rng: random.Random) -> None:
     def change(manifest: Manifest) -> None:
         if rng.random() < 0.5:
@@ -396,7 +396,7 @@ def a_document_is_repeated(directory: Path, rng: random.Random) -> None:
     forge(directory, change)
 
 
-@attack("unseen", "whole ones left out, replaced or exchanged, with all counts made to fit")
+@attack("unseen", "documents that were left out, replaced or exchanged with all counts made to fit")
 def a_document_is_left_out(directory: Path, rng: random.Random) -> None:
     def change(rows: list[Row]) -> None:
         names = sorted({row["id"] for row in rows})
@@ -517,7 +517,7 @@ def a_value_is_moved_within_its_rounding(directory: Path, rng: random.Random) ->
     in_a_row(change)(directory, rng)
 
 
-@attack("unseen", "which tokens of a chat completion_mask marks", base="chats")
+@attack("unseen", "a wrong completion_mask of a chat", base="chats")
 def the_mask_of_a_chat_marks_another_token(directory: Path, rng: random.Random) -> None:
     def change(row: Row, rng: random.Random) -> None:
         t = rng.randrange(len(row["input_ids"]))
@@ -588,7 +588,7 @@ def a_picture_does_more_than_show(directory: Path, rng: random.Random) -> None:
     path.write_text(path.read_text().replace("</svg>", f"{harm}</svg>"))
 
 
-@attack("note", "text below the head of the card")
+@attack("note", "Text below the head of the card")
 def the_text_of_the_card_is_another(directory: Path, rng: random.Random) -> None:
     text = (directory / "README.md").read_text()
     head, body = text[: text.index("\n---\n") + 5], text[text.index("\n---\n") + 5 :]
