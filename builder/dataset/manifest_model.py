@@ -353,6 +353,7 @@ def _explain(problem: Any, within: str) -> str:
     message = f"{message[:1].lower()}{message[1:]}".replace("input should be", "expected")
     message = message.split(" or instance of")[0].replace("dictionary", "object")
     message = message.replace("expected a valid object", "expected an object")
+    message = message.replace("expected a valid integer", "expected a whole number")
     message = message.replace("expected a valid", "expected a")
     if isinstance(problem["input"], dict | list):
         return f"{where}: {message}" if where else message

@@ -110,7 +110,7 @@ def test_what_is_wrong_in_the_corpus_counts_in_its_turn(
 PLACES = {
     "tokenizing ahead": (Encoder, "whole", 2),
     "cutting": (Chunks, "__next__", 20),
-    "preparing a batch": (pipeline.Pipeline, "_batch", 3),
+    "preparing a batch": (pipeline.Pipeline, "batch", 3),
     "putting in order": (pipeline, "_in_order", 2),
     "summing": (worker, "_sums", 2),
 }

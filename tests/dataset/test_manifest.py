@@ -154,7 +154,10 @@ def test_file_names_that_lead_out_of_the_dataset_are_refused(name):
         (lambda shard: shard.pop("sums"), r"not a shard record: no 'shards\[0\]\.sums'"),
         (lambda shard: shard["sums"].pop("entropy"), r"no 'shards\[0\]\.sums\.entropy'"),
         (lambda shard: shard.pop("rows"), r"no 'shards\[0\]\.rows'"),
-        (lambda shard: shard.update(rows="3"), r"shards\[0\]\.rows: expected .*, found '3'"),
+        (
+            lambda shard: shard.update(rows="3"),
+            r'shards\[0\]\.rows: expected a whole number, found "3"',
+        ),
         (
             lambda shard: shard.update(environment=2),
             r"shards\[0\]\.environment is 2, expected a pl",

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import socket
+import tomllib
 from pathlib import Path
 from time import monotonic
 
@@ -231,12 +232,13 @@ def test_resuming_fetches_only_the_file_in_which_it_stopped(hub, client, hub_rec
 def test_a_dry_run_prints_an_estimate_and_writes_nothing(hub, client, hub_recipe, tmp_path):
     recipe = hub_recipe(corpus='revision = "v1.0.0"')
     result = client.cli("build", recipe, "--output", tmp_path / "out", "--dry-run")
-    assert (result.returncode, result.stderr) == (0, "")
+    assert result.returncode == 0
     assert not (tmp_path / "out").exists()
-    assert re.search(r"^tokens  about 2,\d\d\d$", result.stdout, flags=re.MULTILINE)
-    assert re.search(r"^time    about \S+ minutes on cpu$", result.stdout, flags=re.MULTILINE)
-    plan = json.loads(result.stdout[: result.stdout.index("\ntokens")])
-    assert plan["corpus"]["commit"] == hub.repos["dataset", "org/corpus"].tags["v1.0.0"]
+    assert re.search(r"^tokens     2,\d\d\d$", result.stderr, flags=re.MULTILINE)
+    assert re.search(r"^time       about \d+ s on cpu$", result.stderr, flags=re.MULTILINE)
+    resolved = tomllib.loads(result.stdout)
+    commit = hub.repos["dataset", "org/corpus"].tags["v1.0.0"]
+    assert resolved["corpus"]["revision"] == commit
     # The teacher's size comes from the head of its weights.
     weights = [r for r in hub.requests if r.method == "GET" and "model.safetensors" in r.path]
     assert weights[-1].range

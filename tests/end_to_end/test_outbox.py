@@ -420,7 +420,7 @@ main()
     ("limits", "message", "sent"),
     [
         ([("plan", "MAX_FILES", 3), ("outbox", "MAX_FILES", 3)], r"data/train-000-00003\.parquet is one more than the 3 files that the Hub takes; begin anew with a larger output\.shard_tokens", 3),
-        ([("plan", "MAX_FILE_BYTES", 1000)], r"the Hub takes files of up to 0 GB, not 0\.0 MB: output\.shard_tokens has to be 11 or less", 0),
+        ([("plan", "MAX_FILE_BYTES", 1000)], r"the Hub takes files of up to 0 GB, not 17\.2 kB: output\.shard_tokens has to be 11 or less", 0),
         ([("outbox", "MAX_FILE_BYTES", 1000)], r"data/train-000-00000\.parquet has 0\.0 GB, and the Hub takes files of up to 0 GB; begin anew with a smaller", 0),
     ],
 )  # fmt: skip

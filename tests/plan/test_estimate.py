@@ -166,7 +166,10 @@ def test_limits(make_recipe, tmp_path, tiny_tokenizer, limit):
 
 def test_a_corpus_without_text_is_refused(make_recipe, corpus_file):
     write_jsonl(corpus_file, [{"id": "a", "text": " "}])
-    with pytest.raises(ValueError, match=r"the corpus has no text; check corpus\.text_column"):
+    with pytest.raises(
+        ValueError,
+        match=r"the corpus has no text \(1 null, empty or blank document\); check corpus\.text_column",
+    ):
         estimated(make_recipe())
 
 
