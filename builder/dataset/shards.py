@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -109,6 +110,7 @@ class ShardWriter:
         self._writer = parquet_writer(sink, self._schema, profile)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer")
         self._writing: Future[None] | None = None
+        self._in_use = Lock()  # held while the Parquet writer works
 
     def write(self, block: Block | Callable[[], Block]) -> None:
         """Append rows, or the rows that a call makes, while the caller goes on; `seen` is told of them on the writer's thread.
@@ -126,7 +128,9 @@ class ShardWriter:
     def _make_and_write(self, block: Block | Callable[[], Block]) -> None:
         made = block if isinstance(block, Block) else block()
         self._seen(made)
-        self._write_block(made)
+        with self._in_use:
+            if self._writer.is_open:
+                self._write_block(made)
 
     def _write_block(self, block: Block) -> None:
         """Append rows, in row groups of at most ROW_GROUP_TOKENS tokens (or one row)."""
@@ -150,12 +154,14 @@ class ShardWriter:
         finally:
             self._thread.shutdown()
             failed = kind is not None or (self._writing is not None and self._writing.exception())
-            try:
-                with suppress(OSError, pa.ArrowException) if failed else nullcontext():
-                    self._writer.close()
-            finally:
-                # One whose closing failed would try it again when it is collected.
-                self._writer.is_open = False
+            # A Ctrl-C while the thread starts leaves one at work for which shutdown does not wait.
+            with self._in_use:
+                try:
+                    with suppress(OSError, pa.ArrowException) if failed else nullcontext():
+                        self._writer.close()
+                finally:
+                    # One whose closing failed would try it again when it is collected.
+                    self._writer.is_open = False
 
     def _write_rows(self, block: Block, rows: slice) -> None:
         sequences = block.sequences[rows]

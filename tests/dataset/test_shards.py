@@ -5,6 +5,8 @@ import hashlib
 import io
 import os
 import sys
+import threading
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -224,6 +226,34 @@ def test_a_writer_whose_closing_failed_is_not_closed_again_when_it_is_collected(
         write()
     gc.collect()
     assert not raised
+
+
+def test_an_interrupt_while_the_thread_starts_does_not_close_under_it(tmp_path, monkeypatch):
+    """The pool does not know a thread whose start was interrupted, and so does not wait for it."""
+    is_writing, events = threading.Event(), []
+    start, close = threading.Thread.start, pq.ParquetWriter.close
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        is_writing.wait()
+        raise KeyboardInterrupt
+
+    def slow(*_: object) -> None:
+        is_writing.set()
+        time.sleep(0.2)
+        events.append("written")
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    monkeypatch.setattr(ShardWriter, "_write_block", slow)
+    monkeypatch.setattr(pq.ParquetWriter, "close", lambda w: events.append("closed") or close(w))
+    options = {"layout": Layout(top_k=3), "profile": "default", "metadata": {}}
+    with (
+        pytest.raises(KeyboardInterrupt),
+        atomic_file(tmp_path / "x") as sink,
+        ShardWriter(sink, **options) as writer,
+    ):
+        writer.write(block(3))
+    assert events == ["written", "closed"]
 
 
 FLAT = [[1, 2], [3], [4, 5, 6], [7]]
