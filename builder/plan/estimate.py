@@ -10,7 +10,7 @@ import io
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -228,7 +228,7 @@ def _count_tokens(
     )
     if is_all:
         return sample, num_tokens
-    with readable("a file of the corpus"):
+    with readable("the corpus"):
         share = _share_of_corpus(sample.documents, documents, recipe, sources.corpus)
     whole = share and round(num_tokens / share)
     most = corpus.max_documents and round(num_tokens / num_documents * corpus.max_documents)
@@ -289,7 +289,7 @@ def _share_of_corpus(
         return _share_of_files(documents) / sum(sizes)
     if source.format == "text" and recipe.corpus.text_unit == "file":
         return sum(sizes[:num_rows]) / sum(sizes)
-    lines = itertools.chain.from_iterable(_open(path) for path in source.files)
+    lines = itertools.chain.from_iterable(_lines(path) for path in source.files)
     size = sum(len(line) for line in itertools.islice(lines, num_rows))
     return size / (sum(sizes) * _expansion(max(source.files, key=lambda path: path.stat().st_size)))
 
@@ -303,8 +303,7 @@ def _share_of_files(documents: Corpus) -> float:
     before = sum(file.stat().st_size for file in stream.files[:number])
     if stream.unit_of(number) == "file":
         return before + path.stat().st_size
-    with _open(path) as lines:
-        read = sum(len(line) for line in itertools.islice(lines, offset["row"]))
+    read = sum(len(line) for line in itertools.islice(_lines(path), offset["row"]))
     return before + read / _expansion(path)
 
 
@@ -312,11 +311,17 @@ def _expansion(path: Path) -> float:
     """Bytes that a byte of a compressed file stands for, from its beginning."""
     if path.suffix not in (".gz", ".zst"):
         return 1.0
-    with path.open("rb") as raw:
+    with readable(f"corpus file {path.name}"), path.open("rb") as raw:
         stream, size = _open(path, raw), 0
         while size < SAMPLE_BYTES and (content := stream.read(2**16)):
             size += len(content)
         return size / raw.tell()
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Lines of a file; what is wrong with it names it."""
+    with readable(f"corpus file {path.name}"), _open(path) as lines:
+        yield from lines
 
 
 def _open(path: Path, raw: BinaryIO | None = None) -> BinaryIO:

@@ -159,7 +159,7 @@ def test_a_completion_of_texts_is_learned_from_its_first_character(build, teache
     assert learned in (said, None)
     assert verify(output, recompute=1, teacher_path=teacher, seed=0).problems == []
     card = (output / "README.md").read_text()
-    assert "it is true of the tokens of the completion" in card
+    assert "it is true for the tokens of the completion" in card
     assert "chat" not in card.split("## Load it")[1].split("## Where it comes from")[0]
     names: dict = {}
     snippet = card.split("```python\n")[1].split("```")[0].replace("path/to/this/directory", str(output))  # fmt: skip

@@ -644,7 +644,7 @@ def test_card_and_info_say_who_wrote_what_and_how(make_recipe, tmp_path, tiny_te
         "The `id` of a row is that of its prompt with /0, /1, … behind it.",
         "Without room for a completion, and so not in it: 1 prompt.",
         "the stored distributions are those of the teacher at temperature 1 over its whole vocabulary",
-        "What would follow the last token of a row is not known, and `target_logprob` is NaN there.",
+        "The token that would follow the last one of a row is unknown, and `target_logprob` is NaN there.",
         f"28 of {counts['tokens'] / 28:.1f} tokens on average",
         "from 14 prompts",
         "[generation] max_new_tokens = 24 temperature = 0.8 top_p = 0.9 samples = 2 seed = 7",

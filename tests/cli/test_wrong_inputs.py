@@ -354,7 +354,7 @@ CORPORA: dict[tuple[str, bytes], str] = {
     (
         "c.jsonl.gz",
         gzip.compress(b'{"id": "a", "text": "x"}\n' * 99)[:-9],
-    ): "a file of the corpus cannot be read (Compressed file ended before the end-of-stream marker was reached); mend it or leave it out",
+    ): "corpus file c.jsonl.gz cannot be read (Compressed file ended before the end-of-stream marker was reached); mend it or leave it out",
     (
         "c.jsonl.zst",
         b"not zstd",
