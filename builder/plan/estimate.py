@@ -228,8 +228,7 @@ def _count_tokens(
     )
     if is_all:
         return sample, num_tokens
-    with readable("the corpus"):
-        share = _share_of_corpus(sample.documents, documents, recipe, sources.corpus)
+    share = _share_of_corpus(sample.documents, documents, recipe, sources.corpus)
     whole = share and round(num_tokens / share)
     most = corpus.max_documents and round(num_tokens / num_documents * corpus.max_documents)
     known = [n for n in (whole, most, corpus.max_tokens) if n]
@@ -282,7 +281,10 @@ def _share_of_corpus(
         examples: int | None = getattr(splits.get(recipe.corpus.split), "num_examples", None)
         return num_rows / examples if examples else None
     if source.format == "parquet":
-        total: int = sum(pq.read_metadata(path).num_rows for path in source.files)
+        total = 0
+        for path in source.files:
+            with readable(f"corpus file {path.name}"):
+                total += pq.read_metadata(path).num_rows
         return num_rows / total
     sizes = [path.stat().st_size for path in source.files]
     if source.format == "lines":
