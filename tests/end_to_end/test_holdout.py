@@ -1,5 +1,6 @@
 """A hold-out from the recipe to the trainers: the same documents whatever interrupts or divides the build, in files of their own."""
 
+import copy
 import random
 import re
 import shutil
@@ -370,7 +371,7 @@ def test_the_distance_to_the_teacher_on_the_hold_out(whole, tiny_model, tmp_path
 
     splits = load_dataset(str(whole))
     trainer = DistillationTrainer(
-        model=tiny_model,
+        model=copy.deepcopy(tiny_model),
         args=transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True),
         data_collator=LogitCollator.of(whole),
         train_dataset=splits[TRAIN],
