@@ -44,7 +44,7 @@ STAGES: dict[str, tuple[Any, str]] = {
     "read": (Corpus, "__iter__"),
     "tokenize": (Encoder, "whole"),
     "cut": (Chunks, "__next__"),
-    "batches": (pipeline.Pipeline, "_batch"),
+    "batches": (pipeline.Pipeline, "batch"),
     "launch": (pipeline.Pipeline, "_launch"),
     "order": (pipeline, "_in_order"),
     "sums": (worker, "_sums"),
