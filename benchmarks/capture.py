@@ -18,8 +18,8 @@ from builder.corpus.encoder import Encoder
 from builder.corpus.sequences import Sequence, length_sorted_batches
 from builder.dataset.manifest import read_manifest
 from builder.dataset.shards import ShardWriter
+from builder.plan.compute import EMBEDDED, flop_per_token
 from builder.plan.estimate import product_flops
-from builder.plan.plan import EMBEDDED, flop_per_token
 from builder.teacher import model
 from builder.teacher.model import Teacher
 

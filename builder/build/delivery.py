@@ -20,7 +20,7 @@ from builder.hub.release import Destination, look_at, prepare
 from builder.hub.repository import Repository
 from builder.hub.versions import Step, Version, choose, least_step
 from builder.plan.estimate import expect
-from builder.plan.plan import too_large_files, too_many_files
+from builder.plan.storage import too_large_files, too_many_files
 from builder.recipe.recipe import Recipe
 from builder.sources.resolve import Sources, local_teacher
 

@@ -23,8 +23,9 @@ from builder.card.recipe_text import resolved_toml
 from builder.corpus.documents import Corpus, Document, check_partitions, readable
 from builder.corpus.encoder import Encoder
 from builder.dataset.printable import as_size, counted, duration
+from builder.plan.compute import count_parameters
 from builder.plan.fit import check_fit
-from builder.plan.plan import bytes_per_token, count_parameters
+from builder.plan.storage import bytes_per_token
 from builder.recipe.recipe import Recipe
 from builder.sources.columns import settle_columns
 from builder.sources.opening import make_encoder, open_corpus

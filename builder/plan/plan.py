@@ -3,88 +3,35 @@
 In:   a recipe, a number of tokens, a GPU's peak and what of it is used, a number of workers, the network.
 Out:  numbers that follow from these by formulas alone. Nothing is run, read from the corpus or asked of the Hub.
 
-Compute:  a forward pass costs 2 FLOP a parameter and token, and 2 · layers · length · width more for attention (Kaplan et al. 2020,
-          Scaling Laws for Neural Language Models, section 2.1 and table 1). Statistics, writing and sending hide behind it
-          (README, Speed). How much of a GPU's peak that reaches was measured on an H100 (MEASURED), by the size of the teacher;
-          other GPUs are taken to reach the same share of theirs.
-Storage:  bytes per token as measured of the embedded dataset (`bytes_per_token`); files as the recipe cuts them.
-The Hub:  its limits (`remote`), and how many shards an `outbox` brings in a commit.
+How:  computing (`compute`), sending, and committing at the rate that the Hub allows (`limits`) go on at the same time, so that the
+      longest of them decides. Bytes and files are those of `storage`; how many shards come in a commit, an `outbox` says.
+
+Cost: none, but the heads of a local teacher's weights.
 """
 
-import itertools
-import json
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from builder.dataset.printable import as_size, duration
 from builder.hub.limits import (
     COMMITS_PER_HOUR,
     DISCARDED_TOGETHER,
-    MAX_FILE_BYTES,
-    MAX_FILES,
     MAX_LOCAL_SHARDS,
 )
+from builder.plan.compute import (
+    GPUS,
+    MEASURED,
+    MEASURED_GPU,
+    flop_per_token,
+    measured_utilization,
+    teacher_shape,
+)
+from builder.plan.storage import bytes_per_token, count_shards, too_large_files, too_many_files
 from builder.recipe.recipe import Recipe
-from builder.sources.resolve import local_teacher
 
-
-class Peak(NamedTuple):
-    """Matrix products of a GPU at its best, in TFLOPS: dense, that is half of what data sheets give with sparsity."""
-
-    bits16: float
-    bits32: float
-    """Without TF32, which torch does not use unless it is told to."""
-
-
-GPUS = {
-    "a100": Peak(312, 19.5),  # NVIDIA A100 Tensor Core GPU data sheet, SXM
-    "h100": Peak(989, 67),  # NVIDIA H100 Tensor Core GPU data sheet, SXM
-    "h200": Peak(989, 67),  # NVIDIA H200 Tensor Core GPU data sheet, SXM
-    "b200": Peak(2250, 75),  # NVIDIA Blackwell data sheet, HGX B200, an eighth of it
-    "l4": Peak(121, 30.3),  # NVIDIA L4 Tensor Core GPU data sheet
-    "l40s": Peak(362, 91.6),  # NVIDIA L40S data sheet
-    "mi300x": Peak(1307, 163.4),  # AMD Instinct MI300X data sheet
-}
 MBIT = 1000
 """Of upload a second; assumed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """What of a teacher decides the cost of its forward pass and of what is kept."""
-
-    parameters: float
-    layers: float
-    width: float
-    vocab_size: int = 0
-    """0 where it is not known."""
-    is_guessed: bool = False
-    """Whether layers and width follow from the number of parameters."""
-
-    @classmethod
-    def of(cls, parameters: float) -> "Shape":
-        """A usual one: parameters = 12 · layers · width² (Kaplan et al. 2020, section 2.1), width = 128 · layers (Llama 3 8B)."""
-        layers = (parameters / (12 * 128**2)) ** (1 / 3)
-        return cls(parameters=parameters, layers=layers, width=128 * layers, is_guessed=True)
-
-
-EMBEDDED = Shape(parameters=134_515_008, layers=30, width=576, vocab_size=49_152)
-"""Of SmolLM2-135M."""
-
-MEASURED_GPU, MEASURED_LENGTH = "h100", 1024
-MEASURED = (
-    (EMBEDDED, 393_543),
-    (Shape(parameters=0.6e9, layers=28, width=1024, vocab_size=151_936), 174_961),
-    (Shape(parameters=1.2e9, layers=16, width=2048, vocab_size=128_256), 132_971),
-    (Shape(parameters=8e9, layers=36, width=4096, vocab_size=151_936), 23_667),
-)
-"""Teachers, smallest first, and tokens/s of their forward pass in bfloat16, body and head: random weights of Llama's shape, sequences of 64
-to MEASURED_LENGTH tokens, 16,384 positions in a batch, one H100 SXM, torch 2.11."""
-MEASURED_FLOAT32 = 66_700
-"""The same of EMBEDDED in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,77 +173,6 @@ def work(
     )
 
 
-def flop_per_token(shape: Shape, length: int) -> float:
-    """Of a forward pass over sequences of `length` tokens."""
-    return 2 * shape.parameters + 2 * shape.layers * length * shape.width
-
-
-def measured_utilization(parameters: float, *, bits: int) -> float:
-    """Share of its peak that an H100 reached in a forward pass of a teacher of this size; between those that were measured, by the log of it."""
-    peak = GPUS[MEASURED_GPU]
-    if bits == 32:
-        return MEASURED_FLOAT32 * flop_per_token(EMBEDDED, MEASURED_LENGTH) / (1e12 * peak.bits32)
-    points = [
-        (
-            math.log(shape.parameters),
-            rate * flop_per_token(shape, MEASURED_LENGTH) / (1e12 * peak.bits16),
-        )
-        for shape, rate in MEASURED
-    ]
-    size = min(max(math.log(parameters), points[0][0]), points[-1][0])
-    (x0, y0), (x1, y1) = next(pair for pair in itertools.pairwise(points) if size <= pair[1][0])
-    return y0 + (y1 - y0) * (size - x0) / (x1 - x0)
-
-
-def count_shards(recipe: Recipe, tokens: int) -> int:
-    """Of a build of `tokens` tokens: no more, for a shard ends with the document that reaches its number of tokens."""
-    held_out = round(tokens * (recipe.output.validation or 0))
-    return _count(recipe, tokens - held_out) + (_count(recipe, held_out) if held_out else 0)
-
-
-def _count(recipe: Recipe, tokens: int) -> int:
-    """Of one split."""
-    partitions, shard_tokens = recipe.output.partitions, recipe.output.shard_tokens
-    share, rest = divmod(tokens, partitions)
-    larger, smaller = (max(1, math.ceil(n / shard_tokens)) for n in (share + 1, share))
-    return rest * larger + (partitions - rest) * smaller
-
-
-def too_many_files(recipe: Recipe, tokens: int) -> str | None:
-    """Why the Hub does not take a build of `tokens` tokens, and what would do; None if its files are not too many."""
-    shards, partitions = count_shards(recipe, tokens), recipe.output.partitions
-    if shards <= MAX_FILES:
-        return None
-    if partitions > MAX_FILES:
-        what = f"output.partitions has to be {MAX_FILES:_} or less"
-    else:
-        least = math.ceil(math.ceil(tokens / partitions) / (MAX_FILES // partitions) / 1e6)
-        what = f"output.shard_tokens has to be {least * 1_000_000:_} or more"
-    return f"the Hub takes {MAX_FILES:,} files, not {shards:,}: {what}"
-
-
-def too_large_files(recipe: Recipe, tokens: int | None, per_token: float) -> str | None:
-    """The same of files that are too large.
-
-    Args:
-        recipe: what is built.
-        tokens: that are built; None if that is not known.
-        per_token: bytes of each.
-    """
-    output = recipe.output
-    shard_tokens = min(output.shard_tokens, (tokens or math.inf) / output.partitions)
-    if shard_tokens * per_token <= MAX_FILE_BYTES:
-        return None
-    limit = f"the Hub takes files of up to {MAX_FILE_BYTES / 1e9:.0f} GB"
-    if (tokens or 0) * per_token > (all_bytes := MAX_FILES * MAX_FILE_BYTES):
-        return f"{limit}, so {MAX_FILES:,} of them hold {all_bytes / 1e12:.0f} TB"
-    most = int(MAX_FILE_BYTES / per_token)
-    return (
-        f"{limit}, not {as_size(shard_tokens * per_token)}: output.shard_tokens has to be "
-        f"{most // 1000 * 1000 or most:_} or less"
-    )
-
-
 def _advice(recipe: Recipe, tokens: int, per_token: float, idle: int, limit: str) -> list[str]:
     lines = []
     if recipe.generation:
@@ -341,76 +217,3 @@ def describe(work: Work) -> str:
     }
     listed = [f"{key:<10}{value}" for key, value in lines.items()]
     return "\n".join([*listed, *(f"but       {line}" for line in work.advice)])
-
-
-def bytes_per_token(
-    recipe: Recipe, *, vocab_size: int = 0, hidden_size: int = 0, kept_share: float = 1.0
-) -> float:
-    """What a token takes on disk, of a teacher whose vocabulary needs two bytes.
-
-    Those of the embedded dataset (README): an entry of the top K takes 3.0 and the rest of a token 12.
-
-    Args:
-        recipe: the recipe.
-        vocab_size: of the teacher; needed where all log-probabilities are kept.
-        hidden_size: of the teacher; needed where hidden states are kept.
-        kept_share: share of the positions of which the columns of several values are kept.
-    """
-    output, per_entry = recipe.output, 2.8 if recipe.output.profile == "compact" else 3.0
-    size = 10.0 + 3.5 * len(output.temperatures) + (2 if output.text else 0)
-    wide = 1.8 * hidden_size if output.hidden_states else 0.0
-    if output.top_k == "all":
-        wide += 1.5 * vocab_size
-    else:
-        wide += per_entry * output.top_k + 3.5 * output.tail_samples
-    return size + kept_share * wide
-
-
-def teacher_shape(recipe: Recipe, base: Path, parameters: float | None = None) -> Shape:
-    """The shape of a recipe's teacher, from its files where they are here, else from its number of parameters.
-
-    Raises:
-        ValueError: neither is there.
-    """
-    teacher = recipe.teacher
-    if teacher.embedded:
-        return EMBEDDED
-    if teacher.path and (directory := local_teacher(teacher, base)):
-        config = _config(directory)
-        counted = parameters or count_parameters(directory)
-        if config and counted:
-            return Shape(
-                parameters=counted,
-                layers=config["num_hidden_layers"],
-                width=config["hidden_size"],
-                vocab_size=config["vocab_size"],
-            )
-    if parameters is None:
-        raise ValueError(
-            "how large the teacher is cannot be seen without the Hub; say it with --parameters 8e9"
-        )
-    return Shape.of(parameters)
-
-
-def count_parameters(directory: Path) -> int | None:
-    """Parameters in the safetensors files of a directory, from their heads alone; None if there are none."""
-    total = 0
-    for weights in directory.glob("*.safetensors"):
-        with weights.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            head = json.loads(file.read(length))
-        total += sum(
-            math.prod(tensor["shape"]) for name, tensor in head.items() if name != "__metadata__"
-        )
-    return total or None
-
-
-def _config(directory: Path) -> dict[str, Any] | None:
-    """A teacher's config.json, or the part that is about text, if it says what is needed."""
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    config = config.get("text_config", config)
-    needed = {"num_hidden_layers", "hidden_size", "vocab_size"}
-    return config if needed <= config.keys() else None

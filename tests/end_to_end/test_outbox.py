@@ -406,9 +406,9 @@ def test_a_tag_that_is_too_small_is_refused_before_anything_is_computed(
 LIMITED = """
 import sys
 from builder.build import outbox
-from builder.plan import plan
+from builder.plan import storage
 from builder.cli.main import main
-modules = {"plan": plan, "outbox": outbox}
+modules = {"storage": storage, "outbox": outbox}
 for module, name, value in LIMITS:
     setattr(modules[module], name, value)
 sys.argv = ["logit-dataset", *ARGUMENTS]
@@ -419,8 +419,8 @@ main()
 @pytest.mark.parametrize(
     ("limits", "message", "sent"),
     [
-        ([("plan", "MAX_FILES", 3), ("outbox", "MAX_FILES", 3)], r"data/train-000-00003\.parquet is one more than the 3 files that the Hub takes; begin anew with a larger output\.shard_tokens", 3),
-        ([("plan", "MAX_FILE_BYTES", 1000)], r"the Hub takes files of up to 0 GB, not 17\.2 kB: output\.shard_tokens has to be 11 or less", 0),
+        ([("storage", "MAX_FILES", 3), ("outbox", "MAX_FILES", 3)], r"data/train-000-00003\.parquet is one more than the 3 files that the Hub takes; begin anew with a larger output\.shard_tokens", 3),
+        ([("storage", "MAX_FILE_BYTES", 1000)], r"the Hub takes files of up to 0 GB, not 17\.2 kB: output\.shard_tokens has to be 11 or less", 0),
         ([("outbox", "MAX_FILE_BYTES", 1000)], r"data/train-000-00000\.parquet has 0\.0 GB, and the Hub takes files of up to 0 GB; begin anew with a smaller", 0),
     ],
 )  # fmt: skip

@@ -19,7 +19,7 @@ from builder.dataset.identity import fingerprint
 from builder.dataset.manifest import read_manifest
 from builder.plan import estimate as module
 from builder.plan.estimate import SAMPLE_DOCUMENTS, Estimate, describe, estimate
-from builder.plan.plan import bytes_per_token
+from builder.plan.storage import bytes_per_token
 from builder.recipe.file import load_recipe
 from tests.chats import CHATML, chatty_teacher
 from tests.conftest import REPOSITORY, TRAINING_TEXT, sample_documents, write_jsonl

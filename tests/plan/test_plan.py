@@ -13,19 +13,9 @@ from typing import get_args
 import pytest
 
 from builder.cli import plan as cli_plan
-from builder.plan.plan import (
-    EMBEDDED,
-    GPUS,
-    MBIT,
-    MEASURED,
-    MEASURED_LENGTH,
-    Shape,
-    count_shards,
-    describe,
-    teacher_shape,
-    too_many_files,
-    work,
-)
+from builder.plan.compute import EMBEDDED, GPUS, MEASURED, MEASURED_LENGTH, Shape, teacher_shape
+from builder.plan.plan import MBIT, describe, work
+from builder.plan.storage import count_shards, too_many_files
 from builder.recipe.file import load_recipe
 from builder.recipe.recipe import Recipe
 from builder.recipe.sections import GenerationRecipe
