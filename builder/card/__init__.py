@@ -2,5 +2,5 @@
 
 In:    a finished dataset.
 Out:   the card and `assets/`.
-First: card.py and its template.md.
+First: card.py, then template.md and variables.py.
 """

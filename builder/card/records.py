@@ -163,6 +163,12 @@ def read_verification(directory: Path, manifest: dict[str, Any]) -> dict[str, An
     return found
 
 
+def line_of(verification: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The text that one of the pictures shows; None where none was recorded, as by older versions."""
+    found: dict[str, Any] | None = ((verification or {}).get("example") or {}).get("line")
+    return found
+
+
 def read_curves(directory: Path, manifest: dict[str, Any]) -> Curves | None:
     """What the pictures show of these data files, if that was kept.
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 
-from builder.card.card import LINE, PICTURES, README, card_head, line_of, pictures, render_body
+from builder.card.card import LINE, PICTURES, README, card_head, pictures, render_body
 from builder.card.charts import Curves
-from builder.card.records import read_release, read_verification
+from builder.card.records import line_of, read_release, read_verification
 from builder.dataset.printable import one_line
 from builder.verify.rows import Report
 
