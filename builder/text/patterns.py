@@ -13,88 +13,22 @@ How:  each place of the pattern that reads a character is a test, and a test fol
 Cost: microseconds a pair of characters.
 """
 
-import unicodedata
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
-Verdict = bool | None
-"""Whether a test takes a character; None where that is not certain."""
-Test = Callable[[str], Verdict]
+from builder.text.character_classes import (
+    Test,
+    all_of,
+    any_of,
+    between,
+    is_digit,
+    is_space,
+    is_word,
+    negated,
+    of_property,
+    one_of,
+)
 
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "a": "\a", "e": "\x1b"}
-SCRIPTS = frozenset(
-    [
-        "arabic",
-        "armenian",
-        "bengali",
-        "bopomofo",
-        "cyrillic",
-        "devanagari",
-        "ethiopic",
-        "georgian",
-        "greek",
-        "gujarati",
-        "gurmukhi",
-        "han",
-        "hangul",
-        "hebrew",
-        "hiragana",
-        "kannada",
-        "katakana",
-        "khmer",
-        "lao",
-        "malayalam",
-        "mongolian",
-        "myanmar",
-        "oriya",
-        "sinhala",
-        "tamil",
-        "telugu",
-        "thai",
-        "tibetan",
-    ]
-)
-"""Names of properties that no ASCII character has."""
-MAJOR = {"letter": "l", "mark": "m", "number": "n", "punctuation": "p", "symbol": "s"}
-CATEGORIES = frozenset(
-    [
-        "lu",
-        "ll",
-        "lt",
-        "lm",
-        "lo",
-        "mn",
-        "mc",
-        "me",
-        "nd",
-        "nl",
-        "no",
-        "pc",
-        "pd",
-        "ps",
-        "pe",
-        "pi",
-        "pf",
-        "po",
-        "sm",
-        "sc",
-        "sk",
-        "so",
-        "zs",
-        "zl",
-        "zp",
-        "cc",
-        "cf",
-    ]
-)
-
-
-@lru_cache(maxsize=4096)
-def category(character: str) -> str | None:
-    """The general category of a character; None if it is not the same in all versions of Unicode that a library may follow."""
-    now = unicodedata.category(character)
-    return now if unicodedata.ucd_3_2_0.category(character) == now else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +58,7 @@ def literal(text: str) -> Pattern:
     if not text:
         raise ValueError("an empty text matches nothing")
     pairs = frozenset((i, i + 1) for i in range(len(text) - 1))
-    return Pattern(tuple(_one_of(c, ignore_case=False) for c in text), pairs)
+    return Pattern(tuple(one_of(c, ignore_case=False) for c in text), pairs)
 
 
 def parse(source: str) -> Pattern | None:
@@ -228,7 +162,7 @@ class _Parser:
             return self._test(lambda c: c != "\n")
         if character in "^$*+?":
             raise _UnknownError
-        return self._test(_one_of(character, ignore_case=ignore_case))
+        return self._test(one_of(character, ignore_case=ignore_case))
 
     def _group(self, ignore_case: bool) -> _Part:
         is_ahead = False
@@ -254,8 +188,8 @@ class _Parser:
         """What stands behind a backslash, in a set or outside of one."""
         character = self._next()
         if character in "sSdDwW":
-            found = {"s": _is_space, "d": _is_digit, "w": _is_word}[character.lower()]
-            return _not(found) if character.isupper() else found
+            found = {"s": is_space, "d": is_digit, "w": is_word}[character.lower()]
+            return negated(found) if character.isupper() else found
         if character in "pP":
             if not self._take("{"):
                 raise _UnknownError
@@ -264,16 +198,16 @@ class _Parser:
             if end < 0:
                 raise _UnknownError
             name, self.place = self.source[self.place : end], end + 1
-            test = _property(name)
+            test = of_property(name)
             # `\p{Lu}` that ignores case takes lower case, too.
-            return (lambda _: None) if ignore_case else _not(test) if is_negated else test
+            return (lambda _: None) if ignore_case else negated(test) if is_negated else test
         if character in "xu":
-            return _one_of(self._code_point(character), ignore_case=ignore_case)
+            return one_of(self._code_point(character), ignore_case=ignore_case)
         if character in ESCAPES:
-            return _one_of(ESCAPES[character], ignore_case=ignore_case)
+            return one_of(ESCAPES[character], ignore_case=ignore_case)
         if character.isascii() and character.isalnum():
             raise _UnknownError
-        return _one_of(character, ignore_case=ignore_case)
+        return one_of(character, ignore_case=ignore_case)
 
     def _code_point(self, kind: str) -> str:
         if kind == "x" and self._take("{"):
@@ -302,8 +236,8 @@ class _Parser:
                 joined[-1].append(self._set(ignore_case))
             else:
                 joined[-1].append(self._member(ignore_case))
-        test = _all_of([_any_of(tests) for tests in joined])
-        return _not(test) if is_negated else test
+        test = all_of([any_of(tests) for tests in joined])
+        return negated(test) if is_negated else test
 
     def _member(self, ignore_case: bool) -> Test:
         """A character, a range of characters or a class in a set."""
@@ -318,7 +252,7 @@ class _Parser:
             "]",
             "",
         ):
-            return _one_of(low, ignore_case=ignore_case)
+            return one_of(low, ignore_case=ignore_case)
         self.place += 1
         begin = self.place
         high = self._next()
@@ -327,7 +261,7 @@ class _Parser:
             high = self._single(begin)
         if not high or high == "[" or high < low:
             raise _UnknownError
-        return _between(low, high, ignore_case=ignore_case)
+        return between(low, high, ignore_case=ignore_case)
 
     def _single(self, begin: int) -> str:
         """The one character that an escape which began there stands for; empty for a class."""
@@ -351,79 +285,3 @@ class _Parser:
         found = self.source.startswith(text, self.place)
         self.place += len(text) if found else 0
         return found
-
-
-def _one_of(character: str, *, ignore_case: bool) -> Test:
-    return _between(character, character, ignore_case=ignore_case)
-
-
-def _between(low: str, high: str, *, ignore_case: bool) -> Test:
-    if not ignore_case:
-        return lambda c: low <= c <= high
-    if not high.isascii():
-        return lambda _: None
-
-    def test(character: str) -> Verdict:
-        if not character.isascii():  # ſ is a kind of s, and ß of ss
-            return None if any(c.isascii() for c in character.casefold()) else False
-        return any(low <= c <= high for c in (character, character.lower(), character.upper()))
-
-    return test
-
-
-def _not(test: Test) -> Test:
-    def negated(character: str) -> Verdict:
-        found = test(character)
-        return None if found is None else not found
-
-    return negated
-
-
-def _any_of(tests: list[Test]) -> Test:
-    def test(character: str) -> Verdict:
-        found = {test(character) for test in tests}
-        return True if True in found else None if None in found else False
-
-    return test
-
-
-def _all_of(tests: list[Test]) -> Test:
-    def test(character: str) -> Verdict:
-        found = {test(character) for test in tests}
-        return False if False in found else None if None in found else True
-
-    return test
-
-
-def _is_space(character: str) -> Verdict:
-    if character in "\t\n\v\f\r\x85":
-        return True
-    kind = category(character)
-    return None if kind is None else kind[0] == "Z"
-
-
-def _is_digit(character: str) -> Verdict:
-    kind = category(character)
-    return None if kind is None else kind == "Nd"
-
-
-def _is_word(character: str) -> Verdict:
-    kind = category(character)
-    if kind is None or kind in ("Nl", "No", "So", "Cf"):  # some of these are alphabetic
-        return None
-    return kind[0] in "LM" or kind in ("Nd", "Pc")
-
-
-def _property(name: str) -> Test:
-    name = "".join(c for c in name.lower() if c not in " _-")
-    name = MAJOR.get(name, name)
-    if name in SCRIPTS:
-        return lambda c: False if c.isascii() else None
-    if name not in CATEGORIES and name not in set("lmnpsz"):
-        return lambda _: None
-
-    def test(character: str) -> Verdict:
-        kind = category(character)
-        return None if kind is None else kind.lower().startswith(name)
-
-    return test

@@ -27,7 +27,8 @@ from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
 
-from builder.text.patterns import Pattern, category, literal, parse
+from builder.text.character_classes import category
+from builder.text.patterns import Pattern, literal, parse
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """Of the pre-tokenizer ByteLevel."""
