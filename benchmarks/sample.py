@@ -45,7 +45,8 @@ def load(dtype: str, device: str) -> Teacher:
 
 def sequences(teacher: Teacher, tokens: int) -> list[Sequence]:
     """The sequences of the recipe, in the corpus's order."""
-    from builder.sources.resolve import KnownSources, resolve_corpus
+    from builder.sources.known import KnownSources
+    from builder.sources.resolve import resolve_corpus
 
     cut = recipe("float32", tokens)
     source = resolve_corpus(cut.corpus, Path(), KnownSources())

@@ -19,7 +19,8 @@ from builder.recipe.sections import (
     SequencesRecipe,
     TeacherRecipe,
 )
-from builder.sources.resolve import KnownSources, resolve_corpus, resolve_teacher
+from builder.sources.known import KnownSources
+from builder.sources.resolve import resolve_corpus, resolve_teacher
 from docs import reference
 from tests.conftest import REPOSITORY
 

@@ -24,12 +24,8 @@ from builder.dataset.manifest import LIBRARIES, ShardRecord
 from builder.dataset.shards import file_sha256
 from builder.recipe.recipe import Recipe
 from builder.sources.changes import Seen, hash_file
-from builder.sources.resolve import (
-    KnownSources,
-    Sources,
-    resolve_corpus,
-    resolve_teacher,
-)
+from builder.sources.known import KnownSources
+from builder.sources.resolve import Sources, resolve_corpus, resolve_teacher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

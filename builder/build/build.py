@@ -41,8 +41,8 @@ from builder.dataset.manifest import (
 from builder.recipe.recipe import Recipe
 from builder.sources.changes import SourceChangedError
 from builder.sources.columns import settle_columns
+from builder.sources.known import KnownSources
 from builder.sources.resolve import (
-    KnownSources,
     Sources,
     read_chat_template,
     resolve,

@@ -39,7 +39,7 @@ from builder.hub.limits import (
     MAX_LOCAL_SHARDS,
 )
 from builder.hub.repository import LocalFile, Moved, Repository, Tree, holds
-from builder.sources.resolve import KnownSources
+from builder.sources.known import KnownSources
 from builder.verify.rows import Report, check_shard
 
 BRANCH = "logit-dataset-build"

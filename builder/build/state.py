@@ -19,7 +19,7 @@ import filelock
 from builder.dataset.identity import differences, teacher_differences
 from builder.dataset.manifest import ShardRecord, write_json
 from builder.dataset.shards import file_sha256
-from builder.sources.resolve import KnownSources
+from builder.sources.known import KnownSources
 from logit_dataset.schema import HEAD_FILE, SPLITS
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

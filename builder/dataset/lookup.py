@@ -16,7 +16,8 @@ from builder.dataset.unpacking import check_unpacked_size
 from builder.recipe.file import read_section
 from builder.recipe.recipe import is_below
 from builder.recipe.sections import TeacherRecipe
-from builder.sources.resolve import KnownSources, TeacherSource, resolve_teacher
+from builder.sources.known import KnownSources
+from builder.sources.resolve import TeacherSource, resolve_teacher
 from builder.teacher.loading import load_tokenizer
 from logit_dataset.schema import shortest_cut
 

@@ -28,14 +28,9 @@ from builder.plan.fit import check_fit
 from builder.plan.storage import bytes_per_token
 from builder.recipe.recipe import Recipe
 from builder.sources.columns import settle_columns
+from builder.sources.known import KnownSources
 from builder.sources.opening import make_encoder, open_corpus
-from builder.sources.resolve import (
-    CorpusSource,
-    KnownSources,
-    Sources,
-    TeacherSource,
-    resolve,
-)
+from builder.sources.resolve import CorpusSource, Sources, TeacherSource, resolve
 from builder.teacher.attention import config_of
 from builder.teacher.lengths import max_length_of
 from builder.teacher.loading import load_tokenizer

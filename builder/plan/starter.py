@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from builder.corpus.documents import open_local
 from builder.corpus.shapes import looks_like_messages
 from builder.recipe.sections import CorpusRecipe, SequencesRecipe
-from builder.sources.resolve import CorpusSource, KnownSources, resolve_corpus
+from builder.sources.known import KnownSources
+from builder.sources.resolve import CorpusSource, resolve_corpus
 from builder.text.files import is_json_lines
 
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)

@@ -21,7 +21,8 @@ from builder.corpus.rows import USUAL_NAMES
 from builder.corpus.shapes import looks_like_messages
 from builder.recipe.recipe import Recipe
 from builder.recipe.sections import CorpusRecipe
-from builder.sources.resolve import CorpusSource, KnownSources
+from builder.sources.known import KnownSources
+from builder.sources.resolve import CorpusSource
 from builder.text.files import is_json_lines
 
 CHATS = ("messages", "conversations", "conversation")

@@ -15,7 +15,7 @@ from builder.build.worker import Pool
 from builder.dataset.manifest import read_manifest
 from builder.sources import changes
 from builder.sources.changes import SourceChangedError, hash_file
-from builder.sources.resolve import KnownSources
+from builder.sources.known import KnownSources
 from tests.build.test_build import data_bytes, read_rows, run
 from tests.conftest import sample_documents, write_jsonl
 

@@ -11,8 +11,9 @@ import pytest
 from builder.plan import estimate
 from builder.recipe.file import load_recipe
 from builder.sources.columns import settle_columns
+from builder.sources.known import KnownSources
 from builder.sources.opening import open_corpus
-from builder.sources.resolve import KnownSources, resolve, resolve_corpus
+from builder.sources.resolve import resolve, resolve_corpus
 
 A, B, C = "A text in a file.\nIt has two lines.", "A text in a line.", "Another text: naïve, 東京."
 

@@ -16,7 +16,8 @@ import zstandard
 from builder.build.stream import open_corpus
 from builder.corpus.documents import PARQUET_BATCH_ROWS, Corpus, Document
 from builder.recipe.sections import CorpusRecipe
-from builder.sources.resolve import KnownSources, resolve_corpus
+from builder.sources.known import KnownSources
+from builder.sources.resolve import resolve_corpus
 
 TEXTS = [
     [None, "Grüße", "", "one  two ", "  \t", "1999-12-31"],

@@ -316,7 +316,8 @@ def test_a_worker_that_has_something_else_says_so(
 ):
     from builder.build import actor
     from builder.recipe.file import load_recipe
-    from builder.sources.resolve import KnownSources, resolve
+    from builder.sources.known import KnownSources
+    from builder.sources.resolve import resolve
 
     for part in range(2):
         write_jsonl(tmp_path / f"part-{part}.jsonl", sample_documents(4))

@@ -13,7 +13,8 @@ from builder.dataset.manifest import read_manifest
 from builder.recipe.file import load_recipe
 from builder.recipe.recipe import Recipe
 from builder.sources.columns import settle_columns
-from builder.sources.resolve import KnownSources, resolve_corpus
+from builder.sources.known import KnownSources
+from builder.sources.resolve import resolve_corpus
 from tests.build.test_build import data_bytes, run
 from tests.chats import chatty_teacher
 from tests.conftest import recipe_text, write_jsonl

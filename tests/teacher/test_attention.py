@@ -13,8 +13,9 @@ from builder.dataset.identity import fingerprint
 from builder.dataset.manifest import read_manifest
 from builder.recipe.file import load_recipe
 from builder.recipe.sections import TeacherRecipe
+from builder.sources.known import KnownSources
 from builder.sources.opening import open_teacher
-from builder.sources.resolve import KnownSources, resolve, resolve_teacher
+from builder.sources.resolve import resolve, resolve_teacher
 from builder.teacher import attention as module
 from builder.teacher.loading import load_teacher
 from builder.verify.verify import verify

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from builder.recipe.file import load_recipe
-from builder.sources.resolve import KnownSources, resolve_teacher
+from builder.sources.known import KnownSources
+from builder.sources.resolve import resolve_teacher
 from builder.teacher.loading import load_teacher
 from tests.conftest import REPOSITORY, run_cli
 from tests.teacher.conftest import Weights

@@ -438,7 +438,8 @@ def test_a_build_by_a_gguf_teacher_with_a_config(
 
 def test_a_config_is_pinned_by_its_content(tmp_path, make_recipe, tiny_tokenizer):
     from builder.dataset.identity import fingerprint
-    from builder.sources.resolve import KnownSources, resolve
+    from builder.sources.known import KnownSources
+    from builder.sources.resolve import resolve
 
     model = make("llama")
     write_gguf(tmp_path / "tiny.gguf", model)

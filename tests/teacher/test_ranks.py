@@ -20,8 +20,9 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from builder.dataset.identity import fingerprint
 from builder.recipe.file import load_recipe
 from builder.recipe.sections import TeacherRecipe
+from builder.sources.known import KnownSources
 from builder.sources.opening import open_teacher
-from builder.sources.resolve import KnownSources, resolve_teacher
+from builder.sources.resolve import resolve_teacher
 from builder.teacher.loading import load_teacher
 from builder.teacher.model import Teacher, is_spread
 from builder.verify.verify import verify
@@ -201,7 +202,8 @@ PATIENT = """
 from pathlib import Path
 from builder.recipe.sections import TeacherRecipe
 from builder.sources.opening import open_teacher
-from builder.sources.resolve import KnownSources, resolve_teacher
+from builder.sources.known import KnownSources
+from builder.sources.resolve import resolve_teacher
 recipe = TeacherRecipe(path={directory!r}, dtype="float32", tensor_parallel=2)
 teacher = open_teacher(recipe, resolve_teacher(recipe, Path(), KnownSources()), device="cpu")
 print("ready", flush=True)
