@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import sample
 from builder.build.build import build
-from builder.build.worker import Pool
+from builder.build.task import Pool
 from builder.dataset.manifest import read_manifest, records_of
 from builder.recipe.recipe import Recipe
 from builder.sources import demo

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from builder.build.worker import Task, Worker
+from builder.build.task import Task
+from builder.build.worker import Worker
 from builder.dataset.identity import differences
 from builder.dataset.manifest import LIBRARIES, ShardRecord
 from builder.dataset.shards import file_sha256

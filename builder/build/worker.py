@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable
 from collections.abc import Generator as Generates
 from contextlib import closing
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -24,17 +23,17 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from builder.build.stream import SequenceStream
+from builder.build.task import Task
 from builder.capture.decoding import Decoder
 from builder.capture.generation import Generator
 from builder.capture.guard import Guard
 from builder.capture.pipeline import Notice, Pipeline, Progress
 from builder.capture.trial import try_sizes
 from builder.corpus.chats import ChatTemplate
-from builder.corpus.documents import Offset
 from builder.corpus.encoder import Encoder
 from builder.dataset.head_file import write_head
 from builder.dataset.identity import row_fingerprint
-from builder.dataset.manifest import Completions, ShardRecord, Sums, data_file, environment
+from builder.dataset.manifest import Completions, ShardRecord, Sums, environment
 from builder.dataset.shards import (
     Block,
     ShardWriter,
@@ -51,45 +50,10 @@ from builder.sources.opening import make_encoder, open_teacher
 from builder.sources.resolve import Sources, template_provenance
 from builder.teacher.last_layer import last_layer
 from builder.teacher.model import Teacher
-from logit_dataset.schema import HEAD_FILE, SCHEMA_VERSION, TRAIN, VALIDATION, Layout
+from logit_dataset.schema import HEAD_FILE, SCHEMA_VERSION, VALIDATION, Layout
 
 SUM_VALUES = 2**22
 """Log-probabilities that are summed at once: 32 MB in float64."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """A shard to compute."""
-
-    partition: int
-    index: int
-    start: Offset | None
-    """Where in the corpus the shard before it ended; None for the first of a partition."""
-    split: str = TRAIN
-
-    @property
-    def file(self) -> str:
-        """Path of its file below the dataset's directory."""
-        return data_file(self.partition, self.index, self.split)
-
-
-Computed = tuple[Task, ShardRecord | Exception | None]
-"""A shard that was to be computed, and how that ended; None where no document of its partition is held out."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
-    """Several workers that Ray runs."""
-
-    workers: int
-    device: str = "auto"
-    """`auto`, `cpu` or `cuda`: settled where the workers are."""
-    address: str | None = None
-    """Of a Ray cluster, as `ray.init` takes it; None for this machine alone."""
-    gpus_per_worker: float | None = None
-    """None for what device and teacher need."""
-    told: Callable[[str], None] = lambda _: None
-    """Called, again and again, with a few words on what each worker does."""
 
 
 class Worker:

@@ -30,7 +30,7 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 
 from builder.build.actor import Actor, Order, Status
-from builder.build.worker import Computed, Pool, Task
+from builder.build.task import Computed, Pool, Task
 from builder.capture.pipeline import Notice, Progress
 from builder.dataset.manifest import ShardRecord
 from builder.recipe.recipe import Recipe

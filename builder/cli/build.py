@@ -116,7 +116,7 @@ def build(
         return
     from builder.build.build import build as run
     from builder.build.delivery import deliver
-    from builder.build.worker import Pool
+    from builder.build.task import Pool
     from builder.sources.resolve import local_teacher
 
     with progress("build", loaded.corpus.max_tokens, is_quiet=quiet) as bar:

@@ -14,11 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from builder.dataset.printable import as_size, duration
-from builder.hub.limits import (
-    COMMITS_PER_HOUR,
-    DISCARDED_TOGETHER,
-    MAX_LOCAL_SHARDS,
-)
+from builder.hub.limits import COMMITS_PER_HOUR, DISCARDED_TOGETHER, MAX_LOCAL_SHARDS
 from builder.plan.compute import (
     GPUS,
     MEASURED,

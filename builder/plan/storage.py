@@ -11,10 +11,7 @@ Cost: none; all are formulas.
 import math
 
 from builder.dataset.printable import as_size
-from builder.hub.limits import (
-    MAX_FILE_BYTES,
-    MAX_FILES,
-)
+from builder.hub.limits import MAX_FILE_BYTES, MAX_FILES
 from builder.recipe.recipe import Recipe
 
 

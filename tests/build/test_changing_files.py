@@ -11,7 +11,7 @@ import pytest
 
 from builder.build import stream, worker
 from builder.build.stream import SequenceStream
-from builder.build.worker import Pool
+from builder.build.task import Pool
 from builder.dataset.manifest import read_manifest
 from builder.sources import changes
 from builder.sources.changes import SourceChangedError, hash_file

@@ -158,7 +158,7 @@ def test_kills_at_random_moments_change_no_byte(recipe, whole, tmp_path):
 
 def test_two_workers_make_the_files_of_one(recipe, whole, tmp_path, monkeypatch):
     pytest.importorskip("ray")
-    from builder.build.worker import Pool
+    from builder.build.task import Pool
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     output = tmp_path / "out"

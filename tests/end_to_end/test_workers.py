@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from builder.build.actor import Status
-from builder.build.worker import Pool, Task
+from builder.build.task import Pool, Task
 from builder.dataset.manifest import read_manifest
 from tests.build.test_build import data_bytes, run
 from tests.conftest import sample_documents, write_jsonl
