@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from benchmarks import sample
 from builder.build.build import build
-from builder.capture import distribution, pipeline
+from builder.capture import distribution, windows
 from builder.corpus.documents import Corpus
 from builder.corpus.encoder import Encoder
 from builder.corpus.sequences import Sequence, length_sorted_batches
@@ -121,7 +121,7 @@ def stages(dtype: str, device: str, tokens: int, base: Path) -> dict[str, float]
             (distribution, "largest", "statistics"),
             (distribution, "refine", "statistics"),
             (distribution, "_capture_rows", "statistics"),
-            (pipeline, "_in_order", "order (writer's thread)"),
+            (windows, "_in_order", "order (writer's thread)"),
             (ShardWriter, "_write_block", "write (own thread)"),
         ):
             stack.enter_context(sample.timed(owner, name, clock, label))

@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks import sample
 from builder.build import worker
 from builder.build.build import build
-from builder.capture import pipeline
+from builder.capture import pipeline, windows
 from builder.capture.distribution import Distribution
 from builder.capture.guard import Guard
 from builder.corpus.documents import Corpus
@@ -46,7 +46,7 @@ STAGES: dict[str, tuple[Any, str]] = {
     "cut": (Chunks, "__next__"),
     "batches": (pipeline.Pipeline, "batch"),
     "launch": (pipeline.Pipeline, "_launch"),
-    "order": (pipeline, "_in_order"),
+    "order": (windows, "_in_order"),
     "sums": (worker, "_sums"),
     "write": (shards.ShardWriter, "_write_block"),
     "hash": (worker, "file_sha256"),

@@ -10,28 +10,29 @@ How:  sequences are taken a window at a time and sorted by length within it, so 
 
 Cost: two windows of statistics on the host, 6 bytes · T · K each.
 
-Shape suffixes: N positions, M draws from the tail, D hidden.
+Shape suffixes: N positions, M draws from the tail, C positions whose columns of several values are kept, D hidden.
 """
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from builder.capture.ahead import Ahead
-from builder.capture.distribution import Distribution, capture, concatenate
+from builder.capture.distribution import Distribution, capture
 from builder.capture.draws import uniforms
 from builder.capture.guard import FACTOR, NOISE, Guard, distance
+from builder.capture.windows import Batch, Window, check_finite, loss_positions, part_of
 from builder.corpus.sequences import Sequence, length_sorted_batches
 from builder.dataset.shards import Block
 from builder.teacher.model import Teacher, to_device
 from builder.teacher.precision import Rounded
-from logit_dataset.schema import FLOAT16_MIN, Layout
+from logit_dataset.schema import Layout
 
 WINDOW_BATCHES = 8
 """Sequences of this many batches are sorted by length together."""
@@ -47,40 +48,11 @@ Notice = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Batch:
-    """What the device is given."""
-
-    indices: list[int]
-    """Of its sequences in the window."""
-    sequences: list[Sequence]
-    targets_N: Tensor
-    uniforms_NM: Tensor | None
-    kept_C: Tensor | None
-    """The positions whose columns of several values are kept; None for all."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Window:
-    """Consecutive sequences, and the batches of them that have come back so far."""
-
-    sequences: list[Sequence]
-    batches: list[_Batch]
-    """In the order in which they are launched."""
-    loss_only: bool
-    """Whether columns of several values are of positions in the loss mask only."""
-    landed: list[tuple[list[int], Distribution]] = field(default_factory=list)
-
-    def block(self) -> Block:
-        """Its rows, once all batches are back; may be called on any thread, once."""
-        return _in_order(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Launched:
     """A batch that was launched on the device."""
 
     window: Window
-    batch: _Batch
+    batch: Batch
     is_last: bool
     """Whether the window is complete with it."""
     arrive: Callable[[], Distribution]
@@ -170,10 +142,10 @@ class Pipeline:
             loss_only=self._layout.completions_only,
         )
 
-    def batch(self, sequences: list[Sequence], indices: SequenceOf[int] = ()) -> _Batch:
+    def batch(self, sequences: list[Sequence], indices: SequenceOf[int] = ()) -> Batch:
         """What the device needs of some sequences."""
         layout = self._layout
-        return _Batch(
+        return Batch(
             indices=list(indices),
             sequences=sequences,
             targets_N=torch.from_numpy(
@@ -182,7 +154,7 @@ class Pipeline:
             uniforms_NM=torch.cat([self._uniforms(sequence) for sequence in sequences])
             if layout.tail_samples
             else None,
-            kept_C=_loss_positions(sequences) if layout.completions_only else None,
+            kept_C=loss_positions(sequences) if layout.completions_only else None,
         )
 
     def _launched(self, window: Window) -> Iterator[_Launched]:
@@ -200,7 +172,7 @@ class Pipeline:
             else:
                 yield _Launched(window=window, batch=batch, is_last=not waiting, arrive=arrive)
 
-    def _launch(self, batch: _Batch) -> Callable[[], Distribution] | None:
+    def _launch(self, batch: Batch) -> Callable[[], Distribution] | None:
         """Start the work on a batch; None if it does not fit the device's memory."""
         try:
             return self.start(batch)
@@ -222,7 +194,7 @@ class Pipeline:
             torch.cuda.empty_cache()
         return None
 
-    def start(self, batch: _Batch) -> Callable[[], Distribution]:
+    def start(self, batch: Batch) -> Callable[[], Distribution]:
         """Launch a batch; the result waits for its statistics on the host.
 
         Raises:
@@ -230,7 +202,7 @@ class Pipeline:
         """
         return start_copy(self._capture(batch))
 
-    def _capture(self, batch: _Batch) -> Distribution:
+    def _capture(self, batch: Batch) -> Distribution:
         """The statistics of a batch, on the device."""
         teacher, layout = self._teacher, self._layout
         ids = [sequence.token_ids for sequence in batch.sequences]
@@ -274,7 +246,7 @@ class Pipeline:
         """Take a batch in; yields its window when that is complete."""
         distribution = launched.arrive()
         window, sequences = launched.window, launched.batch.sequences
-        _check_finite(distribution, sequences, loss_only=self._layout.completions_only)
+        check_finite(distribution, sequences, loss_only=self._layout.completions_only)
         self._check_alone(distribution, sequences)
         window.landed.append((launched.batch.indices, distribution))
         self._progress(len(distribution["logsumexp"]))
@@ -291,14 +263,14 @@ class Pipeline:
         limit, noise = NOISE[dtype], 0.0
         try:
             alone = self.start(self.batch([sequence]))()
-            found = _part(distribution, sequences, chosen, loss_only=loss_only)
+            found = part_of(distribution, sequences, chosen, loss_only=loss_only)
             if (off := distance(found, alone, dtype)) <= limit:
                 return
             # As many positions, by which a GPU chooses how to sum a product.
             positions = len(sequences) * max(len(other.token_ids) for other in sequences)
             copies = [sequence] * (positions // len(sequence.token_ids))
             same = self.start(self.batch(copies))()
-            noise = distance(_part(same, copies, chosen, loss_only=loss_only), alone, dtype)
+            noise = distance(part_of(same, copies, chosen, loss_only=loss_only), alone, dtype)
         except torch.OutOfMemoryError:
             return  # the next batch is under way, too; there will be others to look at
         if not off <= max(limit, FACTOR * noise):
@@ -346,83 +318,3 @@ def unpack(packed: Tensor, *, like: Distribution) -> Distribution:
 
 def _packing_order(distribution: Distribution) -> list[str]:
     return sorted(distribution, key=lambda name: -distribution[name].itemsize)
-
-
-def _part(
-    distribution: Distribution, sequences: list[Sequence], index: int, *, loss_only: bool
-) -> Distribution:
-    """What a batch's Distribution holds of one of its sequences."""
-
-    def here(lengths: list[int]) -> slice:
-        start = sum(lengths[:index])
-        return slice(start, start + lengths[index])
-
-    all_N = here([len(sequence.token_ids) for sequence in sequences])
-    kept_C = here([len(sequence.loss_positions) for sequence in sequences]) if loss_only else all_N
-    return {
-        name: column[all_N if column.ndim == 1 else kept_C] for name, column in distribution.items()
-    }
-
-
-def _in_order(window: Window) -> Block:
-    """The block of a complete window: positions are brought back from the order of batches to that of sequences."""
-    order_N = order_C = _order(window, [len(sequence.token_ids) for sequence in window.sequences])
-    if window.loss_only:
-        order_C = _order(window, [len(sequence.loss_positions) for sequence in window.sequences])
-    whole = concatenate([distribution for _, distribution in window.landed])
-    window.landed.clear()
-    ordered = {
-        name: column.index_select(0, order_N if column.ndim == 1 else order_C)
-        for name, column in whole.items()
-    }
-    return Block(sequences=window.sequences, distribution=ordered)
-
-
-def _order(window: Window, lengths: list[int]) -> Tensor:
-    """Where each value of the sequences, of which they have so many, stands among those that have landed."""
-    starts, start = [0] * len(lengths), 0
-    for indices, _ in window.landed:
-        for i in indices:
-            starts[i] = start
-            start += lengths[i]
-    return torch.cat(
-        [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-    )
-
-
-def _loss_positions(sequences: list[Sequence]) -> Tensor:
-    """Indices of the positions in the loss mask among all positions of some sequences, [C]."""
-    found, start = [], 0
-    for sequence in sequences:
-        found += [start + position for position in sequence.loss_positions]
-        start += len(sequence.token_ids)
-    return torch.tensor(found, dtype=torch.long)
-
-
-def _check_finite(
-    distribution: Distribution, sequences: list[Sequence], *, loss_only: bool
-) -> None:
-    bad = (~distribution["logsumexp"].isfinite()).nonzero()
-    if len(bad):
-        where = _place(int(bad[0]), sequences)
-        raise ValueError(
-            f"the teacher yields NaN or infinity for {where}; try another teacher.dtype, or leave it out"
-        )
-    if "hidden_states" not in distribution:
-        return
-    bad = (~distribution["hidden_states"].isfinite().all(-1)).nonzero()
-    if len(bad):
-        position = int(_loss_positions(sequences)[bad[0]]) if loss_only else int(bad[0])
-        raise ValueError(
-            f"a hidden state for {_place(position, sequences)} is beyond {-FLOAT16_MIN:.0f}, the largest float16; "
-            "this teacher's cannot be stored: set output.hidden_states to false"
-        )
-
-
-def _place(position: int, sequences: list[Sequence]) -> str:
-    """Document, chunk and position of a position of a batch."""
-    for sequence in sequences:
-        if position < len(sequence.token_ids):
-            break
-        position -= len(sequence.token_ids)
-    return f"document {sequence.document_id!r} (chunk {sequence.chunk_index}, position {position})"

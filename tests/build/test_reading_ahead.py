@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from builder.build import stream, worker
-from builder.capture import pipeline
+from builder.capture import pipeline, windows
 from builder.corpus.encoder import Encoder
 from builder.corpus.sequences import Chunks
 from builder.dataset.manifest import read_manifest
@@ -111,7 +111,7 @@ PLACES = {
     "tokenizing ahead": (Encoder, "whole", 2),
     "cutting": (Chunks, "__next__", 20),
     "preparing a batch": (pipeline.Pipeline, "batch", 3),
-    "putting in order": (pipeline, "_in_order", 2),
+    "putting in order": (windows, "_in_order", 2),
     "summing": (worker, "_sums", 2),
 }
 
