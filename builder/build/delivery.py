@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from builder.build.branch import BRANCH, is_branch_of, is_left_over
 from builder.build.build import BuildResult, build, check_pool
 from builder.build.finished import changes_since, described_anew
-from builder.build.outbox import BRANCH, Outbox, is_branch_of, is_left_over
+from builder.build.outbox import Outbox
 from builder.build.task import Pool
 from builder.dataset.manifest import FILE_NAME, read_manifest
 from builder.hub import publish as hub

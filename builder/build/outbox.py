@@ -13,7 +13,6 @@ Cost: a second for a million tokens, beside the build; a copy of the data on the
       `max_local` shards are on the disk: those that wait, and those being computed.
 """
 
-import json
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -25,10 +24,11 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+from builder.build.branch import BRANCH, Held, held_of, read_entries, read_values, small_files
 from builder.build.state import DISK_FULL, BuildState
 from builder.card.charts import Curves, Measured, curves_of, measure_file
-from builder.dataset.identity import fingerprint, row_fingerprint
-from builder.dataset.manifest import ShardRecord, json_bytes, records_of
+from builder.dataset.identity import row_fingerprint
+from builder.dataset.manifest import ShardRecord, json_bytes
 from builder.dataset.shards import file_sha256
 from builder.hub.calls import Notice, explain
 from builder.hub.limits import (
@@ -42,44 +42,10 @@ from builder.hub.repository import LocalFile, Moved, Repository, Tree, holds
 from builder.sources.known import KnownSources
 from builder.verify.rows import Report, check_shard
 
-BRANCH = "logit-dataset-build"
 SENT_TOGETHER = FILES_PER_COMMIT - 5
 """With the plan, the teacher, the commits and two lists of records."""
 COMMIT_SECONDS = 600
 """After which even a single shard is committed."""
-RECORDS = ".build/records/"
-RECORDS_PER_FILE = 100
-"""One file for each would be thousands of requests for a machine that resumes."""
-
-
-def is_branch_of(repo: Repository, head: str | None, manifest: dict[str, Any]) -> bool:
-    """Whether the branch, which stands at `head` if it is there, is of the build that a finished dataset comes from."""
-    path = repo.download(".build/plan.json", head) if head else None
-    try:
-        plan = _json(path) if path else {}
-        if plan.pop("schema_version", None) != manifest["schema_version"]:
-            return False
-        return fingerprint(plan) == str(manifest["fingerprint"])
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return False
-
-
-def is_left_over(repo: Repository, head: str | None, manifest: dict[str, Any]) -> bool:
-    """Whether the branch holds nothing but the shards of a finished dataset, all of them just as they are there.
-
-    One that holds fewer may be of a build that makes them anew, which is not to be lost.
-    """
-    if head is None or not is_branch_of(repo, head, manifest):
-        return False
-    sent: set[tuple[str, str]] = set()
-    try:
-        for path in repo.tree(head):
-            if path.startswith(RECORDS) and (found := repo.download(path, head)):
-                records = [entry["record"] for entry in _json(found)]
-                sent |= {(record["file"], record["sha256"]) for record in records}
-    except (ValueError, LookupError, TypeError):
-        return False
-    return sent >= {(record.file, record.sha256) for record in records_of(manifest)}
 
 
 class _Sent(NamedTuple):
@@ -117,7 +83,7 @@ class Outbox:
         self._sent: list[_Sent] = []
         self._entries: list[dict[str, Any]] = []
         """Of the branch, in the order of its lists of records."""
-        self._held: dict[tuple[int, int], tuple[ShardRecord, Measured]] = {}
+        self._held: Held = {}
         self._last_commit = time.monotonic()
         self._blocked = self._closing = self._abandoned = False
         self._failure: BaseException | None = None
@@ -140,13 +106,14 @@ class Outbox:
         main = refs.branches["main"]
         self._head = refs.branches.get(BRANCH) or self.repo.create_branch(BRANCH, main)
         tree = self.repo.tree(self._head)
-        plan = self._read("plan", tree)
+        read = partial(read_values, self.repo, self._head, tree)
+        plan = read("plan")
         if plan is not None:
             state.adopt(
                 f"branch {BRANCH} of {self.repo.id}",
-                {"plan": plan, "teacher": self._read("teacher", tree)},
+                {"plan": plan, "teacher": read("teacher")},
             )
-            known.commits |= self._read("known", tree)["commits"]
+            known.commits |= read("known")["commits"]
             self._read_records(tree)
         elif self._head != main and not self._is_unused(main, tree):
             raise ValueError(
@@ -258,31 +225,10 @@ class Outbox:
             f"{what}. Finished shards are safe; the same command resumes from here"
         ) from failure
 
-    # What the branch holds
-
-    def _read(self, name: str, tree: Tree) -> Any:
-        path = f".build/{name}.json"
-        found = self.repo.download(path, self._head) if path in tree else None
-        try:
-            return _json(found) if found else None
-        except ValueError as error:
-            raise ValueError(
-                f"{path} on branch {BRANCH} of {self.repo.id} is damaged ({error}); delete the branch to build anew"
-            ) from None
-
     def _read_records(self, tree: Tree) -> None:
-        for path in sorted(path for path in tree if path.startswith(RECORDS)):
-            self._entries += self._read(path.removeprefix(".build/").removesuffix(".json"), tree)
-        damaged: dict[tuple[int, int], str] = {}
-        for entry in self._entries:
-            record = ShardRecord.from_json(entry["record"])
-            place, there = (record.partition, record.index), tree.get(record.file)
-            if there and (there.sha256, there.size) == (record.sha256, record.bytes):
-                self._held[place] = record, Measured(**entry["measured"])
-                damaged.pop(place, None)
-            elif place not in self._held:
-                damaged[place] = record.file
-        for file in damaged.values():
+        self._entries = read_entries(self.repo, self._head, tree)
+        self._held, damaged = held_of(self._entries, tree)
+        for file in damaged:
             self._notice(
                 f"{file} on branch {BRANCH} is not what its record says: building it again"
             )
@@ -363,7 +309,10 @@ class Outbox:
             *({"record": asdict(sent.record), "measured": asdict(sent.measured)} for sent in batch),
         ]
         small = {
-            path: LocalFile.of(json_bytes(values)) for path, values in self._small(entries).items()
+            path: LocalFile.of(json_bytes(values))
+            for path, values in small_files(
+                entries, len(self._entries), self._state, self._known
+            ).items()
         }
         files = {
             sent.record.file: LocalFile(self._output / sent.record.file, sent.record.bytes, sent.record.sha256)
@@ -403,23 +352,3 @@ class Outbox:
             del self._sent[: len(batch)]
             self._last_commit = time.monotonic()
             self._changed.notify_all()
-
-    def _small(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
-        """Path → values of the small files that go with a commit: what no earlier one has brought."""
-        first = len(self._entries) // RECORDS_PER_FILE
-        files: dict[str, Any] = {
-            f"{RECORDS}{number:05d}.json": entries[
-                number * RECORDS_PER_FILE : (number + 1) * RECORDS_PER_FILE
-            ]
-            for number in range(first, -(-len(entries) // RECORDS_PER_FILE))
-        }
-        if not self._entries:
-            files[".build/plan.json"] = self._state.read("plan")
-            files[".build/teacher.json"] = self._state.read("teacher")
-            # Never the hashes that it knows, for they stand beside paths of this machine.
-            files[".build/known.json"] = {"commits": self._known.commits}
-        return files
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
+from builder.build.branch import BRANCH
 from builder.build.build import build
-from builder.build.outbox import BRANCH
 from builder.dataset.manifest import read_manifest, records_of
 from builder.hub.calls import explain
 from builder.recipe.file import load_recipe
