@@ -5,7 +5,7 @@ A number is a mean over seeds ± the standard deviation among them; without ± i
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
@@ -27,9 +27,7 @@ def write_report(results: Path, page: Path) -> None:
     Raises:
         ValueError: the page has no marks, or there are no results.
     """
-    content = page.read_text(encoding="utf-8")
-    if BEGIN not in content or END not in content:
-        raise ValueError(f"{page} has no lines {BEGIN} and {END}; add them where the results go")
+    check_marks(page)
     if not (results / "plan.json").exists():
         raise ValueError(f"{results} has no results yet; run: make experiment")
     plan, dataset = (read_json(results / f"{name}.json") for name in ("plan", "dataset"))
@@ -38,13 +36,9 @@ def write_report(results: Path, page: Path) -> None:
         for path in sorted(results.glob("*-rate*.json"))
         if (run := read_json(path))["settings"]["steps"] in (plan["steps"], plan["quarter_steps"])
     ]
-    found: dict[tuple[str, str], dict[int, Any]] = defaultdict(dict)
-    for run in runs:
-        settings = run["settings"]
-        if settings["rate"] == plan["rate"]:
-            found[settings["arm"], settings["data"]][settings["seed"]] = run
+    found = by_arm(run for run in runs if run["settings"]["rate"] == plan["rate"])
     _plots(found, results)
-    at = Path(os.path.relpath(results.resolve(), page.resolve().parent)).as_posix()
+    at = beside(page, results)
     parts = [_state(found, runs, plan, dataset), verdicts(found, CLAIMS)]
     for data, words in DATA.items():
         if any(which == data for _, which in found):
@@ -57,9 +51,40 @@ def write_report(results: Path, page: Path) -> None:
         _rates(runs, plan["rate"]),
         _written(found),
     ]
+    write_between_marks(page, parts)
+
+
+def check_marks(page: Path) -> None:
+    """See that a page has a place for results.
+
+    Raises:
+        ValueError: it has none.
+    """
+    content = page.read_text(encoding="utf-8")
+    if BEGIN not in content or END not in content:
+        raise ValueError(f"{page} has no lines {BEGIN} and {END}; add them where the results go")
+
+
+def write_between_marks(page: Path, parts: Iterable[str]) -> None:
+    """Put paragraphs where the last results were; empty ones are left out."""
+    content = page.read_text(encoding="utf-8")
     body = "\n\n".join(filter(None, parts))
     before, after = content.split(BEGIN)[0], content.split(END)[1]
     page.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
+
+
+def beside(page: Path, results: Path) -> str:
+    """The directory of results, as links of a page name it."""
+    return Path(os.path.relpath(results.resolve(), page.resolve().parent)).as_posix()
+
+
+def by_arm(runs: Iterable[dict[str, Any]]) -> Results:
+    """The runs by their arms, data and seeds."""
+    found: dict[tuple[str, str], dict[int, Any]] = defaultdict(dict)
+    for run in runs:
+        settings = run["settings"]
+        found[settings["arm"], settings["data"]][settings["seed"]] = run
+    return found
 
 
 def _state(

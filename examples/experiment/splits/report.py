@@ -1,6 +1,5 @@
 """Results on splits → claims with their verdicts, a table, the Pareto picture and the tables of bytes, between two marks of a page."""
 
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,16 @@ from typing import Any
 from examples.experiment.arms import arm_of
 from examples.experiment.claims import Results, share_of_gap
 from examples.experiment.plots import pareto
-from examples.experiment.report import BEGIN, DATA, END, by_seed, spread, verdicts
+from examples.experiment.report import (
+    DATA,
+    beside,
+    by_arm,
+    by_seed,
+    check_marks,
+    spread,
+    verdicts,
+    write_between_marks,
+)
 from examples.experiment.splits.draws import Split
 from examples.experiment.splits.frontier import CLAIMS
 from examples.experiment.splits.sizes import DRAW_LOGPROB_BYTES, STATISTICS
@@ -22,21 +30,16 @@ def write_frontier(results: Path, page: Path) -> None:
     Raises:
         ValueError: the page has no marks, or there are no results.
     """
-    content = page.read_text(encoding="utf-8")
-    if BEGIN not in content or END not in content:
-        raise ValueError(f"{page} has no lines {BEGIN} and {END}; add them where the results go")
+    check_marks(page)
     runs = [read_json(path) for path in sorted(results.glob("*-rate*.json"))]
     if not runs:
         raise ValueError(f"{results} has no results yet; run: make experiment SPLITS=1")
-    found: dict[tuple[str, str], dict[int, Any]] = defaultdict(dict)
-    for run in runs:
-        settings = run["settings"]
-        found[settings["arm"], settings["data"]][settings["seed"]] = run
+    found = by_arm(runs)
     plan = read_json(results / "plan.json")
     wanted = {
         (arm, data, seed) for arms, data, seeds in plan["stages"] for arm in arms for seed in seeds
     }
-    at = Path(os.path.relpath(results.resolve(), page.resolve().parent)).as_posix()
+    at = beside(page, results)
     sizes = read_json(results / "bytes.json") if (results / "bytes.json").exists() else None
     parts = [_state(runs, len(wanted)), verdicts(found, CLAIMS)]
     for data, words in DATA.items():
@@ -56,9 +59,7 @@ def write_frontier(results: Path, page: Path) -> None:
             _columns(sizes),
             _ways(sizes),
         ]
-    before, after = content.split(BEGIN)[0], content.split(END)[1]
-    body = "\n\n".join(parts)
-    page.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
+    write_between_marks(page, parts)
 
 
 def _state(runs: Sequence[dict[str, Any]], wanted: int) -> str:
