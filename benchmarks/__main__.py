@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import sample
 
 SECTIONS = (
-    *("capture", "options", "generation", "storage", "reading", "students"),
+    *("capture", "options", "generation", "storage", "reading", "trainers", "students"),
     *("scaling", "memory", "startup", "host", "shapes"),
 )
 BARS = {
@@ -53,7 +53,7 @@ def main() -> None:
         results["options"] = _options(options)
     if "generation" in options.only:
         results["generation"] = _generation(options)
-    if {"storage", "reading", "students"} & set(options.only):
+    if {"storage", "reading", "trainers", "students"} & set(options.only):
         results |= _stored(options)
     if "scaling" in options.only:
         results |= _scaling(options)
@@ -182,12 +182,30 @@ def _stored(options: argparse.Namespace) -> dict[str, Any]:
             from benchmarks import reading
 
             results["reading"] = reading.measure(base / "dataset", rounds=options.rounds)
-            rates = results["reading"]["tokens_per_second"]
-            rows: dict[str, object] = {f"{name}, tokens/s": f"{v:,}" for name, v in rates.items()}
-            rows["batches ÷ decode"] = f"{results['reading']['batches_over_decode']} (bar 0.9)"
-            rows["shuffled ÷ decode"] = f"{results['reading']['shuffled_over_decode']} (bar 0.8)"
+            rates, cpu = (results["reading"][n] for n in ("tokens_per_second", "cpu_microseconds"))
+            rows: dict[str, object] = {
+                f"{name}, tokens/s": f"{rate:,}, CPU {cpu[name]} µs a token"
+                for name, rate in rates.items()
+            }
+            for name, bar in (("batches", 0.9), ("shuffled", 0.8)):
+                rows[f"{name} ÷ decode"] = (
+                    f"{results['reading'][f'{name}_over_decode']} (bar {bar}), by CPU time "
+                    f"{results['reading'][f'decode_over_{name}_cpu']}"
+                )
             rows["shuffled ÷ lists"] = f"{results['reading']['shuffled_over_lists']} (bar 10)"
             _table("reading", rows)
+        if "trainers" in options.only:
+            from benchmarks import trainers
+
+            results["trainers"] = trainers.measure(base / "dataset", rounds=options.rounds)
+            bars = {"collator, one worker": 150_000}
+            _table(
+                "for other trainers",
+                {
+                    name: f"{v['tokens_per_second']:,} tokens/s (bar {bars.get(name, 300_000):,}), CPU {v['cpu_microseconds']} µs a token"
+                    for name, v in results["trainers"].items()
+                },
+            )
         if "students" in options.only:
             from benchmarks import students
 

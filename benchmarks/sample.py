@@ -3,24 +3,26 @@
 import json
 import os
 import platform
+import re
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from builder.build.stream import SequenceStream
 from builder.corpus.encoder import Encoder
 from builder.corpus.sequences import Sequence
-from builder.dataset.manifest import environment
+from builder.dataset.manifest import environment, read_manifest
 from builder.recipe.recipe import Recipe
 from builder.sources import demo
 from builder.sources.opening import make_encoder
 from builder.teacher.loading import load_teacher
 from builder.teacher.model import Teacher
 
+T = TypeVar("T")
 MAX_LENGTH, BATCH_TOKENS, TOP_K = 512, 4096, 50
 
 
@@ -61,9 +63,40 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def rounds(calls: dict[str, Callable[[], float]], count: int) -> dict[str, list[float]]:
+def costs(call: Callable[[], object]) -> tuple[float, float]:
+    """How long a call takes, and how much CPU time of this process and of those that it started and ended, in seconds."""
+    before, started = os.times(), time.perf_counter()
+    call()
+    wall, after = time.perf_counter() - started, os.times()
+    return wall, sum(after[:4]) - sum(before[:4])
+
+
+def repeated(dataset: Path, output: Path, tokens: int) -> Path:
+    """A dataset whose files are those of another again and again, until it has as many tokens: a long one that is soon built."""
+    manifest = read_manifest(dataset)
+    count = -(-tokens // manifest["totals"]["tokens"])
+    (output / "data").mkdir(parents=True)
+    shards = []
+    for copy in range(count):
+        for shard in manifest["shards"]:
+            name = shard["file"].replace("-", f"-{copy:03d}-", 1)
+            (output / name).hardlink_to((dataset / shard["file"]).resolve())
+            shards.append({**shard, "file": name})
+    totals = {n: manifest["totals"][n] * count for n in ("rows", "tokens", "bytes")}
+    changed = {**manifest, "shards": shards, "totals": {**manifest["totals"], **totals}}
+    write_json(output / "manifest.json", changed)
+    card = re.sub(
+        r"((?:num_bytes|num_examples|download_size|dataset_size): )(\d+)",
+        lambda found: f"{found[1]}{int(found[2]) * count}",
+        (dataset / "README.md").read_text(encoding="utf-8"),
+    )
+    (output / "README.md").write_text(card, encoding="utf-8")
+    return output
+
+
+def rounds(calls: dict[str, Callable[[], T]], count: int) -> dict[str, list[T]]:
     """Run the calls in turn, `count` times after one warm-up: what each returned, round by round."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    found: dict[str, list[T]] = {name: [] for name in calls}
     for round_number in range(count + 1):
         for name, call in calls.items():
             value = call()

@@ -7,17 +7,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from logit_dataset.batches import Batches
     from logit_dataset.collator import LogitCollator
     from logit_dataset.hidden.head import TeacherHead, load_teacher_head
     from logit_dataset.hidden.kl import dense_kl, dense_kl_from_hidden
-    from logit_dataset.load import load_logits
+    from logit_dataset.load import LogitDataset, load_logits
     from logit_dataset.losses import distillation_loss, distillation_loss_from_hidden
     from logit_dataset.retokenize import TokenizerProjection
     from logit_dataset.vocabulary import FrequentTokens
 
 __all__ = [
+    "Batches",
     "FrequentTokens",
     "LogitCollator",
+    "LogitDataset",
     "TeacherHead",
     "TokenizerProjection",
     "dense_kl",
@@ -29,8 +32,10 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Batches": "batches",
     "FrequentTokens": "vocabulary",
     "LogitCollator": "collator",
+    "LogitDataset": "load",
     "TeacherHead": "hidden.head",
     "TokenizerProjection": "retokenize",
     "dense_kl": "hidden.kl",

@@ -107,8 +107,8 @@ class Batches(IterableDataset[dict[str, Tensor]]):
             raise ValueError(f"rank is {rank}, expected 0 to {world_size - 1} (world_size − 1)")
         if world_size > len(row_groups):
             raise ValueError(
-                f"{len(row_groups)} row groups cannot be shared by {world_size} processes; use fewer, or build the "
-                "dataset with a smaller output.shard_tokens"
+                f"{len(row_groups)} row groups cannot be shared by {world_size} processes; use fewer, select rows of "
+                "more row groups, or build the dataset with a smaller output.shard_tokens"
             )
         self._row_groups, self._read = row_groups, read
         self._batch_size, self._length, self._packed = batch_size, length, packed

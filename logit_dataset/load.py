@@ -10,6 +10,7 @@ How:  the manifest is read and compared with what is required; then every file's
 
 import json
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from logit_dataset.files import (
 )
 from logit_dataset.rows import Ends, Projection, RowGroup, Rows, read_rows, token_columns
 from logit_dataset.schema import SCHEMA_VERSION, TRAIN, Layout
+from logit_dataset.selection import chosen_rows, fingerprint_of, groups_of, row_numbers
 from logit_dataset.tokenizer_check import check_tokenizer
 
 MANIFEST = "manifest.json"
@@ -55,6 +57,8 @@ class LogitDataset:
     projection: Projection | None = None
     prompt_targets: bool = False
     """Whether `target_ids` outside completions are kept."""
+    selection: str | None = None
+    """Fingerprint of the rows, if they are not all of the split's."""
 
     def __len__(self) -> int:
         return self.num_rows
@@ -126,6 +130,7 @@ class LogitDataset:
                 "projection": self.projection.fingerprint if self.projection else None,
                 "prompt_targets": self.prompt_targets or None,  # as states of before have it
                 "split": None if self.split == TRAIN else self.split,
+                "selection": self.selection,
             },
             batch_size=batch_size,
             length=length,
@@ -140,6 +145,26 @@ class LogitDataset:
     def project(self, projection: Projection) -> "LogitDataset":
         """The same dataset in the vocabulary of a student."""
         return replace(self, projection=projection)
+
+    def select(self, indices: Iterable[int]) -> "LogitDataset":
+        """Some rows of the dataset, which is left as it is. Values, targets too, are those of the whole dataset.
+
+        Rows stay in stored order, for a selection says which rows there are and `seed` how they are shuffled. Row groups without a chosen row
+        are never read, and ranks share those that are left. A saved state of other rows is refused.
+
+        Args:
+            indices: numbers of rows from 0 on, in any order: a range, a list, an array. `np.flatnonzero` makes them of a mask.
+
+        Raises:
+            ValueError: there are none, one is not the number of a row (negative ones are not), or is given twice.
+        """
+        numbers = row_numbers(indices, self.num_rows)
+        if len(numbers) == self.num_rows:
+            return self
+        groups = groups_of(
+            numbers, self.row_groups, lambda group: self._read(group, ["input_ids"]).lengths_R
+        )
+        return replace(self, row_groups=groups, selection=fingerprint_of(groups))
 
     def token_counts(self) -> npt.NDArray[np.int64]:
         """[V]: how often each id of the teacher's vocabulary stands in the texts. Reads `input_ids` only."""
@@ -168,6 +193,7 @@ class LogitDataset:
                 vocab_size=self.manifest["teacher"]["vocab_size"],
                 prompt_targets=self.prompt_targets,
             )
+            rows = rows if group.rows is None else chosen_rows(rows, group.rows)
             found = len(rows.lengths_R), int(rows.lengths_R.sum())
             if found != (group.num_rows, group.num_tokens):
                 raise ValueError("it holds other numbers of rows and tokens than its footer says")

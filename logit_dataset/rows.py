@@ -69,12 +69,14 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowGroup:
-    """One row group of one file."""
+    """One row group of one file, or some rows of it."""
 
     file: str
     index: int
     num_rows: int
     num_tokens: int
+    rows: tuple[int, ...] | None = None
+    """Which of its rows, if not all; the numbers are of these."""
 
 
 class Projection(Protocol):
