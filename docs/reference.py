@@ -90,6 +90,7 @@ EXAMPLES: dict[str, dict[str, str]] = {
     "output": {
         "top_k": "top_k = 20",
         "tail_samples": "tail_samples = 16",
+        "tail_logprobs": "tail_logprobs = false",
         "validation": "validation = 0.01",
         "seed": "seed = 1",
         "temperatures": "temperatures = [2.0]",

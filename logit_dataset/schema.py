@@ -35,7 +35,8 @@ EXPECTATIONS. The head is exact and the tail is sampled, so that for any f over 
     E[f] = Σ_k exp(topk_logprobs[k]) f(topk_indices[k]) + exp(tail_logprob) / M · Σ_m f(tail_indices[m])
 
 Where nothing is outside the top K (K = V, or all others ruled out), there is nothing to draw: tail_indices repeat the K-th id, and
-tail_logprob and tail_logprobs are −65504, so that such draws count for nothing.
+tail_logprob and tail_logprobs are −65504, so that such draws count for nothing. A recipe can leave out tail_logprobs: the formula does not
+need them, and tail_logprob alone says which draws count.
 """
 
 from collections.abc import Mapping
@@ -179,6 +180,8 @@ class Layout:
     text: bool = True
     top_k: int | Literal["all"] = 50
     tail_samples: int = 0
+    tail_logprobs: bool = True
+    """Whether draws have their log-probabilities beside them."""
     temperatures: tuple[float, ...] = ()
     hidden_states: bool = False
     completion_mask: bool = False
@@ -202,6 +205,7 @@ class Layout:
             text=output["text"],
             top_k=output["top_k"],
             tail_samples=output.get("tail_samples", 0),
+            tail_logprobs=output.get("tail_logprobs", True),
             temperatures=tuple(map(float, output.get("temperatures", ()))),
             hidden_states=output.get("hidden_states", False),
             completion_mask=any(map(recipe["corpus"].get, ("messages_column", "prompt_column")))
@@ -233,7 +237,7 @@ def columns(layout: Layout) -> tuple[Column, ...]:
         found = [c for c in found if c.shape != "T,K" and c.name != "tail_logprob"]
         found.insert(first, LOGPROBS)
     if layout.tail_samples:
-        found += TAIL_DRAWS
+        found += TAIL_DRAWS if layout.tail_logprobs else TAIL_DRAWS[:1]
     found += map(temperature_column, layout.temperatures)
     if layout.hidden_states:
         found.append(HIDDEN_STATES)

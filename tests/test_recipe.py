@@ -99,6 +99,7 @@ def test_defaults(tmp_path):
         "output": {
             "top_k": 50,
             "tail_samples": 4,
+            "tail_logprobs": True,
             "validation": None,
             "seed": 0,
             "temperatures": (),
@@ -225,7 +226,8 @@ def test_every_misspelt_key_suggests_the_right_one(tmp_path, section):
         assert f"unknown key '{where}'; did you mean '{field}'?" in str(raised.value)
     values["output"] = {"zzz": 1}
     with pytest.raises(
-        ValueError, match=r"'output\.zzz'; known keys: top_k, tail_samples, validation, seed, "
+        ValueError,
+        match=r"'output\.zzz'; known keys: top_k, tail_samples, tail_logprobs, validation, seed, ",
     ):
         load(tmp_path, to_toml(values))
 
@@ -296,6 +298,7 @@ OTHER: dict[str, Any] = {
     "generation.batch_tokens": 16_383,
     "output.top_k": 49,
     "output.tail_samples": 0,
+    "output.tail_logprobs": False,
     "output.seed": 1,
     "output.validation": 0.01,
     "output.temperatures": (2.0,),

@@ -65,6 +65,7 @@ def capture(
     *,
     top_k: int | Literal["all"],
     uniforms_NM: Tensor | None = None,
+    draw_logprobs: bool = True,
     temperatures: Sequence[float] = (),
 ) -> Distribution:
     """The stored statistics of N positions.
@@ -75,6 +76,7 @@ def capture(
         targets_N: id of the token that really follows each position, or −1 where none does; on the same device.
         top_k: how many of the V entries to keep, 1 to V, or all of them, in the order of their ids.
         uniforms_NM: numbers from `draws.uniforms`, on the same device, where M tokens are to be drawn from the tail.
+        draw_logprobs: whether the log-probabilities of these are wanted, too.
         temperatures: other ones at which the logsumexp is wanted.
 
     Returns:
@@ -96,6 +98,7 @@ def capture(
                 targets_N[rows],
                 top_k=int(top_k),
                 uniforms_NM=None if uniforms_NM is None else uniforms_NM[rows],
+                draw_logprobs=draw_logprobs,
                 temperatures=temperatures,
             )
             parts.append(found)
@@ -109,7 +112,7 @@ def capture(
             of_piece = slice(rows.start - first, rows.stop - first)
             x_RP, room_RP = workspace.load(logits_RV)
             targets_R = targets_N[rows]
-            logits_of: LogitsOf = partial(_gather, logits_RV)
+            logits_of: LogitsOf | None = partial(_gather, logits_RV)
             top: tuple[Tensor, Tensor] | None = None
             if rounded:
                 assert top_k != "all"
@@ -124,6 +127,7 @@ def capture(
                 found |= _capture_all(logits_RV, targets_R, x_RP, room_RP)
             else:
                 uniforms_RM = None if uniforms_NM is None else uniforms_NM[rows]
+                logits_of = logits_of if draw_logprobs else None
                 found |= _capture_rows(
                     *top, targets_R, uniforms_RM, x_RP, room_RP, logits_of, logits_RV.shape[1]
                 )
@@ -171,10 +175,13 @@ def _capture_rows(
     uniforms_RM: Tensor | None,
     x_RP: Tensor,
     room_RP: Tensor,
-    logits_of: LogitsOf,
+    logits_of: LogitsOf | None,
     vocab_size: int,
 ) -> Distribution:
-    """The columns of a top K and of draws from what is outside it. Overwrites x_RP and room_RP."""
+    """The columns of a top K and of draws from what is outside it, without their log-probabilities where nothing gives logits.
+
+    Overwrites x_RP and room_RP.
+    """
     target_logits_R = x_RP.gather(1, targets_R.clamp(min=0)[:, None])[:, 0]
     x_RP.scatter_(1, topk_ids_RK, -torch.inf)
     tail_R, tail_mean_R = _logsumexp_and_mean(x_RP, room_RP)
@@ -202,10 +209,12 @@ def _capture_rows(
         has_tail_R1 = (tail_R > -torch.inf)[:, None]
         drawn_RM = torch.where(has_tail_R1, drawn_RM, topk_ids_RK[:, -1:])
         drawn_RM = drawn_RM.clamp(max=vocab_size - 1)  # where a row holds NaN
+        found["tail_indices"] = drawn_RM.int()
+        if logits_of is None:
+            return found
         # None is above the K-th: only where it was drawn by a rounded logit could this change it, and then by less than storage does.
         logits_RM = logits_of(drawn_RM).minimum(topk_logits_RK[:, -1:])
         logits_RM = logits_RM.masked_fill(~has_tail_R1, -torch.inf)
-        found["tail_indices"] = drawn_RM.int()
         found["tail_logprobs"] = _to_float16(logits_RM - logsumexp_R[:, None])
     return found
 

@@ -52,6 +52,7 @@ def capture_rows(
     *,
     top_k: int,
     uniforms_NM: Tensor | None = None,
+    draw_logprobs: bool = True,
     temperatures: Sequence[float] = (),
 ) -> dict[str, Tensor]:
     """As `distribution.capture` of one piece of logits.
@@ -61,6 +62,7 @@ def capture_rows(
         targets_N: ids of the tokens that follow, or −1.
         top_k: 1 to MAX_TOP_K.
         uniforms_NM: float64; M up to MAX_DRAWS.
+        draw_logprobs: whether the log-probabilities of draws are wanted.
         temperatures: other ones at which the logsumexp is wanted.
     """
     rows, vocab_size = logits_NV.shape
@@ -90,7 +92,7 @@ def capture_rows(
         "entropy": torch.empty(rows, **float16),
     }
     drawn_NM = torch.empty(rows, draws, **int32)
-    drawn_logprobs_NM = torch.empty(rows, draws, **float16)
+    drawn_logprobs_NM = torch.empty(rows, draws, **float16) if draw_logprobs else None
     blocks_P = triton.next_power_of_2(num_blocks)
     warps = 8 if blocks_P > 1024 else 4
     if rows:
@@ -116,12 +118,15 @@ def capture_rows(
             BP=blocks_P,
             KP=triton.next_power_of_2(max(2, top_k)),
             MP=triton.next_power_of_2(max(1, draws)),
+            DRAW_LOGPROBS=draw_logprobs,
             num_warps=warps,
         )
     for temperature, logsumexp_N in zip(temperatures, logsumexp_TN, strict=True):
         found[temperature_column(temperature).name] = logsumexp_N
     if draws:
-        found |= {"tail_indices": drawn_NM, "tail_logprobs": drawn_logprobs_NM}
+        found["tail_indices"] = drawn_NM
+        if drawn_logprobs_NM is not None:
+            found["tail_logprobs"] = drawn_logprobs_NM
     return found
 
 
@@ -298,6 +303,7 @@ def _finish(
     BP: tl.constexpr,
     KP: tl.constexpr,
     MP: tl.constexpr,
+    DRAW_LOGPROBS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     peak = tl.load(ROW + row * 3)
@@ -365,7 +371,8 @@ def _finish(
         has_tail = tail_peak > -float("inf")
         last_id = ((kth ^ 0xFFFFFFFF) & 0xFFFFFFFF).to(tl.int32)
         drawn_M = tl.where(has_tail, tl.minimum(drawn_M, V - 1), last_id)
-        logit_M = tl.load(X + row * stride + drawn_M, mask=m < M, other=0.0).to(tl.float32)
-        logprob_M = tl.where(has_tail, logit_M - logsumexp, _LOWEST)
         tl.store(DRAWN + row * M + m, drawn_M, mask=m < M)
-        tl.store(DRAWN_LOGPROBS + row * M + m, _half(logprob_M), mask=m < M)
+        if DRAW_LOGPROBS:
+            logit_M = tl.load(X + row * stride + drawn_M, mask=m < M, other=0.0).to(tl.float32)
+            logprob_M = tl.where(has_tail, logit_M - logsumexp, _LOWEST)
+            tl.store(DRAWN_LOGPROBS + row * M + m, _half(logprob_M), mask=m < M)

@@ -222,6 +222,7 @@ class Pipeline:
             uniforms_NM=None
             if uniforms_NM is None
             else to_device(uniforms_NM, teacher.logits_device),
+            draw_logprobs=layout.tail_logprobs,
             temperatures=layout.temperatures,
         )
         if hidden_ND is not None:

@@ -64,6 +64,8 @@ def resolved_toml(recipe: Recipe, sources: Sources) -> str:
         del teacher["head_dtype"]  # there is no other
     if recipe.output.top_k == "all":
         del values["output"]["tail_samples"]  # there is no tail
+    if recipe.output.top_k == "all" or not recipe.output.tail_samples:
+        del values["output"]["tail_logprobs"]
     if recipe.corpus.messages_column:
         del values["corpus"]["text_column"]
     for section, commit in (("corpus", sources.corpus.commit), ("teacher", sources.teacher.commit)):

@@ -113,7 +113,8 @@ def _stored(layout: Layout) -> str:
     """What is kept of each distribution."""
     parts = ["all log-probabilities" if layout.top_k == "all" else f"top {layout.top_k} and tail"]
     if layout.tail_samples:
-        parts.append(f"{counted(layout.tail_samples, 'draw')} from the tail")
+        alone = "" if layout.tail_logprobs else ", ids alone"
+        parts.append(f"{counted(layout.tail_samples, 'draw')} from the tail{alone}")
     if layout.temperatures:
         listed = ", ".join(f"{temperature:g}" for temperature in layout.temperatures)
         parts.append(f"logsumexp at temperature 1, {listed}")

@@ -111,6 +111,7 @@ class RecipeOutput(_Section):
 
     top_k: Annotated[int | Literal["all"], PlainValidator(_top_k)]
     tail_samples: Annotated[int, Field(ge=0, lt=2**16)] = 0
+    tail_logprobs: bool = True
     seed: Count = 0
     temperatures: list[Annotated[float, Field(gt=0)]] = []
     hidden_states: bool = False

@@ -24,7 +24,7 @@ UNSAID = {
     ),
     "teacher": ("device_map", "tensor_parallel", "config", "python", "weights"),
     "sequences": ("learn", "chat_template_kwargs", "chat_template_date", "drop_unwritten"),
-    "output": ("validation",),
+    "output": ("validation", "tail_logprobs"),
 }
 """Fields that a plan holds only if the recipe sets them to other values than their defaults: they are younger than the fingerprints of some
 datasets."""

@@ -281,6 +281,8 @@ class OutputRecipe(Section):
     """Most probable tokens that are kept; "all" keeps the log-probabilities of the whole vocabulary, in its order."""
     tail_samples: Annotated[int, Field(ge=0, le=1024)] = 4
     """Tokens drawn from what is outside the top K: with them, expectations over the whole distribution are unbiased."""
+    tail_logprobs: bool = True
+    """Keep the log-probabilities of these draws. The loss needs their ids alone, and each log-probability takes as many bytes as an id."""
     validation: Annotated[float, Field(gt=0, lt=0.5)] | None = None
     """Share of the documents that are held out, in a split `validation` beside `train`: 0.01, for example. A document's id and `seed` decide."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -305,6 +307,10 @@ class OutputRecipe(Section):
     def _check(self) -> Self:
         if self.top_k == "all" and self.tail_samples and "tail_samples" in self.model_fields_set:
             raise ValueError('top_k = "all" leaves no tail to draw from; leave out tail_samples')
+        if not self.tail_logprobs and (self.top_k == "all" or not self.tail_samples):
+            raise ValueError(
+                "tail_logprobs = false means something only with tail_samples; leave it out"
+            )
         if self.seed and not (self.tail_samples or self.validation):
             raise ValueError(
                 "seed means something only with tail_samples or validation; leave it out"

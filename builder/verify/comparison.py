@@ -261,7 +261,7 @@ def _columns(
         indices_TK[mask_T] = stored["topk_indices"]
         found["topk_logprobs"] = kept_CV.gather(1, stored["topk_indices"])
         found["tail_logprob"] = logprobs_TV.scatter(1, indices_TK, -torch.inf).logsumexp(-1)
-    if layout.tail_samples:
+    if layout.tail_samples and layout.tail_logprobs:
         gone_C1 = (stored["tail_logprob"][mask_T] <= FLOAT16_MIN)[:, None]
         drawn_CM = kept_CV.gather(1, stored["tail_indices"])
         found["tail_logprobs"] = drawn_CM.masked_fill(gone_C1, -torch.inf)

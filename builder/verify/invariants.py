@@ -151,6 +151,23 @@ def sampled_entropy(stored: dict[str, Array]) -> Floats:
     return estimate
 
 
+def drawn_targets(stored: dict[str, Array], targets_N: Ints) -> tuple[Floats, Floats, Floats]:
+    """How often the token that follows was drawn, how often it is on average, and the variance of that, [N] each.
+
+    Of a token outside the top K, each draw is it with the probability target_logprob − tail_logprob says. A draw is made without a look
+    at the token that follows, so that over many positions the two are the same but for chance: what ids alone tell of draws.
+    """
+    target_N, tail_N = (stored[name].astype(np.float64) for name in ("target_logprob", "tail_logprob"))  # fmt: skip
+    targets_N1 = targets_N[:, None]
+    counts_N = (targets_N >= 0) & (tail_N > FLOAT16_MIN) & ~np.isnan(target_N)
+    counts_N &= ~(stored["topk_indices"] == targets_N1).any(-1)
+    draws_NM = stored["tail_indices"]
+    share_N = np.exp(np.minimum(target_N - tail_N, 0), where=counts_N, out=np.zeros(len(counts_N)))
+    found_N = np.where(counts_N, (draws_NM == targets_N1).sum(-1), 0.0)
+    num_draws = draws_NM.shape[1]
+    return found_N, num_draws * share_N, num_draws * share_N * (1 - share_N)
+
+
 def _not_kept(columns: dict[str, Floats], layout: Layout) -> Iterator[tuple[Mask, str]]:
     entropy_N = columns["entropy"]
     yield entropy_N < 0, "entropy is below 0"
@@ -229,13 +246,16 @@ def _target(
 def _draws(
     columns: dict[str, Floats], ids: dict[str, Ints], targets_N: Ints, layout: Layout
 ) -> Iterator[tuple[Mask, str]]:
-    drawn_NM, logprobs_NM = ids["tail_indices"], columns["tail_logprobs"]
+    drawn_NM = ids["tail_indices"]
     head_NK, tail_N1 = columns["topk_logprobs"], columns["tail_logprob"][:, None]
     row_N1 = np.arange(len(drawn_NM))[:, None] * layout.vocab_size
     listed_NM = np.isin(drawn_NM + row_N1, ids["topk_indices"] + row_N1)
     # Where there is no tail, the K-th id stands for a draw.
     stands_in_NM = (tail_N1 <= FLOAT16_MIN) & (drawn_NM == ids["topk_indices"][:, -1:])
     yield (listed_NM & ~stands_in_NM).any(-1), "a draw from the tail is in the top K"
+    if not layout.tail_logprobs:
+        return
+    logprobs_NM = columns["tail_logprobs"]
     gone_NM = (tail_N1 <= FLOAT16_MIN) & (logprobs_NM > FLOAT16_MIN)
     yield gone_NM.any(-1), "a draw has a probability, but the tail has none"
     yield (logprobs_NM > head_NK[:, -1:]).any(-1), "a draw from the tail is above the K-th"

@@ -181,7 +181,7 @@ def _read_alone(
 
     def watch(logits_TV: Tensor, here: slice, stored: dict[str, Tensor], mask_T: Tensor) -> None:
         if tail:
-            tail.see(logits_TV[mask_T], stored)
+            tail.see(logits_TV, stored, mask_T)
         if completion:
             completion.see(logits_TV, here.start)
         if layout.hidden_states and mask_T.any():

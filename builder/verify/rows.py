@@ -26,6 +26,7 @@ from builder.verify.invariants import (
     Array,
     broken,
     broken_completions,
+    drawn_targets,
     sampled_entropy,
     surprise_beyond_entropy,
 )
@@ -35,6 +36,8 @@ VALUES_AT_ONCE = 2**22
 """Values of a column whose invariants are checked together: 32 MB in float64."""
 DRAWS_SIGMAS, DRAWS_TOLERANCE = 6.0, 2e-3
 """How far the entropy by draws may be off in a file: standard errors, and nats a token for the rounding to float16."""
+HITS_TOLERANCE = 0.02
+"""Share by which following tokens may be drawn more or less often than they should: float16, and rounded logits that draws are made by."""
 
 SURPRISE_TOLERANCE = 0.02
 """Nats a token by which completions may be more or less surprising than the entropy says: a teacher in 16 bits writes with other
@@ -163,6 +166,7 @@ class _RowChecker:
         self._layout = layout
         self._surplus = self._surplus_squares = 0.0
         self._surprise = self._surprise_squares = 0.0
+        self._hits = self._expected_hits = self._hits_variance = 0.0
         self._kept = self._written = 0
         self._eos: int | None = manifest["teacher"]["eos_token_id"]
         self._prefix: list[int] = manifest["teacher"]["prefix_ids"]
@@ -196,7 +200,7 @@ class _RowChecker:
                     stored = rows.at(where, slice(start, start + size))
                     for wrong, message in broken(stored, targets[part], self._layout):
                         self._add_where(rows, part[np.flatnonzero(wrong)], message)
-                    self._sum(stored)
+                    self._sum(stored, targets[part])
         if not self.problems:
             self.measured += measure_table(table)
         self._seen.clear()
@@ -239,7 +243,7 @@ class _RowChecker:
                     f"its document does not end with the tokens {self._suffix} (teacher.suffix_ids)",
                 )
 
-    def _sum(self, stored: dict[str, Array]) -> None:
+    def _sum(self, stored: dict[str, Array], targets: npt.NDArray[np.int64]) -> None:
         logprobs = stored.get("logprobs", stored.get("topk_logprobs"))
         entropy, target = (stored[n].astype(np.float64) for n in ("entropy", "target_logprob"))
         mask = stored.get("completion_mask")
@@ -254,10 +258,15 @@ class _RowChecker:
         if logprobs is None:
             return
         self._kept += len(logprobs)
-        if self._layout.tail_samples:
+        if self._layout.tail_samples and self._layout.tail_logprobs:
             surplus = sampled_entropy(stored) - entropy
             self._surplus += float(surplus.sum())
             self._surplus_squares += float((surplus**2).sum())
+        elif self._layout.tail_samples:
+            found, expected, variance = (float(v.sum()) for v in drawn_targets(stored, targets))
+            self._hits += found
+            self._expected_hits += expected
+            self._hits_variance += variance
 
     def finish(self, record: ShardRecord) -> None:
         if not self.has_all_rows:
@@ -268,6 +277,7 @@ class _RowChecker:
                 f"{self._file}: the draws are not from the tail: with them the entropy is {self._surplus / self._kept:+.3f} nats "
                 f"off on average, where chance explains {limit / self._kept:.3f}"
             )
+        self._check_hits()
         self._check_surprise()
         names = ["entropy", "topk_mass", "target_nll", "targets"]
         if self._layout.completion_mask:
@@ -285,6 +295,18 @@ class _RowChecker:
             self.problems.append(
                 f"{self._file}: {self._ended:,} completions end with a token that ends a text, the manifest says "
                 f"{record.completions.ended:,}"
+            )
+
+    def _check_hits(self) -> None:
+        """Draws are the token that really follows as often as its own log-probability says: what is known of draws without theirs."""
+        # Bernstein's inequality for independent draws, with the chance of DRAWS_SIGMAS standard errors; of few it allows more.
+        rare = DRAWS_SIGMAS**2 / 6
+        chance = rare + (rare**2 + DRAWS_SIGMAS**2 * self._hits_variance) ** 0.5
+        off = abs(self._hits - self._expected_hits)
+        if not off <= chance + HITS_TOLERANCE * self._expected_hits:
+            self.problems.append(
+                f"{self._file}: the draws are not from the tail: the token that follows was drawn {self._hits:,.0f} times, where its "
+                f"probability says {self._expected_hits:,.0f}, and chance explains {chance:,.0f} more or less"
             )
 
     def _check_surprise(self) -> None:

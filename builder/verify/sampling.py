@@ -79,17 +79,19 @@ class TailDraws:
         self._found: list[Tensor] = []
         self._found_formerly: list[Tensor] = []
 
-    def see(self, logits_CV: Tensor, stored: dict[str, Tensor]) -> None:
-        """Look at the next positions of the loss mask.
+    def see(self, logits_TV: Tensor, stored: dict[str, Tensor], mask_T: Tensor) -> None:
+        """Look at the next positions.
 
         Args:
-            logits_CV: float64, of these positions.
-            stored: columns at these positions.
+            logits_TV: float64, of these positions.
+            stored: columns at these positions; those of several values, in the loss mask.
+            mask_T: [T] bool, positions in the loss mask.
         """
+        logits_CV = logits_TV[mask_T]
         stop = self._seen + len(logits_CV)
         uniforms_CM = self._uniforms_CM[self._seen : stop]
         self._seen = stop
-        has_tail_C = stored["tail_logprobs"].amax(-1) > FLOAT16_MIN
+        has_tail_C = stored["tail_logprob"][mask_T] > FLOAT16_MIN
         if not has_tail_C.any():
             return
         drawn = {

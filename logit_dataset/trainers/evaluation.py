@@ -6,7 +6,11 @@ Out:  a line of sums for each row of the dataset, so that rows which processes w
 How:  every metric is a mean over positions, or a correlation over them, at temperature 1 whatever the training's:
 
       kl                    KL(teacher ‖ student), in nats. Of rows with draws an estimate of the whole: exact over the head, and
-                            p_tail / M Σ_j (log p(id_j) − log q(id_j)) outside, which is 0 for the teacher itself. Without draws, and after
+                            p_tail / M Σ_j (log p(id_j) − log q(id_j)) outside, which is 0 for the teacher itself. Of rows whose draws
+                            have no log-probabilities, H(p, q) − H(p): the cross-entropy by draws, less the stored `entropy`, which is
+                            exact. As unbiased, for both have the same mean, E p_tail / M Σ_j log p(id_j) being the tail's part of
+                            −H(p). But not 0 at each position for the teacher itself: the noise of p_tail / M Σ_j log p(id_j) is not
+                            taken away any more, and its variance is p_tail² Var_tail(log p) / M a position. Without draws, and after
                             a projection, the KL over the listed ids and the tail as one: a lower bound. Of whole distributions, and
                             with a teacher's head, exact.
       cross_entropy         of the student on the text.
@@ -128,9 +132,12 @@ def _kl(
     """[B, T]: see the module's docstring."""
     if teacher_head is not None:
         return position_dense_kl(logits_BTV, batch, teacher_head)[0]
-    if not {"tail_indices", "tail_logprobs"} <= set(batch) or "other_indices" in batch:
+    tells = "tail_logprobs" in batch or "entropy" in batch
+    if "tail_indices" not in batch or "other_indices" in batch or not tells:
         return position_losses(logits_BTV, batch, loss="tail_bucket")[0]
     cross_BT = position_losses(logits_BTV, batch, loss="tail_draws")[0]
+    if "tail_logprobs" not in batch:
+        return cross_BT - batch["entropy"].to(cross_BT.dtype).where(batch["mask"], 0)
     head_BTK, tail_BT, draws_BTJ = (
         batch[name].to(cross_BT.dtype)
         for name in ("topk_logprobs", "tail_logprob", "tail_logprobs")

@@ -211,6 +211,19 @@ def test_a_drawn_target_has_the_same_bits_in_both_columns():
     assert torch.equal(found["tail_logprobs"][hits_NM], targets_NM[hits_NM])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_leaving_out_the_log_probabilities_of_draws_changes_no_other_column(case):
+    logits_NV, top_k = CASES[case]
+    options = {"top_k": top_k, "uniforms_NM": numbers(num_positions=len(logits_NV), count=24)}
+    expected = capture([logits_NV], torch.zeros(len(logits_NV), dtype=torch.long), **options)
+    found = capture(
+        [logits_NV], torch.zeros(len(logits_NV), dtype=torch.long), draw_logprobs=False, **options
+    )
+    assert list(found) == [name for name in expected if name != "tail_logprobs"]
+    for name, column in found.items():
+        assert torch.equal(column, expected[name]), name
+
+
 def test_asking_for_draws_changes_no_other_column():
     logits_NV = torch.cat([CASES["plain"][0], CASES["peak 80"][0], masked(logits_with(1003), 0.99)])
     targets_N = torch.tensor([1, 2, 3])

@@ -172,6 +172,19 @@ def test_draws_and_all_else_are_those_of_the_plain_way(
     assert torch.equal(by_kernels["topk_indices"], expected["topk_indices"])
 
 
+def test_leaving_out_the_log_probabilities_of_draws_changes_no_other_column():
+    logits_NV = torch.cat([random_logits(3, 2000), torch.full((1, 2000), -torch.inf)])
+    logits_NV[3, :10] = 0  # nothing is outside a top 10
+    options = {"top_k": 10, "uniforms_NM": uniforms(0, "doc", 0, num_positions=4, count=24)}
+    targets_N = torch.tensor(spread_targets(4, 2000))
+    expected = distribution.capture([logits_NV], targets_N, **options)
+    found = distribution.capture([logits_NV], targets_N, draw_logprobs=False, **options)
+    assert list(found) == [name for name in expected if name != "tail_logprobs"]
+    for name, column in found.items():
+        assert torch.equal(column, expected[name]), name
+    assert (found["tail_indices"][3] == found["topk_indices"][3, -1]).all()
+
+
 def test_rows_that_are_apart_in_memory_and_no_rows():
     wide_NV = random_logits(4, 2000)
     options = {"top_k": 10}

@@ -39,6 +39,13 @@ CHOICES = {
     "hidden states alone": "tail_samples = 0\nhidden_states = true",
     "top 1": "top_k = 1\ntail_samples = 1",
     "more draws than top k": "top_k = 2\ntail_samples = 30",
+    "draws without log-probabilities": "top_k = 3\ntail_samples = 12\ntail_logprobs = false",
+    "a top 1 and draws without log-probabilities, of all kinds": (
+        f'top_k = 1\n{EVERYTHING}\ntail_logprobs = false\nprofile = "compact"\ntext = false'
+    ),
+    "all but one, and draws without log-probabilities": (
+        f"top_k = {TINY_VOCAB_SIZE}\ntail_samples = 2\ntail_logprobs = false"
+    ),
     "all but one": f"top_k = {TINY_VOCAB_SIZE - 1}",
     "top k is all": f"top_k = {TINY_VOCAB_SIZE}\ntemperatures = [2]",
     "all": 'top_k = "all"',
@@ -234,6 +241,12 @@ def test_draws_depend_on_seed_and_document_and_not_on_how_the_work_is_cut(
             "tail_samples = 0\nseed = 1",
             "seed means something only with tail_samples or validation; leave it out",
         ),
+        (
+            "tail_samples = 0\ntail_logprobs = false",
+            "tail_logprobs = false means something only with tail_samples; leave it out",
+        ),
+        ('top_k = "all"\ntail_logprobs = false', "means something only with tail_samples"),
+        ("tail_logprobs = 0", r"output\.tail_logprobs: expected true or false"),
         ("temperatures = [2, 2.0]", r"temperatures are \[2\.0, 2\.0\], expected different ones"),
         ("temperatures = [1.0]", r"and not 1, which is always stored"),
         (

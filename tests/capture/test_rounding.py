@@ -48,7 +48,12 @@ def targets_of(sequences: list[list[int]]) -> Tensor:
 
 
 def captured(
-    teacher: Teacher, sequences: list[list[int]], *, top_k: int = TOP_K, by: str = "rounded"
+    teacher: Teacher,
+    sequences: list[list[int]],
+    *,
+    top_k: int = TOP_K,
+    by: str = "rounded",
+    **options: bool,
 ) -> Distribution:
     targets = targets_of(sequences)
     return capture(
@@ -57,6 +62,7 @@ def captured(
         top_k=top_k,
         uniforms_NM=uniforms(0, "doc", 0, num_positions=len(targets), count=DRAWS),
         temperatures=(0.5, 2.0),
+        **options,
     )
 
 
@@ -92,6 +98,13 @@ def test_every_value_is_near_that_of_the_hidden_states(teacher, top_k):
     assert_near(found["target_logprob"][has_target], target_N[has_target], 2e-3)
     assert found["target_logprob"][~has_target].isnan().all()
     drawn_NM = found["tail_indices"].long()
+    without = captured(teacher, sequences, top_k=top_k, draw_logprobs=False)
+    assert set(found) - set(without) == {"tail_logprobs"}
+    assert all(
+        torch.equal(values, found[name])
+        for name, values in without.items()
+        if name != "target_logprob"
+    )
     assert_near(found["tail_logprobs"], logprobs_NV.gather(1, drawn_NM), 2e-3)
     assert (found["tail_logprobs"] <= found["topk_logprobs"][:, -1:]).all()
     assert not (drawn_NM[:, :, None] == ids_NK[:, None]).any()

@@ -178,7 +178,7 @@ RECIPES: dict[str, tuple[Callable[[str], str | bytes | None], str]] = {
     "not text": (lambda _: b"\xff\xfe", r"line 1 is not UTF-8 .byte 0xff"),
     "nothing": (lambda _: "", r"'name' is missing; 'corpus' is missing; 'teacher' is missing"),
     "a misspelt key": (instead("top_k", "topk"), r"unknown key 'output\.topk'; did you mean 'top_k'\?"),
-    "an unknown key": (with_line("output", "zzz = 1"), r"unknown key 'output\.zzz'; known keys: top_k, tail_samples, "),
+    "an unknown key": (with_line("output", "zzz = 1"), r"unknown key 'output\.zzz'; known keys: top_k, tail_samples, tail_logprobs, "),
     "a misspelt section": (
         instead(r"\[corpus\]", "[korpus]"),
         r"'corpus' is missing; unknown key 'korpus'; did you mean 'corpus'\?",

@@ -1,17 +1,26 @@
 """A dataset of one exact entry and many draws goes through every door that one of a top 50 does."""
 
+import shutil
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import load_dataset
 
 from builder.build.build import build
 from builder.capture.draws import uniforms
+from builder.dataset.manifest import read_manifest
 from builder.recipe.file import load_recipe
 from logit_dataset import FrequentTokens, LogitCollator, distillation_loss, load_logits
+from logit_dataset.trainers.evaluation import metrics, row_sums
 from tests.conftest import recipe_text, sample_documents, write_jsonl
+from tests.verify.forging import forge
+from tests.verify.test_verify import problems
 
 DRAWS = 24
+NARROW = ("narrow", "ids")
+"""With the log-probabilities of draws, and without."""
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +30,7 @@ def base(tiny_teacher_dir, tmp_path_factory):
     write_jsonl(base / "corpus.jsonl", sample_documents(12))
     for name, output in (
         ("narrow", f"top_k = 1\ntail_samples = {DRAWS}"),
+        ("ids", f"top_k = 1\ntail_samples = {DRAWS}\ntail_logprobs = false"),
         ("whole", 'top_k = "all"'),
     ):
         text = recipe_text(tiny_teacher_dir, "corpus.jsonl", output=output)
@@ -29,35 +39,142 @@ def base(tiny_teacher_dir, tmp_path_factory):
     return base
 
 
-def test_the_commands_say_what_is_there(base, tiny_teacher_dir, tmp_path, cli):
-    made, teacher = base / "narrow", ["--teacher", tiny_teacher_dir]
+@pytest.mark.parametrize("name", NARROW)
+def test_the_commands_say_what_is_there(base, tiny_teacher_dir, tmp_path, cli, name):
+    made, teacher = base / name, ["--teacher", tiny_teacher_dir]
     for arguments, expected in (
         (["verify", made, "--recompute", "3", *teacher], "100.00% of draws agree"),
-        (["info", made], "24 draws from the tail"),
+        (["info", made], f"24 draws from the tail{'' if name == 'narrow' else ', ids alone'}\n"),
         (["info", made, "--row", "0", *teacher], "teacher expected"),
         (["info", made, "--row", "0", "--position", "2", *teacher], "such as"),
         (["card", made], ""),
         (["view", made, "--output", tmp_path / "page.html", *teacher], ""),
-        (["plan", base / "narrow.toml", "--tokens", "1e9"], "GB"),
+        (["plan", base / f"{name}.toml", "--tokens", "1e9"], "GB"),
+        (
+            ["build", base / f"{name}.toml", "--output", tmp_path / "none", "--dry-run"],
+            f"tail_logprobs = {str(name == 'narrow').lower()}\n",
+        ),
         (["export", made, "--output", tmp_path / "axolotl", "--to", "axolotl"], "tail draws"),
         (["export", made, "--output", tmp_path / "kit", "--to", "distillkit"], "tail draws"),
     ):
         code, out, err = cli(*arguments)
         assert code == 0, (arguments, err)
         assert expected in out + err, (arguments, out, err)
-    assert (
-        "the most probable token with its true log-probability, the mass of all others"
-        in (made / "README.md").read_text()
-    )
+    card = (made / "README.md").read_text()
+    assert "the most probable token with its true log-probability, the mass of all others" in card
+    assert ("`tail_logprobs`" in card) is (name == "narrow")
+    assert ("repeat its last id at −65504" in card) is (name == "narrow")
+    assert ("tail_logprobs = false" in card) is (name == "ids")
 
 
 def batch_of(dataset):
     return next(iter(load_logits(dataset).batches(batch_size=8, length=64, seed=None)))
 
 
-def test_its_loss_is_unbiased(base):
+def test_without_their_log_probabilities_all_else_is_the_same(base):
+    narrow, ids = (
+        pq.read_table(base / name / "data").drop_columns("id") for name in ("narrow", "ids")
+    )
+    assert ids.equals(narrow.drop_columns("tail_logprobs"))
+    bytes_of = [read_manifest(base / name)["totals"]["bytes_per_token"] for name in ("narrow", "ids")]  # fmt: skip
+    assert bytes_of[0] - bytes_of[1] > DRAWS
+
+
+def test_the_teacher_gives_their_log_probabilities_back(base, tiny_model):
+    """As the docs say."""
+    narrow, ids = (
+        load_dataset(str(base / name), split="train").with_format("torch") for name in NARROW
+    )
+    for stored, row in zip(narrow, ids, strict=True):
+        with torch.no_grad():
+            logprobs = tiny_model(row["input_ids"][None]).logits[0].log_softmax(-1)
+        found = logprobs.gather(-1, row["tail_indices"])
+        torch.testing.assert_close(found, stored["tail_logprobs"], atol=6e-3, rtol=0)
+
+
+def test_evaluation_by_ids_alone_is_unbiased(base):
+    """KL of any student, beside that of the whole distributions; and of the teacher itself, where it is 0."""
+    ids, whole = batch_of(base / "ids"), batch_of(base / "whole")
+    teacher = whole["logprobs"].float()
+    noise = torch.randn(teacher.shape, generator=torch.Generator().manual_seed(1))
+    kls = []
+    for logits in (teacher, teacher + noise, noise):
+        sums = row_sums(logits, ids, loss="tail_draws", temperature=1.0)
+        found = metrics(sums.sum(0), text_weight=0.0)["kl"]
+        logq = logits.log_softmax(-1)
+        p_NV = teacher[whole["mask"]].exp()
+        expected = (p_NV * (teacher - logq)[whole["mask"]]).sum(-1).mean().item()
+        # The standard error that the docstring of `evaluation` says: p_tail² Var_tail(log q) / M a position.
+        tail_NV = p_NV.scatter(1, ids["topk_indices"][whole["mask"]].long(), 0)
+        mass_N = tail_NV.sum(-1)
+        q_NV, tail_NV = logq[whole["mask"]], tail_NV / mass_N[:, None]
+        mean_N = (tail_NV * q_NV).sum(-1)
+        variance_N = mass_N**2 * ((tail_NV * q_NV**2).sum(-1) - mean_N**2) / DRAWS
+        error = (variance_N.sum().sqrt() / len(variance_N)).item()
+        assert abs(found - expected) < 4 * error + 2e-3
+        bound = distillation_loss(logits, ids, loss="tail_bucket").item()
+        kls.append((found, expected, bound))
+    assert abs(kls[0][1]) < 1e-4
+    for found, _, bound in kls[1:]:
+        assert bound < 0.8 * found  # which is what was reported without the draws
+
+
+def uniform_draws(rows):
+    generator = np.random.default_rng(0)
+    for row in rows:
+        drawn = generator.integers(447, size=row["tail_indices"].shape)
+        row["tail_indices"] = (drawn + (drawn >= row["topk_indices"])).astype(np.int32)
+
+
+def the_token_that_follows(rows):
+    for row in rows:
+        follows = np.append(row["input_ids"][1:], 0)[:, None]
+        free = follows != row["topk_indices"]
+        row["tail_indices"][:] = np.where(free, follows, row["tail_indices"])
+
+
+def draws_of_the_first(rows):
+    for row in rows:
+        row["tail_indices"][:, 1:] = row["tail_indices"][:, :1]
+
+
+def draws_of_another_position(rows):
+    for row in rows:
+        moved = np.roll(row["tail_indices"], 1, 0)
+        row["tail_indices"] = np.where(moved == row["topk_indices"], row["tail_indices"], moved)
+
+
+def a_listed_draw(rows):
+    rows[1]["tail_indices"][2, 3] = rows[1]["topk_indices"][2, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "recomputed"),
+    [
+        (a_listed_draw, "a draw from the tail is in the top K (position 2)", ""),
+        (the_token_that_follows, "the draws are not from the tail", ""),
+        # This teacher knows nothing of what follows: its own draws are it no more often than others are.
+        (uniform_draws, "", "are not those of the seed"),
+        (draws_of_another_position, "", "are not those of the seed"),
+        (draws_of_the_first, "", "are not those of the seed"),
+    ],
+)
+def test_verify_finds_draws_that_are_others_by_their_ids(
+    base, tiny_teacher_dir, tmp_path, change, message, recomputed
+):
+    shutil.copytree(base / "ids", tmp_path / "forged")
+    assert problems(tmp_path / "forged") == []
+    forge(tmp_path / "forged", change)
+    found = problems(tmp_path / "forged")
+    assert any(message in line for line in found) if message else found == []
+    found = problems(tmp_path / "forged", tiny_teacher_dir, recompute=4)
+    assert any(recomputed in line for line in found)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_its_loss_is_unbiased(base, name):
     """Over all positions: Σ of its cross-entropies is that of the whole distributions, but for the noise of the draws."""
-    narrow, whole = batch_of(base / "narrow"), batch_of(base / "whole")
+    narrow, whole = batch_of(base / name), batch_of(base / "whole")
     assert torch.equal(narrow["input_ids"], whole["input_ids"])
     vocab_size = whole["logprobs"].shape[-1]
     logits = torch.randn(
@@ -91,16 +208,17 @@ def test_its_draws_are_those_of_the_seed_and_outside_the_top_1(base):
     ).mean() > 0.97  # float16 of the whole distribution moves some
 
 
-def test_small_vocabularies_and_collators_take_it(base):
-    data = load_logits(base / "narrow")
+@pytest.mark.parametrize("name", NARROW)
+def test_small_vocabularies_and_collators_take_it(base, name):
+    data = load_logits(base / name)
     projection = FrequentTokens.of(data, 50)
     batch = next(iter(data.project(projection).batches(batch_size=4, length=64, seed=None)))
     logits = torch.zeros(*batch["mask"].shape, 51, requires_grad=True)
     loss = distillation_loss(logits, batch, loss="tail_draws")
     # Of an even student every cross-entropy is log 51, if no mass was lost.
     assert loss.item() == pytest.approx(np.log(51), abs=2e-3)
-    rows = load_dataset(str(base / "narrow"), split="train").with_format("torch")
-    collated = LogitCollator.of(base / "narrow")([rows[i] for i in range(4)])
+    rows = load_dataset(str(base / name), split="train").with_format("torch")
+    collated = LogitCollator.of(base / name)([rows[i] for i in range(4)])
     logits = torch.zeros(*collated["mask"].shape, data.vocab_size)
     loss = distillation_loss(logits, collated, loss="tail_draws")
     assert loss.item() == pytest.approx(np.log(data.vocab_size), abs=2e-3)

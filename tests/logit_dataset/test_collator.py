@@ -30,11 +30,16 @@ from tests.conftest import TRAINING_TEXT, recipe_text, write_jsonl
 CHATS = {"corpus": 'messages_column = "messages"'}
 DATASETS = {
     "plain": ("top_k = 5\ntail_samples = 2", {}),
+    "ids of draws": ("top_k = 1\ntail_samples = 6\ntail_logprobs = false", {}),
     "chats": (
         "top_k = 3\ntail_samples = 2\ntemperatures = [2.0, 0.5]\nhidden_states = true",
         CHATS,
     ),
     "kept": ("top_k = 3\ntail_samples = 2\nhidden_states = true\ncompletions_only = true", CHATS),
+    "kept, ids of draws": (
+        "top_k = 1\ntail_samples = 6\ntail_logprobs = false\ncompletions_only = true",
+        CHATS,
+    ),
     "whole": ('top_k = "all"\ntail_samples = 0', {}),
 }
 MAX_LENGTH = 120

@@ -23,6 +23,10 @@ DATASETS = {
         CHATS,
     ),
     "kept": ("top_k = 3\ntail_samples = 2\nhidden_states = true\ncompletions_only = true", CHATS),
+    "kept, ids of draws": (
+        "top_k = 1\ntail_samples = 6\ntail_logprobs = false\ncompletions_only = true",
+        CHATS,
+    ),
     "whole": ('top_k = "all"\ntail_samples = 0', {}),
 }
 NOTHING = {

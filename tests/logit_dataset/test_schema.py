@@ -36,6 +36,7 @@ SIZES = {"vocab_size": 448, "hidden_size": 32}
 OPTIONS = {"temperatures": (0.5, 2.0), "hidden_states": True, **SIZES}
 LAYOUTS = [
     *(Layout(), Layout(text=False), Layout(top_k=1, tail_samples=1), Layout(top_k=448)),
+    Layout(top_k=1, tail_samples=24, tail_logprobs=False, **OPTIONS),
     *(Layout(top_k=20, tail_samples=4, **OPTIONS), Layout(top_k="all", **OPTIONS)),
 ]
 OPTIONAL = (LOGPROBS, *TAIL_DRAWS, temperature_column(2.0), HIDDEN_STATES)
@@ -59,6 +60,8 @@ def test_the_columns_are_those_that_were_asked_for():
     assert [c.name for c in columns(Layout(text=False))] == [n for n in core if n != "text"]
     added = ["tail_indices", "tail_logprobs", "logsumexp_t0.5", "logsumexp_t2", "hidden_states"]
     assert [c.name for c in columns(LAYOUTS[-2])] == [*core, *added]
+    added.remove("tail_logprobs")
+    assert [c.name for c in columns(LAYOUTS[-3])] == [*core, *added]
     assert [c.name for c in columns(Layout(top_k="all", vocab_size=448))] == [
         *("id", "chunk_index", "text", "input_ids", "logprobs"),
         *("target_logprob", "logsumexp", "entropy"),
@@ -74,6 +77,8 @@ def test_a_layout_is_read_from_a_manifest():
     output |= {"tail_samples": 4, "temperatures": [0.5, 2], "hidden_states": True}
     found = Layout.of(recipe, teacher | {"hidden_size": 32})
     assert found == Layout(top_k=20, tail_samples=4, **OPTIONS)
+    without = Layout.of({**recipe, "output": output | {"tail_logprobs": False}}, teacher)
+    assert "tail_logprobs" not in {column.name for column in columns(without)}
     widths = {column.name: found.width(column) for column in columns(found)}
     assert widths["topk_indices"] == widths["topk_logprobs"] == 20
     assert widths["tail_indices"] == 4

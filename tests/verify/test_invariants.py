@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from builder.capture.distribution import capture
 from builder.capture.draws import uniforms
-from builder.verify.invariants import broken, sampled_entropy
+from builder.verify.invariants import broken, drawn_targets, sampled_entropy
 from logit_dataset.schema import Layout
 from tests.capture.test_distribution import random_logits, rows_of_logits
 
@@ -81,3 +81,30 @@ def test_the_entropy_by_draws_is_right_on_average():
     error = estimate.std() / np.sqrt(len(estimate))
     assert error > 1e-4
     assert abs(estimate.mean() - float(stored["entropy"][0])) < 4 * error + 1e-3
+
+
+def test_the_token_that_follows_is_drawn_as_often_as_its_probability_says():
+    """Of a teacher that knows something: its own draws fit, draws of others do not."""
+    layout = Layout(top_k=4, tail_samples=24, vocab_size=1003)
+    logits_NV = random_logits(2000, 1003, scale=2.0)
+    generator = torch.Generator().manual_seed(5)
+    targets = logits_NV.softmax(-1).multinomial(1, generator=generator)[:, 0].numpy()
+    targets[:3] = -1
+    stored = stored_of(logits_NV, targets, layout)
+    stored["tail_logprob"][3] = -65504
+    found, expected, variance = (v.sum() for v in drawn_targets(stored, targets))
+    assert expected > 100
+    assert abs(found - expected) < 5 * variance**0.5
+    p_NV = logits_NV.double().softmax(-1).numpy()
+    np.put_along_axis(p_NV, stored["topk_indices"], 0, axis=1)
+    tail_NV = p_NV / p_NV.sum(-1, keepdims=True)
+    outside = tail_NV[np.arange(2000), targets]
+    outside[:4] = 0
+    assert expected == pytest.approx(24 * outside.sum(), rel=0.01)
+    assert variance == pytest.approx(24 * (outside * (1 - outside)).sum(), rel=0.01)
+    for forged in (
+        np.random.default_rng(0).integers(1003, size=(2000, 24)),
+        np.roll(stored["tail_indices"], 1, axis=0),
+    ):
+        found, *_ = (v.sum() for v in drawn_targets(stored | {"tail_indices": forged}, targets))
+        assert abs(found - expected) > 8 * variance**0.5
