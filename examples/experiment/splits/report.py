@@ -16,6 +16,13 @@ from examples.experiment.splits.sizes import DRAW_LOGPROB_BYTES, STATISTICS
 from examples.experiment.train import read_json
 
 
+PARTS = DATA | {
+    f"{data}, larger": f"{words}, a student of 5.3 million parameters"
+    for data, words in DATA.items()
+}
+"""Which runs stand in one table."""
+
+
 def write_frontier(results: Path, page: Path) -> None:
     """Render what is there, however little.
 
@@ -31,15 +38,17 @@ def write_frontier(results: Path, page: Path) -> None:
     found: dict[tuple[str, str], dict[int, Any]] = defaultdict(dict)
     for run in runs:
         settings = run["settings"]
-        found[settings["arm"], settings["data"]][settings["seed"]] = run
+        student = settings.get("student", "small")  # files of before there were two have none
+        data = settings["data"] if student == "small" else f"{settings['data']}, {student}"
+        found[settings["arm"], data][settings["seed"]] = run
     plan = read_json(results / "plan.json")
-    wanted = {
-        (arm, data, seed) for arms, data, seeds in plan["stages"] for arm in arms for seed in seeds
-    }
+    wanted = sum(
+        len(arms) * len(seeds) for arms, _, seeds in (*plan["stages"], *plan.get("larger", ()))
+    )
     at = Path(os.path.relpath(results.resolve(), page.resolve().parent)).as_posix()
     sizes = read_json(results / "bytes.json") if (results / "bytes.json").exists() else None
-    parts = [_state(runs, len(wanted)), verdicts(found, CLAIMS)]
-    for data, words in DATA.items():
+    parts = [_state(runs, wanted), verdicts(found, CLAIMS)]
+    for data, words in PARTS.items():
         if any(of == data for _, of in found):
             parts.append(f"### With {words}\n\n{_table(found, data, sizes)}")
     if sizes:
