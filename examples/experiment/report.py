@@ -79,11 +79,13 @@ def beside(page: Path, results: Path) -> str:
 
 
 def by_arm(runs: Iterable[dict[str, Any]]) -> Results:
-    """The runs by their arms, data and seeds."""
+    """The runs by their arms, data and seeds; data of another student than the small one name it, too."""
     found: dict[tuple[str, str], dict[int, Any]] = defaultdict(dict)
     for run in runs:
         settings = run["settings"]
-        found[settings["arm"], settings["data"]][settings["seed"]] = run
+        student = settings.get("student", "small")  # files of before there were two have none
+        data = settings["data"] if student == "small" else f"{settings['data']}, {student}"
+        found[settings["arm"], data][settings["seed"]] = run
     return found
 
 

@@ -183,7 +183,7 @@ def _is_done(settings: Settings, place: Place, results: Path) -> bool:
     if not (results / settings.name).exists():
         return False
     found, made_of = _result(settings, results), read_json(place.parts / "made_of.json")
-    if (found["settings"], found["made_of"]) != (asdict(settings), made_of):
+    if (Settings(**found["settings"]), found["made_of"]) != (settings, made_of):
         raise ValueError(
             f"{results / settings.name} is of other settings or other data (another version of Python has another "
             "corpus); move the results away, or give other --results"

@@ -1,9 +1,10 @@
 """The student: a Llama of a million parameters with the teacher's most frequent ids for a vocabulary, and what it writes.
 
-128 numbers a position, three layers, embedding and head tied; 0.87M parameters at 2,049 ids, three tenths of them the embedding.
+Embedding and head are tied. With 2,049 ids, the small one has 0.87M parameters, three tenths of them the embedding; the larger one 5.4M.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,20 +12,34 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples.experiment.arms import Batch
 
-WIDTH, LAYERS, HEADS, INNER_WIDTH = 128, 3, 4, 352
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of a student."""
+
+    width: int
+    layers: int
+    heads: int
+    inner_width: int
 
 
-def make_student(vocab_size: int, *, length: int, seed: int) -> LlamaForCausalLM:
-    """New weights, a function of the seed alone."""
+SIZES = {"small": Size(128, 3, 4, 352), "larger": Size(256, 6, 8, 704)}
+
+
+def make_student(
+    vocab_size: int, *, length: int, seed: int, size: str = "small"
+) -> LlamaForCausalLM:
+    """New weights, a function of size and seed alone."""
+    chosen = SIZES[size]
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab_size,
-            hidden_size=WIDTH,
-            intermediate_size=INNER_WIDTH,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=HEADS,
+            hidden_size=chosen.width,
+            intermediate_size=chosen.inner_width,
+            num_hidden_layers=chosen.layers,
+            num_attention_heads=chosen.heads,
+            num_key_value_heads=chosen.heads,
             max_position_embeddings=length,
             tie_word_embeddings=True,
             bos_token_id=None,

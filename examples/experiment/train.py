@@ -50,11 +50,14 @@ class Settings:
     length: int
     patience: int | None = None
     """Stop after so many steps without a lower cross-entropy on the validation documents; None never stops early."""
+    student: str = "small"
+    """One of `student.SIZES`."""
 
     @property
     def name(self) -> str:
         """Of its file of results."""
-        return f"{self.arm}-{self.data}-{self.seed}-rate{self.rate:g}.json"
+        student = "" if self.student == "small" else f"-{self.student}"
+        return f"{self.arm}-{self.data}{student}-{self.seed}-rate{self.rate:g}.json"
 
 
 class Data:
@@ -120,7 +123,12 @@ def train(
 ) -> dict[str, Any]:
     """Train a student and measure it: settings, curve, and the test documents at the best point and the last."""
     started, loss_of = time.perf_counter(), arm_of(settings.arm).loss
-    student = make_student(data.vocabulary.vocab_size, length=settings.length, seed=settings.seed)
+    student = make_student(
+        data.vocabulary.vocab_size,
+        length=settings.length,
+        seed=settings.seed,
+        size=settings.student,
+    )
     averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=settings.rate, betas=BETAS, weight_decay=WEIGHT_DECAY

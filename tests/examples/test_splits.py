@@ -242,18 +242,32 @@ def test_a_plan_is_run_resumed_and_reported(place, tmp_path, monkeypatch):
         steps=8,
         evaluate_every=4,
         patience=8,
+        larger_rate=2e-3,
         stages=((("text", "whole", "0+4"), "quarter", (0,)), (("1+24",), "train", (0,))),
+        larger=((("0+4",), "quarter", (0,)),),
     )
     frontier(plan, place, results, workers=1)
     made = {path.name for path in results.glob("*-rate0.002.json")}
     assert made == {
         f"{run}-0-rate0.002.json"
-        for run in ("text-quarter", "whole-quarter", "0+4-quarter", "1+24-train")
+        for run in (
+            *("text-quarter", "whole-quarter", "0+4-quarter", "1+24-train"),
+            "0+4-quarter-larger",
+        )
     }
+    small, larger = (
+        json.loads((results / f"0+4-quarter{name}-0-rate0.002.json").read_text())
+        for name in ("", "-larger")
+    )
+    assert larger["parameters"] > 5 * small["parameters"]
+    # Files of before there were two students do not say which, and count.
+    del small["settings"]["student"]
+    (results / "0+4-quarter-0-rate0.002.json").write_text(json.dumps(small))
     monkeypatch.setattr(program, "_run", lambda *_: pytest.fail("it was done"))
     frontier(plan, place, results, workers=1)
     page.write_text(f"{BEGIN}\n{END}\n")
     write_frontier(results, page)
-    assert "4 of 4 runs" in page.read_text()
+    assert "5 of 5 runs" in page.read_text()
     assert "Not complete" not in page.read_text()
-    assert "### With all data" in page.read_text()
+    assert "### With all data\n" in page.read_text()
+    assert "### With a quarter of the data, a student of 5.3 million parameters" in page.read_text()

@@ -24,6 +24,13 @@ from examples.experiment.splits.sizes import DRAW_LOGPROB_BYTES, STATISTICS
 from examples.experiment.train import read_json
 
 
+PARTS = DATA | {
+    f"{data}, larger": f"{words}, a student of 5.3 million parameters"
+    for data, words in DATA.items()
+}
+"""Which runs stand in one table."""
+
+
 def write_frontier(results: Path, page: Path) -> None:
     """Render what is there, however little.
 
@@ -36,13 +43,13 @@ def write_frontier(results: Path, page: Path) -> None:
         raise ValueError(f"{results} has no results yet; run: make experiment SPLITS=1")
     found = by_arm(runs)
     plan = read_json(results / "plan.json")
-    wanted = {
-        (arm, data, seed) for arms, data, seeds in plan["stages"] for arm in arms for seed in seeds
-    }
+    wanted = sum(
+        len(arms) * len(seeds) for arms, _, seeds in (*plan["stages"], *plan.get("larger", ()))
+    )
     at = beside(page, results)
     sizes = read_json(results / "bytes.json") if (results / "bytes.json").exists() else None
-    parts = [_state(runs, len(wanted)), verdicts(found, CLAIMS)]
-    for data, words in DATA.items():
+    parts = [_state(runs, wanted), verdicts(found, CLAIMS)]
+    for data, words in PARTS.items():
         if any(of == data for _, of in found):
             parts.append(f"### With {words}\n\n{_table(found, data, sizes)}")
     if sizes:
