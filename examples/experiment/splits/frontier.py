@@ -17,7 +17,6 @@ from examples.experiment.prepare import Place, prepare
 from examples.experiment.runs import run_all, say
 from examples.experiment.train import Settings
 
-
 Stage = tuple[tuple[str, ...], str, tuple[int, ...]]
 """(arms, data, seeds)."""
 

@@ -23,7 +23,6 @@ from examples.experiment.splits.frontier import CLAIMS
 from examples.experiment.splits.sizes import DRAW_LOGPROB_BYTES, STATISTICS
 from examples.experiment.train import read_json
 
-
 PARTS = DATA | {
     f"{data}, larger": f"{words}, a student of 5.3 million parameters"
     for data, words in DATA.items()
