@@ -8,17 +8,18 @@ How:  an epoch is a list of blocks. The row groups are put in an order (files sh
       is a function of the seed and the epoch, so a place in it is three numbers: epoch, block, row. Threads decode the next
       block while the trainer works on this one; what they raise is raised again here.
 
-Cost: two blocks in memory, and what is decoded ahead, AHEAD blocks (a block is 43 MB at k = 50, 270 MB with whole distributions). Rows are
-      copied once, from Arrow's memory into the batch.
+Cost: two blocks in memory, and what is decoded ahead, AHEAD blocks (a block is 43 MB at k = 50, 270 MB with whole distributions); in stored
+      order only what is decoded ahead. Rows are copied once, from Arrow's memory into the batch.
 
 Shape suffixes: B rows of a batch, T their length, K values a position, P pieces (sequences, or parts of long ones).
 """
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ READERS = 2
 """Threads that decode row groups; each lets Arrow use all cores. Four were slower on two cores."""
 AHEAD = 1.5
 """Blocks that are decoded before they are wanted. More than one, else threads would wait while the last row group of one is decoded."""
+STORED_AHEAD = 0.75
+"""The same in stored order, where no block is waited for: three row groups. More would be written to memory and read from there again."""
 PADDING = {"target_ids": NO_TARGET, "sequence_ids": -1, "row_ids": -1, **NO_PROBABILITY}
 """What stands where no token is; 0 in all other columns: losses of others look all ids up before they multiply by a mask."""
 
@@ -214,8 +217,24 @@ class Batches(IterableDataset[dict[str, Tensor]]):
     def _pieces(self) -> Iterator[tuple[Piece, tuple[int, int]]]:
         """The pieces of the rest of the epoch, each with its place (block, row)."""
         blocks, first, row = self._blocks(), self._block, self._row
-        upcoming = deque(group for block in blocks[first:] for group in block)
-        most = int(self._buffer_tokens * AHEAD)
+        decoded = self._decoded(group for block in blocks[first:] for group in block)
+        for index in range(first, len(blocks)):
+            # In stored order nothing is waited for: a row group is given as soon as it is there, and is not kept.
+            pieces: Iterable[Piece] = chain.from_iterable(islice(decoded, len(blocks[index])))
+            if self._seed is not None:
+                block = list(pieces)
+                key = (self._seed, self._epoch, self._rank, index)
+                order = np.random.default_rng(key).permutation(len(block))
+                pieces = (block[place] for place in order)
+            for place, piece in enumerate(pieces):
+                if place >= row:
+                    yield piece, (index, place)
+            row = 0
+
+    def _decoded(self, groups: Iterable[RowGroup]) -> Iterator[list[Piece]]:
+        """The pieces of each row group, which threads decode ahead."""
+        upcoming = deque(groups)
+        most = int(self._buffer_tokens * (STORED_AHEAD if self._seed is None else AHEAD))
         with ThreadPoolExecutor(READERS, thread_name_prefix="logit-dataset") as pool:
             ahead: deque[tuple[int, Future[list[Piece]]]] = deque()
 
@@ -228,18 +247,10 @@ class Batches(IterableDataset[dict[str, Tensor]]):
                     ahead.append((group.num_tokens, pool.submit(self._decode, group)))
 
             submit()
-            for index in range(first, len(blocks)):
-                pieces: list[Piece] = []
-                for _ in blocks[index]:
-                    pieces += ahead.popleft()[1].result()
-                    submit()
-                order: npt.NDArray[np.int64] = np.arange(len(pieces))
-                if self._seed is not None:
-                    key = (self._seed, self._epoch, self._rank, index)
-                    order = np.random.default_rng(key).permutation(len(pieces))
-                for place in range(row, len(pieces)):
-                    yield pieces[order[place]], (index, place)
-                row = 0
+            while ahead:
+                pieces = ahead.popleft()[1].result()
+                submit()
+                yield pieces
 
     def _decode(self, group: RowGroup) -> list[Piece]:
         """The pieces of a row group, in stored order. Runs in a thread that reads ahead."""

@@ -159,7 +159,8 @@ def read_rows(
         ValueError: a value is null, an id is outside the vocabulary, or columns do not fit each other.
     """
     table = file.read_row_group(row_group, columns=["id", "chunk_index", *columns])
-    lengths_R = _lists(table, "input_ids").value_lengths().to_numpy().astype(np.int64)
+    lengths = _lists(table, "input_ids").value_lengths()
+    lengths_R = lengths.to_numpy().astype(np.int64)
     if not lengths_R.all() or table["id"].null_count or table["chunk_index"].null_count:
         raise ValueError("a row has no tokens, no id or no chunk_index")
     values: dict[str, Array] = {}
@@ -167,7 +168,8 @@ def read_rows(
     for name in columns:
         lists = _lists(table, name)
         is_cut = name in ends.kept_widths
-        if not np.array_equal(lists.value_lengths(), learned_R if is_cut else lengths_R):
+        expected = pa.array(learned_R, pa.int32()) if is_cut else lengths
+        if not lists.value_lengths().equals(expected):
             what = "the completions of completion_mask" if is_cut else "input_ids"
             raise ValueError(f"{name} and {what} have different lengths")
         values[name] = _values(lists, name)

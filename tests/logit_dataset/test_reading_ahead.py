@@ -60,16 +60,24 @@ def test_as_many_are_decoded_ahead_as_may_be(make):
     batches, reader = make([100] * 30)
     rows = iter(batches)
     next(rows)
-    # A batch is handed out when the first row that is not in it has come: of the block of four. Behind it, six of 100 tokens.
-    assert reader.settled() == list(range(10))
+    # A batch is handed out when the first row that is not in it has come: of the first row group. Behind it, three of 100 tokens.
+    assert reader.settled() == list(range(4))
+    batches, reader = make([100] * 30, seed=1)
+    rows = iter(batches)
+    next(rows)
+    # Of the block of four, whose rows are shuffled together. Behind it, six of 100 tokens.
+    assert len(reader.settled()) == 10
 
 
 def test_small_row_groups_do_not_let_large_ones_all_be_decoded(make):
-    """It is tokens that are limited: a block of forty small row groups is no leave for forty large ones."""
+    """It is tokens that are limited: a block of forty small row groups is no leave for thirty large ones."""
     batches, reader = make([10] * 40 + [200] * 30)
     rows = iter(batches)
     next(rows)
-    assert reader.settled() == list(range(43))
+    assert reader.settled() == list(range(31))
+    for _ in range(2 * 38):
+        next(rows)
+    assert reader.settled() == list(range(41))
 
 
 def test_a_row_group_that_is_larger_than_all_that_may_be_ahead_is_decoded_alone(make):
@@ -87,6 +95,7 @@ def test_batches_are_the_same_however_far_is_decoded_ahead(make, monkeypatch, si
     found = []
     for ahead, readers in [(0, 1), (1.5, 2), (9, 5)]:
         monkeypatch.setattr(module, "AHEAD", ahead)
+        monkeypatch.setattr(module, "STORED_AHEAD", ahead)
         monkeypatch.setattr(module, "READERS", readers)
         batches, _ = make(sizes, seed=seed)
         found.append([(batch["input_ids"].tolist(), batches.state_dict()) for batch in batches])
@@ -98,7 +107,7 @@ def test_batches_are_the_same_however_far_is_decoded_ahead(make, monkeypatch, si
 def test_what_cannot_be_read_is_raised_in_its_turn(make):
     batches, _ = make([100] * 9, fails_at=5)
     rows = iter(batches)
-    assert [next(rows)["input_ids"][0, 0].item() for _ in range(7)] == [0, 50, 1000, 1050, 2000, 2050, 3000]  # fmt: skip
+    assert [next(rows)["input_ids"][0, 0].item() for _ in range(9)] == [0, 50, 1000, 1050, 2000, 2050, 3000, 3050, 4000]  # fmt: skip
     with pytest.raises(ValueError, match="a null"):
         next(rows)
     assert not [t for t in threading.enumerate() if t.name.startswith("logit-dataset")]
