@@ -83,6 +83,7 @@ def pareto(
     )
     best, edge = float("-inf"), []
     named: list[tuple[float, float]] = []
+    centres = [(x_of(cost), y_of(sum(of) / len(of))) for cost, of in points.values()]
     for name, (cost, of) in sorted(points.items(), key=lambda point: point[1][0]):
         centre = sum(of) / len(of)
         if centre > best:
@@ -91,22 +92,25 @@ def pareto(
         colour = COLOURS[3] if len(of) > 1 else COLOURS[0]
         parts.append(_circle(x_of(cost), y_of(centre), 5, colour))
         parts += [_circle(x_of(cost), y_of(value), 2, colour) for value in of if len(of) > 1]
-        named.append(_beside(x_of(cost), y_of(centre), named))
+        named.append(_beside(x_of(cost), y_of(centre), named, centres))
         parts.append(_text(*named[-1], name, colour))
     line = f'<polyline points="{" ".join(edge)}" fill="none" stroke="{GRID}" stroke-width="3"/>'
     return _svg(title, [line, *parts])
 
 
-def _beside(x: float, y: float, taken: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Where the name of a dot starts: above it or below, as near as no other name (of up to 40 by 12) is hit."""
-    steps = (-6, 16, 30, 44, 58, 72)
-    places = [(x + 8, y + step) for step in steps]
-    free = [
-        place
-        for place in places
-        if not any(abs(place[0] - a) < 40 and abs(place[1] - b) < 12 for a, b in taken)
-    ]
-    return (free or places)[0]
+def _beside(
+    x: float, y: float, names: Sequence[tuple[float, float]], dots: Sequence[tuple[float, float]]
+) -> tuple[float, float]:
+    """Where the name of a dot starts: at its side, where it hits no other name (of up to 40 by 12) and no other dot."""
+    places = [(x + side, y + step) for step in (-6, 16, 30, -20) for side in (8, -42)]
+
+    def is_free(place: tuple[float, float]) -> bool:
+        left, bottom = place
+        return not any(abs(left - a) < 40 and abs(bottom - b) < 12 for a, b in names) and not any(
+            -6 < a - left < 42 and -16 < b - bottom < 6 for a, b in dots
+        )
+
+    return next(filter(is_free, places), places[0])
 
 
 def _scale(low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
