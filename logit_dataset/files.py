@@ -221,9 +221,9 @@ def row_groups(name: str, footer: pq.FileMetaData) -> list[RowGroup]:
     ]
 
 
-def first_line(error: Exception) -> str:
-    """Of its message."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+def first_line(error: BaseException) -> str:
+    """Of its message; its type, if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _leaves(footer: pq.FileMetaData) -> dict[str, int]:

@@ -35,6 +35,7 @@ from builder.capture.pipeline import Notice, Progress
 from builder.dataset.manifest import ShardRecord
 from builder.recipe.recipe import Recipe
 from builder.sources.changes import SourceChangedError
+from logit_dataset.files import first_line
 
 RETRIES = 2
 """How often a shard is tried again after its worker died or it failed: enough for a lost machine, few for a bad shard."""
@@ -259,8 +260,7 @@ def _error(error: RayError, doing: str) -> Exception:
         if isinstance(cause, Exception) and not isinstance(cause, RayError):
             return cause
         return RuntimeError(str(error).strip().splitlines()[-1])  # below its traceback
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return _Died(f"a worker died {doing}, perhaps for want of memory ({reason})")
+    return _Died(f"a worker died {doing}, perhaps for want of memory ({first_line(error)})")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 from builder.card.markdown import plain
 from builder.card.records import REPO
+from builder.dataset.printable import counted
 
 
 def provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
@@ -53,8 +54,7 @@ def corpus_name(corpus: dict[str, Any]) -> str:
         return _link(repo, f"datasets/{repo}")
     if name := corpus.get("name"):
         return plain(name)
-    count = len(corpus["files"])
-    return f"{count:,} local file{'s' if count > 1 else ''}"
+    return counted(len(corpus["files"]), "local file")
 
 
 def teacher_name(teacher: dict[str, Any]) -> str:

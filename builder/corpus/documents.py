@@ -33,6 +33,7 @@ from zstandard import ZstdError
 from builder.corpus.messages import Message, kind_of
 from builder.corpus.rows import Columns, NotRead, Said, read_row
 from builder.text.files import PART, LongText, TextFiles
+from logit_dataset.files import first_line
 
 LocalFormat = Literal["text", "json", "lines", "parquet", "csv"]
 """Of local files; `lines` are texts beside JSON lines."""
@@ -385,8 +386,7 @@ def readable(where: str, advice: str = "mend it or leave it out") -> Iterator[No
         zlib.error,
         ZstdError,
     ) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{where} cannot be read ({reason}); {advice}") from None
+        raise ValueError(f"{where} cannot be read ({first_line(error)}); {advice}") from None
 
 
 def _check_parquet(path: Path, columns: tuple[str, ...]) -> None:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from builder.dataset.printable import counted
+
 
 def sentences(manifest: dict[str, Any]) -> list[str]:
     """How the teacher wrote completions; nothing where it did not."""
@@ -13,16 +15,16 @@ def sentences(manifest: dict[str, Any]) -> list[str]:
     each = f", {how['samples']:,} for each" if how["samples"] > 1 else ""
     with_id = f" (id {' or '.join(f'{token:d}' for token in eos_ids)})" if eos_ids else ""
     found = [
-        f"The teacher wrote {_count(counts['completions'], 'completion')} of {_count(counts['prompts'], 'prompt')}{each}: it "
+        f"The teacher wrote {counted(counts['completions'], 'completion')} of {counted(counts['prompts'], 'prompt')}{each}: it "
         f"{_manner(how, counts['corrected'])}.",
         f"{counts['ended']:,} of them {'end' if counts['ended'] != 1 else 'ends'} with a token that ends a text{with_id}; the others "
-        f"were cut after {_count(how['max_new_tokens'], 'token')}.",
+        f"were cut after {counted(how['max_new_tokens'], 'token')}.",
     ]
     if how["samples"] > 1:
         found.append("The `id` of a row is that of its prompt with /0, /1, … behind it.")
     if too_long := counts["prompts_too_long"]:
         found.append(
-            f"Without room for a completion, and so not in it: {_count(too_long, 'prompt')}."
+            f"Without room for a completion, and so not in it: {counted(too_long, 'prompt')}."
         )
     found.append(
         "However tokens were chosen, the stored distributions are those of the teacher at temperature 1 over its whole vocabulary, "
@@ -41,8 +43,8 @@ def line(manifest: dict[str, Any]) -> str | None:
     if how["top_p"] < 1:
         manner += f", top_p {how['top_p']:g}"
     return (
-        f"{_count(counts['completions'], 'completion')} of {_count(counts['prompts'], 'prompt')}, {manner}; {counts['ended']:,} "
-        f"ended, the others were cut after {_count(how['max_new_tokens'], 'token')}"
+        f"{counted(counts['completions'], 'completion')} of {counted(counts['prompts'], 'prompt')}, {manner}; {counts['ended']:,} "
+        f"ended, the others were cut after {counted(how['max_new_tokens'], 'token')}"
     )
 
 
@@ -52,7 +54,7 @@ def _manner(how: dict[str, Any], corrected: int) -> str:
         manner = "always took the most probable token, the first of the stored ones at its position"
         if corrected:
             manner += (
-                f" (at {_count(corrected, 'near-tie')} it had rounded the other way while writing, and the stored distribution "
+                f" (at {counted(corrected, 'near-tie')} it had rounded the other way while writing, and the stored distribution "
                 "decided)"
             )
         return manner
@@ -60,7 +62,3 @@ def _manner(how: dict[str, Any], corrected: int) -> str:
     if how["top_p"] < 1:
         among = f"as few of the most probable ones as have a probability of {how['top_p']:g} together (top_p)"
     return f"drew tokens at temperature {how['temperature']:g} from {among}, with seed {how['seed']:d}"  # fmt: skip
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' if number != 1 else ''}"

@@ -1,7 +1,7 @@
 """A recipe → what building it will take: tokens, bytes, time. Reads a sample of the corpus, and writes nothing.
 
 How:  tokens are counted on the first documents and scaled by the size of the corpus, where that is known. Bytes and FLOP a token
-      are those of `plan`, without attention; a FLOP takes what it takes in a matrix product on this device, and measured builds
+      are those of `storage` and `compute`, without attention; a FLOP takes what it takes in a matrix product on this device, and measured builds
       ran at about 60 % of that.
 """
 

@@ -95,6 +95,8 @@ def _commit_on_hub(repo: str, revision: str, repo_type: Literal["dataset", "mode
         RevisionNotFoundError,
     )
 
+    from logit_dataset.files import first_line
+
     try:
         commit = HfApi().repo_info(repo, revision=revision, repo_type=repo_type).sha
     except HFValidationError:
@@ -112,12 +114,8 @@ def _commit_on_hub(repo: str, revision: str, repo_type: Literal["dataset", "mode
         ) from None
     except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         raise ValueError(
-            f"cannot reach the Hub to resolve {repo_type} {repo}@{revision} ({_first_line(error)}); "
+            f"cannot reach the Hub to resolve {repo_type} {repo}@{revision} ({first_line(error)}); "
             "check the network, or use local files"
         ) from None
     assert commit
     return commit
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

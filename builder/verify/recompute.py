@@ -35,6 +35,7 @@ from builder.verify.comparison import REBUILT, Errors, Reading, StoredRow, diver
 from builder.verify.noise import MAX_FLOAT32_ERROR, Floor, Noise, too_far_in_float32
 from builder.verify.sampling import LEAST_SHARE, Completion, Distances, TailDraws, too_few
 from builder.verify.spelling import Speller
+from logit_dataset.files import first_line
 from logit_dataset.schema import Layout, is_generated
 
 ROOM = 1.25
@@ -225,7 +226,7 @@ def _open_in_float32(
     try:
         teacher = open_teacher(exact, source, device=device)
     except (torch.OutOfMemoryError, RuntimeError, TypeError) as error:
-        raise ValueError(str(error).splitlines()[0] or type(error).__name__) from None
+        raise ValueError(first_line(error)) from None
     if teacher.dtype != torch.float32:
         raise ValueError(f"it stays in {str(teacher.dtype).removeprefix('torch.')}")
     return teacher

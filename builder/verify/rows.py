@@ -30,6 +30,7 @@ from builder.verify.invariants import (
     sampled_entropy,
     surprise_beyond_entropy,
 )
+from logit_dataset.files import first_line
 from logit_dataset.schema import Layout, arrow_schema, shortest_cut
 
 VALUES_AT_ONCE = 2**22
@@ -100,7 +101,7 @@ def check_shard(
             progress(checker.tokens - before)
     except (pa.ArrowException, OSError, ValueError) as error:
         report.problems += checker.problems
-        report.problems.append(f"{record.file}: cannot be read ({str(error).splitlines()[0]})")
+        report.problems.append(f"{record.file}: cannot be read ({first_line(error)})")
         documents.skip()
         return False
     checker.finish(record)

@@ -17,7 +17,7 @@ from builder.dataset.lookup import read_row
 from builder.recipe.file import load_recipe
 from builder.verify.verify import verify
 from logit_dataset import load_logits
-from logit_dataset.files import column_name
+from logit_dataset.files import column_name, first_line
 from tests.chats import chatty_teacher, sample_chats
 from tests.conftest import REPOSITORY, recipe_text, refit, write_jsonl
 
@@ -315,3 +315,16 @@ def test_a_small_file_that_unpacks_to_far_more_than_its_manifest_says_is_refused
         ValueError, match=r"row group 0: \w+ has [0-9]+ values, expected 200; fetch"
     ):
         load_logits(OLDER)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("what\nand why"), "what"),
+        (OSError("\n what\nand why"), "what"),
+        (MemoryError(), "MemoryError"),
+        (pa.ArrowInvalid("\n"), "ArrowInvalid"),
+    ],
+)
+def test_the_first_line_of_an_error_is_never_empty(error, line):
+    assert first_line(error) == line
