@@ -62,45 +62,45 @@ class _Source(Section):
 
 
 class CorpusRecipe(_Source):
-    """Where the documents come from: exactly one of `repo`, `files` and `embedded`."""
+    """Where the documents come from. Give exactly one of `repo`, `files` and `embedded`."""
 
     repo: str | None = None
     """A dataset on the Hub."""
     revision: str = "main"
     """Its branch, tag or commit; resolved to a commit, which is recorded."""
     config: str | None = None
-    """Its configuration, where it has several."""
+    """Its configuration, if it has several."""
     split: str = "train"
     """Its split."""
     files: tuple[str, ...] = ()
-    """Local files, globs or folders, relative to the recipe: .txt, .jsonl, .csv and .parquet, all but the last also .gz or .zst; .txt may stand
-    beside .jsonl. One needs no brackets."""
+    """Local files, globs or folders, relative to the recipe. Formats are .txt, .jsonl, .csv and .parquet; all but Parquet may also end in
+    .gz or .zst. .txt and .jsonl may be mixed. A single path needs no brackets."""
     embedded: Literal["python-docs"] | None = None
-    """A corpus that every Python brings: the language reference."""
+    """The corpus that comes with Python: the language reference."""
     text_column: str = "text"
-    """Column with the text. Where no column is named, the corpus's own of a usual name is found, and said: `text`, `messages`,
+    """Column with the text. If the recipe names no column, the build looks for one with a common name and reports it: `text`, `messages`,
     `conversations`, or `prompt` and `completion`."""
     messages_column: str | None = None
-    """Column with the messages of a chat, in place of a text: a list of {role, content}, the same as JSON text or as an object of lists, or
+    """Column with the messages of a chat, instead of a text: a list of {role, content}, the same as JSON text or as an object of lists, or
     ShareGPT's {from, value}."""
     prompt_column: str | None = None
-    """Column with what comes before the text, or before the messages: these are then its completion, which alone is learned."""
+    """Column with the prompt. The text, or the messages, are then its completion, and only the completion is learned."""
     tools_column: OptionalColumn = None
-    """Column with the tools of a chat, for its template; `tools`, if there is one; false, if that is not for the teacher."""
+    """Column with the tools of a chat, for its template. By default `tools`, if there is one; false hides it from the teacher."""
     documents_column: OptionalColumn = None
-    """The same with documents to answer from: `documents`."""
+    """Column with the documents that a chat refers to, for its template. By default `documents`, as above."""
     chat_template_kwargs_column: OptionalColumn = None
-    """The same with variables of the chat template: `chat_template_kwargs`."""
+    """Column with variables of the chat template. By default `chat_template_kwargs`, as above."""
     id_column: str | None = None
-    """Column with the document's id; without one, the id is a hash of the text, or of the messages."""
+    """Column with the document's id. Without it, the id is a hash of the text or of the messages."""
     text_unit: Literal["file", "line"] = "file"
-    """What one document of a .txt file is."""
+    """Whether a .txt file is one document, or one document per line."""
     max_documents: Positive | None = None
     """Stop after this number of documents."""
     max_tokens: Positive | None = None
     """Stop after the document that reaches this number of tokens."""
     license: License | None = None
-    """Licence of the texts, which are in the dataset; publishing needs it. The embedded corpus brings its own."""
+    """Licence of the texts, which the dataset contains. Required for publishing; the embedded corpus sets its own."""
     language: tuple[Language, ...] = ()
     """Languages of the texts, for the card."""
 
@@ -130,7 +130,7 @@ class CorpusRecipe(_Source):
 
 
 class TeacherRecipe(_Source):
-    """The language model whose distributions are captured: exactly one of `repo`, `path`, `gguf`, `python`, `embedded`."""
+    """The language model whose distributions are captured. Give exactly one of `repo`, `path`, `gguf`, `python` and `embedded`."""
 
     repo: str | None = None
     """A model on the Hub, with safetensors weights."""
@@ -141,32 +141,32 @@ class TeacherRecipe(_Source):
     gguf: str | None = None
     """A local GGUF file, relative to the recipe; its weights are dequantised."""
     python: str | None = None
-    """A Python file of your own, relative to the recipe, whose function `load_teacher(*weights)` returns a torch module (ids [B, T] →
-    logits [B, T, V], causal) and its tokenizer. It is run."""
+    """A Python file of your own, relative to the recipe. Its function `load_teacher(*weights)` returns a causal torch module (ids [B, T] →
+    logits [B, T, V]) and its tokenizer. The build runs this file."""
     weights: tuple[str, ...] = ()
-    """Files with its weights, whose paths that function is given."""
+    """Files with its weights. Their paths are the arguments of `load_teacher`."""
     embedded: Literal["smollm2-135m-instruct"] | None = None
     """A teacher that comes as a Python package: SmolLM2-135M-Instruct, Q4_1."""
     tokenizer: str | None = None
-    """Directory of the right tokenizer for a GGUF file whose own one cannot be rebuilt faithfully."""
+    """Directory of the original tokenizer, for a GGUF file whose own tokenizer cannot be rebuilt faithfully."""
     config: str | None = None
-    """The original config.json, or its directory, for a GGUF file that does not say all of its model."""
+    """The original config.json, or its directory, for a GGUF file that does not describe its model completely."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Type of the weights and of the forward pass; with `python`, float32 unless it is named. Statistics are float32 in any case."""
+    """Type of the weights and of the forward pass. With `python`, the default is float32. Statistics are always float32."""
     head_dtype: Literal["float32", "teacher"] = "float32"
-    """Type of the logits of a 16-bit teacher: in float32, the product of its head is kept as it is summed; `teacher` rounds it to `dtype`, as
-    the model does by itself. Datasets from before this key are of `teacher`, and an unfinished one stays so where it is left out."""
+    """Type of a 16-bit teacher's logits. `float32` keeps the unrounded sums of its head; `teacher` rounds them to `dtype`, as the model itself
+    does. Datasets built before this key existed count as `teacher`; an unfinished one stays so if the key is not set."""
     attention: Attention = None
-    """What computes it: `sdpa`, `eager`, `flash_attention_2` (or 3, or 4), or a pinned kernel of the Hub. Unset, the best of the first two
-    that the teacher's class supports; the plan and the manifest say which."""
+    """Attention implementation: `sdpa`, `eager`, `flash_attention_2` (or 3, or 4), or a pinned kernel from the Hub. By default `sdpa` if the
+    teacher's class supports it, else `eager`. The plan and the manifest record it."""
     device_map: Literal["auto"] | None = None
-    """For a teacher that is too large for one GPU: its layers are placed on all that there are, and work one after the other."""
+    """For a teacher too large for one GPU: places whole layers on all visible GPUs, which work one after the other."""
     tensor_parallel: Annotated[int, Field(ge=2)] | None = None
-    """The same, faster: each layer is split over so many GPUs, which work at the same time."""
+    """For a teacher too large for one GPU: splits each layer over this number of GPUs, which work at the same time and are faster."""
     trust_remote_code: bool = False
-    """Run code from the Hub: the model's own, from `repo`, for which `revision` has to be a full commit, or that of an attention kernel."""
+    """Run code from the Hub: the model's own code from `repo`, with a full commit as `revision`, or the code of an attention kernel."""
     license: License | None = None
-    """Licence of the teacher, which may cover its outputs; publishing needs it. The embedded one brings its own."""
+    """Licence of the teacher, which may cover its outputs. Required for publishing; the embedded teacher sets its own."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -208,25 +208,25 @@ class SequencesRecipe(Section):
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Longest sequence in tokens, special tokens included."""
     long_documents: Literal["chunk", "truncate"] = "chunk"
-    """Cut a longer document into chunks, each seen by the teacher on its own, or keep its beginning only."""
+    """Cut a longer document into chunks, which the teacher sees independently, or keep only its beginning."""
     bos: SpecialToken = "tokenizer"
-    """Begin-of-sequence token before each sequence: as the tokenizer does it, always, or never."""
+    """Begin-of-sequence token before each sequence: as the tokenizer adds it, always, or never."""
     eos: SpecialToken = "tokenizer"
-    """End-of-sequence token after each document's last sequence: as the tokenizer does it, always, or never."""
+    """End-of-sequence token after each document's last sequence: as the tokenizer adds it, always, or never."""
     learn: Literal["all", "last"] = "all"
-    """Of a chat, all answers from one row, or each from the conversation up to it, a row each: for templates that write an answer otherwise
-    once the conversation goes on."""
+    """`all`: one row per chat, with all its answers. `last`: one row per answer, with the conversation before it, for templates that rewrite an
+    answer when the conversation continues."""
     chat_template: str | None = None
-    """A file with the chat template to use in place of the tokenizer's, relative to the recipe."""
+    """File with the chat template to use instead of the tokenizer's, relative to the recipe."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Variables of the chat template, such as enable_thinking = false. A chat's own come before these."""
+    """Variables of the chat template, such as enable_thinking = false. A chat's own variables override these."""
     chat_template_date: str | None = None
-    """What a template takes for today, as "2026-01-31", that writes the date."""
+    """The date that a chat template writes as today, such as "2026-01-31"."""
     drop_unwritten: tuple[str, ...] = ()
-    """What of a chat may go that the template does not write, and is counted: keys of messages, "tools", "documents", or "*" for anything."""
+    """Parts of a chat that the template may omit: keys of messages, "tools", "documents", or "*" for anything. Omissions are counted."""
     batch_tokens: BatchTokens = 16_384
-    """Positions in a batch, padding included; with 1, each sequence runs alone. Part of the recipe, for the shape of a batch changes
-    last bits. "auto" tries some sizes on the device when a build begins, and records the number that it takes."""
+    """Positions per batch, padding included; with 1, each sequence runs alone. It is a recipe key because batch size changes the last bits of
+    results. "auto" tries several sizes on the device when a build begins and records the chosen one."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -241,20 +241,20 @@ class SequencesRecipe(Section):
 
 
 class GenerationRecipe(Section):
-    """How the teacher writes completions, where the rows of the corpus are prompts."""
+    """How the teacher writes completions. The rows of the corpus are then prompts."""
 
     max_new_tokens: Positive
-    """Where a completion ends that has not come to an end-of-sequence token."""
+    """Longest completion in tokens. A completion ends earlier at an end-of-sequence token."""
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
-    """Of the distribution that tokens are drawn from; 0 takes the most probable token. What is stored is that of temperature 1."""
+    """Sampling temperature; 0 takes the most probable token. The stored distribution is always that of temperature 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Draw from the most probable tokens only, as few as have this probability together."""
+    """Draw only from the smallest set of most probable tokens whose total probability reaches this value."""
     samples: Annotated[int, Field(gt=0, le=10_000)] = 1
-    """Completions of each prompt."""
+    """Completions per prompt."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the draws, together with the document's id: change it to draw others."""
+    """Seed of the sampler, together with the document's id. Change it to get other completions."""
     batch_tokens: Positive = 16_384
-    """Positions of the sequences that are written at the same time, padding included: more are faster on a GPU."""
+    """Positions of the sequences generated at the same time, padding included. Larger values are faster on a GPU."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -278,30 +278,30 @@ class OutputRecipe(Section):
     """What is stored."""
 
     top_k: TopK = 50
-    """Most probable tokens that are kept; "all" keeps the log-probabilities of the whole vocabulary, in its order."""
+    """Number of most probable tokens to keep per position. "all" keeps the log-probabilities of the whole vocabulary, in the order of its ids."""
     tail_samples: Annotated[int, Field(ge=0, le=1024)] = 4
-    """Tokens drawn from what is outside the top K: with them, expectations over the whole distribution are unbiased."""
+    """Sampled tail tokens per position, drawn from outside the top K. They make expectations over the whole distribution unbiased."""
     tail_logprobs: bool = True
-    """Keep the log-probabilities of these draws. The loss needs their ids alone, and each log-probability takes as many bytes as an id."""
+    """Keep the log-probabilities of the draws. The loss needs only their ids, and a log-probability takes as many bytes as an id."""
     validation: Annotated[float, Field(gt=0, lt=0.5)] | None = None
-    """Share of the documents that are held out, in a split `validation` beside `train`: 0.01, for example. A document's id and `seed` decide."""
+    """Share of the documents to hold out in a split `validation`, for example 0.01. A document's id and `seed` decide."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the draws and the hold-out, together with the document's id: change it to draw others."""
+    """Seed of the draws and the hold-out, together with the document's id. Change it for other draws and another hold-out."""
     temperatures: tuple[Temperature, ...] = ()
-    """Other temperatures at which the distribution is to be known."""
+    """Further temperatures at which to store the logsumexp, so that the distribution is known there, too."""
     hidden_states: bool = False
-    """Keep the teacher's last hidden states, and its head beside the data, which makes the whole distribution of them again."""
+    """Keep the teacher's last hidden states, and store its head beside the data. Together they give the whole distribution."""
     completions_only: bool = False
-    """Keep columns of several values a token only where the next token is the completion's: prompts then cost next to nothing."""
+    """Keep columns with several values per token only at positions in the loss mask. Prompts then cost almost nothing."""
     text: bool = True
     """Keep the `text` column."""
     profile: Literal["default", "compact"] = "default"
-    """Parquet profile: `compact` saves 7 % but DuckDB cannot read its `topk_logprobs`."""
+    """Parquet profile. `compact` saves 7 %, but DuckDB cannot read its `topk_logprobs`."""
     shard_tokens: Positive = 1_000_000
-    """A shard ends with the document that reaches this number of tokens (about 170 bytes each). A document of more than twice as many goes on
-    in the next shard."""
+    """A shard ends with the document that reaches this number of tokens, at about 170 bytes per token. A document of more than twice this
+    number continues in the next shard."""
     partitions: Positive = 1
-    """Independent streams over the corpus's files, which can be built at the same time."""
+    """Number of independent ranges of the corpus's files, which can be built at the same time."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
