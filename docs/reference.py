@@ -130,8 +130,8 @@ def recipe_page() -> str:
         GENERATED.format(source="builder/recipe/sections.py"),
         "# Recipe\n",
         "A recipe is a TOML file that decides every byte of a dataset. Unknown keys are refused. `logit-dataset build RECIPE --output DIR "
-        "--dry-run` prints a recipe as it is resolved, with all defaults, and writes nothing. `dataset_cards/` and `examples/` hold recipes that "
-        "are built.\n",
+        "--dry-run` prints the resolved recipe with all defaults and writes nothing. `dataset_cards/` and `examples/` hold complete "
+        "recipes.\n",
     ]
     models = {"": Recipe, **SECTIONS}
     for name, section in models.items():
@@ -155,8 +155,8 @@ def cli_page() -> str:
     page = [
         GENERATED.format(source="builder/cli/"),
         "# Command line\n",
-        "In a checkout, the command is `.venv/bin/logit-dataset`. Data goes to stdout, progress and notices to stderr. Exit status: 0 done, 1 "
-        "something was found, 2 a wrong command line, 130 interrupted. Errors are red on a terminal, unless `NO_COLOR` is set. [Messages](faq.md) are explained on their own page.\n",
+        "In a checkout, the command is `.venv/bin/logit-dataset`. Data goes to stdout, progress and notices to stderr. Exit status: 0 success, 1 an "
+        "error or a problem in the data, 2 a wrong command line, 130 interrupted. Errors are red on a terminal, unless `NO_COLOR` is set. See [messages](faq.md) for error messages.\n",
     ]
     group: Any = typer.main.get_command(app)
     for name, command in group.commands.items():

@@ -45,15 +45,13 @@ def build(
     ] = None,
     workers: Annotated[
         int,
-        typer.Option(min=1, help="Partitions that are built at the same time, by Ray."),
+        typer.Option(min=1, help="Number of partitions to build at the same time, with Ray."),
     ] = 1,
     ray_address: Annotated[
         str | None,
-        typer.Option(help="A Ray cluster for the workers, such as auto; this machine by default."),
+        typer.Option(help="Address of a Ray cluster, such as auto; by default this machine."),
     ] = None,
-    gpus_per_worker: Annotated[
-        float | None, typer.Option(min=0, help="GPUs that each worker has to itself.")
-    ] = None,
+    gpus_per_worker: Annotated[float | None, typer.Option(min=0, help="GPUs per worker.")] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -69,14 +67,14 @@ def build(
         str | None,
         typer.Option(
             metavar="ORG/NAME",
-            help="Send shards there while they are built, resume from what is there, and publish in the end.",
+            help="Upload shards to this repository during the build, resume from it, and publish at the end.",
         ),
     ] = None,
     discard_local: Annotated[
         bool,
         typer.Option(
             "--discard-local",
-            help="Delete each shard here once it is there: four stay at most, and one more for each further worker.",
+            help="Delete each local shard after its upload. At most four stay, plus one for each further worker.",
         ),
     ] = False,
     tag: TagOption = None,

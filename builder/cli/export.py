@@ -28,36 +28,36 @@ class Tail(StrEnum):
 
 def export(
     dataset: DatasetArgument,
-    to: Annotated[Trainer, typer.Option(help="The trainer that is to read the output.")],
-    output: Annotated[Path, typer.Option(help="Directory to make.")],
+    to: Annotated[Trainer, typer.Option(help="The trainer that will read the output.")],
+    output: Annotated[Path, typer.Option(help="Directory to create.")],
     revision: RevisionOption = None,
     tail: Annotated[
         Tail | None,
         typer.Option(
-            help="The mass outside the top K: as ids drawn from it, as one bucket, or lost; by default the best that the trainer and the "
-            "dataset have."
+            help="How to export the mass outside the top K: as sampled ids, as one bucket, or not at all; by default the best that the trainer "
+            "and the dataset support."
         ),
     ] = None,
     length: Annotated[
         int | None,
         typer.Option(
             min=2,
-            help="Tokens of a row, for DistillKit and MaxText; the recipe's max_length by default.",
+            help="Tokens per row, for DistillKit and MaxText; by default the recipe's max_length.",
         ),
     ] = None,
     packed: Annotated[
-        bool, typer.Option("--packed", help="For DistillKit, put several sequences into a row.")
+        bool, typer.Option("--packed", help="For DistillKit, pack several sequences into each row.")
     ] = False,
     split: Annotated[
         Split | None,
         typer.Option(
-            help="The only split to write. By default, axolotl and DistillKit get all that there are, and MaxText gets train."
+            help="Write this split only. By default, axolotl and DistillKit get all splits, and MaxText gets train."
         ),
     ] = None,
 ) -> None:
     """Convert a dataset for another trainer.
 
-    Trainers are axolotl, DistillKit and MaxText. A README in the output says how to use it, and what is lost.
+    Trainers are axolotl, DistillKit and MaxText. A README in the output says how to use it and what is lost.
     """
     from logit_dataset.export.export import export as write
 

@@ -19,24 +19,24 @@ class Format(StrEnum):
 def info(
     dataset: DatasetArgument,
     revision: RevisionOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     format: Annotated[
         Format, typer.Option(help="The former spelling of --json.", hidden=True)
     ] = Format.HUMAN,
     row: Annotated[
         int | None,
-        typer.Option(min=0, help="Show this row's tokens and what the teacher expected."),
+        typer.Option(min=0, help="Show this row's tokens with the teacher's predictions."),
     ] = None,
     position: Annotated[
         int | None,
-        typer.Option(min=0, help="Show the teacher's alternatives at this position of the row."),
+        typer.Option(min=0, help="Show the teacher's predictions at this position of the row."),
     ] = None,
     split: SplitOption = None,
     teacher: TeacherOption = None,
 ) -> None:
     """Describe a dataset, or show one of its rows.
 
-    A row is shown token by token, with the tokens that the teacher expected.
+    A row is shown token by token, with the teacher's predictions.
     """
     from builder.dataset import info as information
     from builder.dataset.lookup import file_of_row

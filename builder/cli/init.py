@@ -11,14 +11,16 @@ from builder.console.terminal import UsageError, program, quiet_libraries, say
 
 
 def init(
-    directory: Annotated[Path, typer.Argument(help="Where recipe.toml is written.")] = Path(),
+    directory: Annotated[Path, typer.Argument(help="Directory for recipe.toml.")] = Path(),
     corpus: Annotated[
         list[str] | None,
-        typer.Option(help="Files of texts or chats, or a dataset on the Hub; may be repeated."),
+        typer.Option(help="Files of texts or chats, or a dataset on the Hub; repeatable."),
     ] = None,
     teacher: Annotated[
         str | None,
-        typer.Option(help="A directory, a GGUF file or a model on the Hub; else the embedded one."),
+        typer.Option(
+            help="A directory, a GGUF file or a model on the Hub; by default the embedded one."
+        ),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="The corpus holds chats.")] = False,
 ) -> None:

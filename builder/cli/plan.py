@@ -25,39 +25,42 @@ def plan(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as dataset_cards/*/recipe.toml.")],
     tokens: Annotated[
         float | None,
-        typer.Option(min=1, help="To capture, such as 1e12; the recipe's max_tokens by default."),
+        typer.Option(
+            min=1, help="Tokens to capture, such as 1e12; by default the recipe's max_tokens."
+        ),
     ] = None,
     gpu: Annotated[
-        Gpu, typer.Option(help="Whose peak its maker's data sheet gives: dense, for the dtype.")
+        Gpu,
+        typer.Option(help="The GPU; its dense peak for the dtype is from the vendor's data sheet."),
     ] = Gpu.H100,
     peak: Annotated[
         float | None,
-        typer.Option(min=1e-6, help="TFLOPS of other hardware, in place of the GPU's."),
+        typer.Option(min=1e-6, help="Peak TFLOPS of other hardware, instead of --gpu."),
     ] = None,
     utilization: Annotated[
         float | None,
         typer.Option(
             min=0.001,
             max=1,
-            help="Share of the peak that the teacher reaches; by default what an H100 did with one of its size.",
+            help="Share of the peak that the teacher reaches; by default the share measured on an H100 for its size.",
         ),
     ] = None,
     parameters: Annotated[
         float | None,
         typer.Option(
             min=1,
-            help="Of the teacher, such as 8e9, if its files are not here; of experts, those that a token uses.",
+            help="Parameters of the teacher, such as 8e9, if its files are not local; for a mixture of experts, those active per token.",
         ),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="GPUs, each with a copy of the teacher.")] = 1,
     mbit: Annotated[
-        float, typer.Option(min=0.001, help="Of upload a second, for all workers together.")
+        float, typer.Option(min=0.001, help="Upload speed in Mbit/s of all workers together.")
     ] = 1000,
-    as_json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Calculate GPU hours, bytes and days of a build.
 
-    Nothing is run. docs/planning.md has the formulas, and their sources.
+    Nothing is run. docs/planning.md has the formulas and their sources.
     """
     from dataclasses import asdict
 

@@ -37,9 +37,9 @@ def publish(
     device: DeviceOption = Device.AUTO,
     teacher: TeacherOption = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List files, bytes and the card; change nothing.")
+        bool, typer.Option("--dry-run", help="List files, sizes and the card; change nothing.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Publish a finished dataset as a tagged version.

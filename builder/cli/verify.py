@@ -28,14 +28,15 @@ def verify(
     dataset: DatasetArgument,
     revision: RevisionOption = None,
     recompute: Annotated[
-        int, typer.Option(min=0, help="Random rows to run through the teacher again.")
+        int, typer.Option(min=0, help="Number of random rows to recompute with the teacher.")
     ] = 0,
     seed: Annotated[
-        int | None, typer.Option(help="Chooses the random rows; a new one each time by default.")
+        int | None,
+        typer.Option(help="Seed that chooses the random rows; by default a new one each time."),
     ] = None,
     record: Annotated[
         bool,
-        typer.Option("--record", help="Keep what --recompute finds, for the card of the dataset."),
+        typer.Option("--record", help="Save the result of --recompute for the card."),
     ] = False,
     device: DeviceOption = Device.AUTO,
     teacher: TeacherOption = None,
@@ -50,21 +51,21 @@ def verify(
 ) -> None:
     """Check files, manifest, card and every row of a dataset.
 
-    With --recompute, run the teacher again on random rows, and compare. One line per problem goes to stdout, and the exit status is 1 if
+    With --recompute, run the teacher again on random rows and compare. One line per problem goes to stdout, and the exit status is 1 if
     there is any. Notes, which are not problems, go to stderr.
 
-    Whoever can change a file can make its hash fit. Without the teacher, verify still finds: a manifest that contradicts itself; values that
-    break an invariant of the schema; rows, chunks or documents that are missing, repeated or out of order by offsets and counts; ids that are
-    not the hash of their text; a card that loads something else, or names other types, sizes or licences.
+    Anyone who can change a file can also change its hash. Even so, verify without the teacher finds: a manifest that contradicts itself;
+    values that break an invariant of the schema; rows, chunks or documents that are missing, repeated or out of order by offsets and
+    counts; ids that are not the hash of their text; a card that loads something else, or states other types, sizes or licences.
 
-    With --recompute, it also finds, in the rows that are drawn: values that obey every invariant and are not the teacher's; tokens that are
-    not those of the text; draws, or completions, that are not those of the seed; values that were computed in another dtype.
+    With --recompute, it also finds, in the recomputed rows: values that satisfy every invariant but are not the teacher's; tokens that do
+    not match the text; draws or completions that do not match the seed; values computed in another dtype.
 
-    It does not find: rows that are not drawn and forged with all of this in mind; documents that were left out, replaced or exchanged with all
-    counts made to fit; differences within the rounding of a column, or below the noise of 16 bits; a wrong completion_mask of a chat, whose
-    messages are not in the dataset; texts that are not those of the corpus; wrong texts without --recompute, where ids are not their
-    hashes. It believes what is only stated: device, versions, seconds, license, verification.json, release.json. Text below the head of
-    the card may be its owner's, and is a note.
+    It does not find: rows that were forged with these checks in mind and are not recomputed; documents that were left out, replaced or
+    exchanged with all counts adjusted; differences within a column's rounding, or below the noise of 16 bits; a wrong completion_mask of
+    a chat, whose messages are not in the dataset; texts that differ from the corpus; wrong texts without --recompute, if ids are not their
+    hashes. It cannot check plain statements: device, versions, seconds, license, verification.json, release.json. The owner may edit the
+    card below its head, so a difference there is a note.
     """
     from builder.dataset.manifest import read_manifest
     from builder.dataset.printable import counted, one_line

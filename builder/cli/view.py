@@ -17,28 +17,28 @@ if TYPE_CHECKING:
 def view(
     dataset: DatasetArgument,
     revision: RevisionOption = None,
-    rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 20,
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows to show.")] = 20,
     start: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Show the rows from this one on; without it, they are spread over the dataset, on the Hub over its first file.",
+            help="First row to show. By default, rows are spread over the dataset, or over its first file if it is on the Hub.",
         ),
     ] = None,
     split: SplitOption = None,
     against: Annotated[
         str | None,
-        typer.Option(help="A second dataset of the same rows, to compare with; ORG/NAME@REV."),
+        typer.Option(
+            help="A second dataset of the same rows to compare with: a directory or ORG/NAME@REV."
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(help="The page to write.")] = Path("view.html"),
-    open_page: Annotated[
-        bool, typer.Option("--open", help="Open the page in a browser, too.")
-    ] = False,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     teacher: TeacherOption = None,
 ) -> None:
     """Write a page of texts and the teacher's predictions.
 
-    It is one HTML file. It shows each token with its alternatives.
+    The page is one HTML file. It shows each token with the teacher's predictions for its place.
     """
     from builder.dataset.printable import as_size, counted
     from builder.dataset.shards import atomic_file

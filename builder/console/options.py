@@ -23,13 +23,13 @@ class Split(StrEnum):
 
 
 DeviceOption = Annotated[
-    Device, typer.Option(help="Where the teacher runs; auto takes a GPU if there is one.")
+    Device, typer.Option(help="Device of the teacher; auto uses a GPU if there is one.")
 ]
 TeacherOption = Annotated[
     Path | None,
     typer.Option(
         "--teacher",
-        help="The teacher's directory, GGUF file or Python file, where the recipe names a local one. A Python file is run.",
+        help="The teacher's directory, GGUF file or Python file, if the recipe names a local one. A Python file is run.",
     ),
 ]
 
@@ -37,12 +37,12 @@ DatasetArgument = Annotated[
     str, typer.Argument(help="Directory of a finished dataset, or ORG/NAME on the Hub.")
 ]
 RevisionOption = Annotated[
-    str | None, typer.Option(help="Tag, branch or commit, of a dataset on the Hub.")
+    str | None, typer.Option(help="Tag, branch or commit of a dataset on the Hub.")
 ]
 
 SplitOption = Annotated[
     Split | None,
-    typer.Option(help="Count rows within this split; by default those of train come first."),
+    typer.Option(help="Count rows within this split. By default, rows of train come first."),
 ]
 
 QuietOption = Annotated[
@@ -51,12 +51,12 @@ QuietOption = Annotated[
         "--quiet",
         "-q",
         envvar="LOGIT_DATASET_QUIET",
-        help="No progress on stderr; notices and errors stay.",
+        help="Hide progress on stderr; notices and errors stay.",
     ),
 ]
 
 TagOption = Annotated[
-    str | None, typer.Option(help="A version like v1.2.3; the next one by default.")
+    str | None, typer.Option(help="A version such as v1.2.3; by default the next one.")
 ]
 PrivateOption = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
 MessageOption = Annotated[str | None, typer.Option(help="A line for the changelog.")]
@@ -65,6 +65,6 @@ RecomputeOption = Annotated[
     typer.Option(
         "--recompute",
         min=0,
-        help="Random rows to run through the teacher again before publishing, unless a result is recorded.",
+        help="Number of random rows to recompute with the teacher before publishing, unless a result is recorded.",
     ),
 ]
