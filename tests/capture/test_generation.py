@@ -11,7 +11,7 @@ import torch
 from datasets import load_dataset
 
 from builder.capture import generation
-from builder.capture.decoding import Decoder
+from builder.capture.decoding import Decoder, Drafter
 from builder.dataset.identity import fingerprint
 from builder.dataset.info import describe, describe_row
 from builder.dataset.manifest import read_manifest, records_of
@@ -138,28 +138,75 @@ def test_a_list_of_ends_is_respected_and_recorded(make_recipe, tmp_path, tiny_te
 # Greedy
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def write_others(monkeypatch) -> None:
+    """Have drafts go wrong at every fifth step, wherever their attention happens to be that of the forward pass to the bit."""
+    logits, calls = Drafter.logits, iter(range(10**9))
+
+    def wrong(self, sequences, numbers=None):
+        found_BV = logits(self, sequences, numbers)
+        if next(calls) % 5 == 4:
+            found_BV = found_BV.scatter(1, found_BV.argmax(-1, keepdim=True), -torch.inf)
+        return found_BV
+
+    monkeypatch.setattr(Drafter, "logits", wrong)
+
+
+@pytest.mark.parametrize("writer", ["float32", "drafter", "wrong drafter", "generate"])
 @pytest.mark.parametrize(
     "output", ["", 'top_k = "all"', "completions_only = true\nhidden_states = true"]
 )
 def test_every_greedy_token_is_the_first_of_what_is_stored(
-    dtype, output, make_recipe, tmp_path, monkeypatch
+    writer, output, make_recipe, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(generation, "FIRST_DRAFT_TOKENS", 7)
     monkeypatch.setattr(generation, "SHORTEST_DRAFT_TOKENS", 5)
+    monkeypatch.setattr(generation, "CAPTURE_SHARE", {"cpu": 1e-4})
+    if writer == "wrong drafter":
+        write_others(monkeypatch)
+    elif writer == "generate":
+        monkeypatch.setattr(Decoder, "_can_draft", lambda self: False)
     write_jsonl(tmp_path / "corpus.jsonl", prompts(30))
     recipe = make_recipe(generation=f"{GREEDY}\nbatch_tokens = 300", output=output or "top_k = 20")
-    recipe.write_text(recipe.read_text().replace('"float32"', f'"{dtype}"'))
+    if writer != "float32":
+        recipe.write_text(recipe.read_text().replace('"float32"', '"bfloat16"'))
     run(recipe, tmp_path / "out")
     assert not_the_captured_choice(tmp_path / "out") == []
     assert problems(tmp_path / "out") == []  # target_logprob of a corrected token, too
     corrected = read_manifest(tmp_path / "out")["totals"]["completions"]["corrected"]
-    assert corrected == 0 if dtype == "float32" else corrected > 3
+    if writer == "float32":
+        assert corrected == 0
+    elif writer != "drafter":
+        assert corrected > 3
+
+
+def test_a_draft_ends_with_the_text_and_later_ones_go_on_from_what_counts(
+    make_recipe, tmp_path, monkeypatch, tiny_teacher_dir
+):
+    """Ends that come in the middle of drafts; the same completions, however long drafts are and wherever they go wrong."""
+    teacher = tmp_path / "chatty"
+    shutil.copytree(tiny_teacher_dir, teacher)
+    recipe = make_recipe(teacher=teacher, generation=GREEDY)
+    recipe.write_text(recipe.read_text().replace('"float32"', '"bfloat16"'))
+    run(recipe, tmp_path / "plain")
+    ends = sorted({ids[9] for ids in written(tmp_path / "plain").values() if len(ids) > 9})[:3]
+    (teacher / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    run(recipe, tmp_path / "whole")
+    lengths = {len(ids) for ids in written(tmp_path / "whole").values()}
+    assert len(lengths) > 2
+    write_others(monkeypatch)
+    run(recipe, tmp_path / "wrong")
+    monkeypatch.setattr(generation, "CAPTURE_SHARE", {"cpu": 1e-4})
+    monkeypatch.setattr(generation, "SHORTEST_DRAFT_TOKENS", 4)
+    run(recipe, tmp_path / "short")
+    for name in ("wrong", "short"):
+        assert written(tmp_path / name) == written(tmp_path / "whole")
+        assert problems(tmp_path / name, teacher, recompute=30) == []
 
 
 def test_a_verifier_that_looks_away_would_let_wrong_tokens_pass(make_recipe, tmp_path, monkeypatch):
     """So that the test above shows that the capture pass decides, and not that nothing is ever in doubt."""
     monkeypatch.setattr(generation, "_choices", lambda found, following: following)
+    write_others(monkeypatch)
     write_jsonl(tmp_path / "corpus.jsonl", prompts(30))
     recipe = make_recipe(generation=GREEDY)
     recipe.write_text(recipe.read_text().replace('"float32"', '"bfloat16"'))
