@@ -83,6 +83,6 @@ def bytes_per_token(
     if output.top_k == "all":
         wide += 1.5 * vocab_size
     else:
-        per_draw = 3.5 if output.tail_logprobs else 1.7
+        per_draw = 3.5 if output.tail_logprobs else 1.8
         wide += per_entry * output.top_k + per_draw * output.tail_samples
     return size + kept_share * wide

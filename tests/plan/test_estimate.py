@@ -291,6 +291,7 @@ def test_more_is_stored_in_more_bytes(make_recipe):
         ({}, 163.29),
         ({"profile": "compact"}, 153.3),
         ({"tail_samples": 4}, 177.2),
+        ({"top_k": 16, "tail_samples": 16, "tail_logprobs": False, "text": False}, 88.84),
         ({"hidden_states": True}, 1_231),
         ({"top_k": "all"}, 72_900),
     ],
