@@ -9,8 +9,8 @@ How:  every metric is a mean over positions, or a correlation over them, at temp
                             p_tail / M Σ_j (log p(id_j) − log q(id_j)) outside, which is 0 for the teacher itself. Of rows whose draws
                             have no log-probabilities, H(p, q) − H(p): the cross-entropy by draws, less the stored `entropy`, which is
                             exact. As unbiased, for both have the same mean, E p_tail / M Σ_j log p(id_j) being the tail's part of
-                            −H(p). But not 0 at each position for the teacher itself: the noise of p_tail / M Σ_j log p(id_j) is not
-                            taken away any more, and its variance is p_tail² Var_tail(log p) / M a position. Without draws, and after
+                            −H(p). But not 0 at each position for the teacher itself: log p of the same draws does not take
+                            their noise away any more: the variance is p_tail² Var_tail(log q) / M a position. Without draws, and after
                             a projection, the KL over the listed ids and the tail as one: a lower bound. Of whole distributions, and
                             with a teacher's head, exact.
       cross_entropy         of the student on the text.
