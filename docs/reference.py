@@ -5,6 +5,7 @@ recipe.md is made from the models of `builder.recipe`, cli.md from the commands,
 
 import inspect
 import re
+import textwrap
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -245,13 +246,42 @@ def _cell(text: str) -> str:
 
 
 def _signature(name: str, value: Any) -> str:
+    """As in code: on one line, or with a line per parameter where that is too long."""
     try:
-        text = str(inspect.signature(value))
+        signature = inspect.signature(value)
     except ValueError:
-        text = "()"
-    text = text.replace(str(ArrayLike), "ArrayLike")
-    text = re.sub(r"(\w+\.)+(?=\w)", "", text).replace("'", "")
-    return f"{name}{text}"
+        return f"{name}()"
+    parts, keyword_only = [], False
+    for parameter in signature.parameters.values():
+        if parameter.name in ("self", "cls"):
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
+            keyword_only = True
+            parts.append("*")
+        parts.append(_parameter(parameter))
+    end = ")"
+    if not isinstance(value, type) and signature.return_annotation is not signature.empty:
+        end += f" -> {_annotation(signature.return_annotation)}"
+    line = f"{name}({', '.join(parts)}{end}"
+    if len(line) <= WIDTH:
+        return line
+    lines = [textwrap.fill(f"{part},", WIDTH, initial_indent=4 * " ", subsequent_indent=8 * " ") for part in parts]  # fmt: skip
+    return "\n".join([f"{name}(", *lines, end])
+
+
+def _parameter(parameter: inspect.Parameter) -> str:
+    text = str(parameter.replace(annotation=parameter.empty, default=parameter.empty))
+    if parameter.annotation is not parameter.empty:
+        text += f": {_annotation(parameter.annotation)}"
+    if parameter.default is not parameter.empty:
+        text += f" = {parameter.default!r}"
+    return text
+
+
+def _annotation(kind: Any) -> str:
+    text = kind if isinstance(kind, str) else inspect.formatannotation(kind)
+    text = text.replace(inspect.formatannotation(ArrayLike), "ArrayLike")
+    return re.sub(r"(\w+\.)+(?=\w)", "", text)
 
 
 def _doc(value: Any) -> str:

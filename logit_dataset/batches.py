@@ -58,29 +58,30 @@ Taken = tuple[Piece, int, int]
 
 
 class Batches(IterableDataset[dict[str, Tensor]]):
-    """An iterable of batches. Each pass is one epoch, in an order of its own; a pass that was left goes on where it stopped.
+    """Iterate over batches. Each pass is one epoch in an order of its own; a pass that was interrupted continues where it stopped.
 
     A batch has, for B rows of T positions:
 
-    - every column of the dataset that has a value a token, [B, T] or [B, T, K], in its stored type;
-    - `target_ids` [B, T] int32 (int64 with `int64_targets`): the token that follows each position; −100 where it is not known, in
-      padding and, of a dataset with completions, where that token is not one of theirs (unless it was loaded with `prompt_targets`);
-    - `mask` [B, T] bool: where there is a teacher's distribution to learn. It is True at the last position of a sequence too, whose
-      distribution is about the document's next token or its end, and not about the sequence packed behind it. Of a dataset with
-      completions it is True only where the distribution is about a completion's token of the same sequence;
-    - `sequence_ids` [B, T] int32: 0, 1, … of the sequences packed in a row, −1 in padding. A position must attend only to those
-      of its own sequence;
-    - `position_ids` [B, T] int32: 0, 1, … within each sequence; padding counts on.
+    - every column with one or several values per token: [B, T] or [B, T, K], in its stored type;
+    - `target_ids` [B, T] int32 (int64 with `int64_targets`): the token that follows each position. It is −100 where that token is
+      unknown, in padding, and, for a dataset with completions, outside the completions (unless loaded with `prompt_targets`);
+    - `mask` [B, T] bool: the loss mask, True where there is a teacher distribution to learn. It is also True at the last position of
+      a sequence: that distribution predicts the document's next token or its end, not the sequence packed behind it. For a dataset
+      with completions, it is True only where the distribution predicts a completion token of the same sequence;
+    - `sequence_ids` [B, T] int32: 0, 1, … for the sequences packed in a row, −1 in padding. A position must attend only to its own
+      sequence;
+    - `position_ids` [B, T] int32: 0, 1, … within each sequence; the count continues in padding.
 
-    Where there is no distribution, nothing has a probability: in padding every log-probability (`target_logprob` and `tail_logprob` too)
-    is −65504, whose exponential is 0, every id is 0, and so is all else. So a loss that knows no mask adds nothing there, and one that
-    multiplies by a mask gets no NaN. Where a token stands but its distribution was left out (`completions_only`, a projection's positions
-    between two of the teacher's), it is the same, but `topk_indices` are −1, an empty place, and columns of one value a token are as
-    they are in the file. `target_logprob` is NaN where the file says that nothing follows, at the end of a document.
+    Positions without a distribution carry no probability. In padding, every log-probability, including `target_logprob` and
+    `tail_logprob`, is −65504, whose exponential is 0; ids and all other columns are 0. So a loss that ignores the mask adds nothing
+    there, and one that multiplies by the mask gets no NaN. The same holds for tokens whose distribution was left out (by
+    `completions_only`, or by a projection between two teacher tokens), except that their `topk_indices` are −1, an empty place, and that
+    columns with one value per token keep their stored values. `target_logprob` is NaN where the file says that nothing follows, at the
+    end of a document.
 
-    Models of transformers separate the sequences of a row if they are called with `position_ids`, with no attention mask and with
-    `use_cache=False`: their default is a cache, and with one **sequences see each other**, without a word. Flash attention separates
-    them in batches of one row only: batch_size=1 with a length of several sequences.
+    Models of transformers keep packed sequences apart only if you pass `position_ids`, no attention mask, and `use_cache=False`. By
+    default they use a cache, and then **sequences attend to each other** without a warning. Flash attention keeps them apart only in
+    batches of one row: use batch_size=1 and a length of several sequences.
     """
 
     def __init__(
@@ -128,19 +129,19 @@ class Batches(IterableDataset[dict[str, Tensor]]):
         self._epoch, self._block, self._row = 0, 0, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values (JSON will do) that say which batch this iterator gives next.
+        """Return which batch comes next, as plain values that JSON can store.
 
-        What stands between it and the training and takes batches before they are wanted, as loaders of accelerate take one, has them
-        skipped: give the batches to the training as they are.
+        Pass batches to the training directly. A loader that prefetches them, as accelerate's does, moves this state ahead of the training, and
+        a resumed run skips the prefetched batches.
         """
         position = {"epoch": self._epoch, "block": self._block, "row": self._row}
         return {**self._settings, **position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state of batches of the same dataset and settings.
+        """Continue from a state of batches of the same dataset with the same settings.
 
         Raises:
-            ValueError: the state is of other ones; names both.
+            ValueError: the state belongs to another dataset or other settings; the message names both.
         """
         for name, ours in self._settings.items():
             if state.get(name) != ours:
@@ -150,10 +151,10 @@ class Batches(IterableDataset[dict[str, Tensor]]):
         self._epoch, self._block, self._row = state["epoch"], state["block"], state["row"]
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """The rest of the current epoch.
+        """Yield the rest of the current epoch.
 
         Raises:
-            ValueError: a row cannot be read, or is longer than `length`; or whoever asks for batches would leave some of them out.
+            ValueError: a row cannot be read, or is longer than `length`; or the loader that asks for batches would lose some of them.
         """
         if get_worker_info() is not None:
             raise ValueError(

@@ -46,39 +46,41 @@ MADE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitCollator:
-    """A `collate_fn` or `data_collator` for rows of a logit dataset, whole or filtered, shuffled, split or interleaved.
+    """Collate rows of a logit dataset, as `collate_fn` or `data_collator`. The rows can be filtered, shuffled, split or interleaved.
 
-    A batch has what `Batches` describes, with integers in int64 and probabilities in the type that they come in, and
+    A batch holds what `Batches` describes, with integers in int64 and probabilities in the type of the rows, and
 
-    - `labels` [B, T] int64: the way of transformers, whose models shift them: the token at each position itself, where the position before
-      it has it for its target; −100 elsewhere, so at the first of a sequence, in padding and, of a dataset with completions, outside them;
-    - `attention_mask` [B, T] int64: 1 where a token is. Not with `packed`: given one, models of transformers would not look at
-      `position_ids`, and sequences would see each other (`Batches` says what else they need).
+    - `labels` [B, T] int64: labels for models of transformers, which shift them themselves. A position holds its own token if that token is
+      the target of the position before, and −100 otherwise: at the first position of a sequence, in padding and, for a dataset with
+      completions, outside the completions;
+    - `attention_mask` [B, T] int64: 1 at tokens, 0 in padding. It is absent with `packed`: models of transformers that get one ignore
+      `position_ids`, and sequences attend to each other (`Batches` says what else they need).
 
-    With `transformers.Trainer` and what is made of it, set `remove_unused_columns=False`, or the distributions never arrive here.
+    With `transformers.Trainer` and its subclasses, set `remove_unused_columns=False`; otherwise the distributions never reach the collator.
     """
 
     length: int | None = None
-    """T of every batch; None for the longest row's."""
+    """T of every batch; None: the longest row of each batch."""
     packed: bool = False
-    """Fill rows with several sequences, up to `length`; without one, put all into one row, which then has no padding."""
+    """Fill each row with several sequences, up to `length`. Without `length`, put all sequences into one row without padding."""
     split_long: bool = False
-    """Cut sequences longer than `length` into pieces; otherwise they are an error."""
+    """Cut sequences longer than `length` into pieces. Otherwise they are an error."""
     prompt_targets: bool = False
-    """Of a dataset with completions, learn the text of prompts too: in `target_ids` and `labels`."""
+    """For a dataset with completions, keep prompt tokens in `target_ids` and `labels`."""
     projection: Projection | None = None
-    """Into the vocabulary of a student."""
+    """Projection into the student's vocabulary."""
     number_rows: bool = False
-    """Give also `row_ids` [B, T] int64, of which of the rows each position is, −1 in padding, and `row_lengths`, the positions of each: after
-    cutting and packing nothing else tells."""
+    """Add `row_ids` [B, T] int64, the index of the input row at each position (−1 in padding), and `row_lengths`, the number of positions of
+    each row. After cutting and packing, nothing else tells.
+    """
     eos_token_id: int | None = None
-    """What follows a document."""
+    """The token that follows a document."""
     shortest_open: float = 0.0
-    """A row of this length or more may go on in another one."""
+    """A row of at least this length may continue in another row."""
     vocab_size: int | None = None
-    """V of the teacher: ids from here on are refused."""
+    """V of the teacher; larger ids are refused."""
     widths: Mapping[str, int] = field(default_factory=dict)
-    """Values a position of each column: needed where a batch has no completion, and its rows are lists."""
+    """Values per position of each column; needed for list rows in a batch without completions."""
 
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 1:
@@ -88,17 +90,17 @@ class LogitCollator:
 
     @classmethod
     def of(cls, source: Any, *, revision: str | None = None, **options: Any) -> Self:
-        """A collator that knows a dataset.
+        """Make a collator that knows a dataset's vocabulary and sequence ends.
 
         Args:
-            source: the dataset's directory or its name on the Hub, of which the manifest is read; or that manifest; or a LogitDataset,
-                whose projection and prompt_targets are taken too. Or what `load_dataset` gave, which knows neither the end of a
-                sequence nor the vocabulary: the target of every last position is then −100.
+            source: the dataset's directory or its name on the Hub (only the manifest is read), the manifest itself, or a LogitDataset, whose
+                projection and prompt_targets are taken over. Rows from `load_dataset` are accepted too, but tell neither the end-of-sequence
+                token nor the vocabulary: the target of every last position is then −100.
             revision: tag, branch or commit on the Hub.
             options: fields of the collator.
 
         Raises:
-            ValueError: there is no such dataset, or no manifest that can be read.
+            ValueError: the dataset does not exist, or its manifest cannot be read.
         """
         if isinstance(source, LogitDataset):
             own = {"projection": source.projection, "prompt_targets": source.prompt_targets}
@@ -126,10 +128,10 @@ class LogitCollator:
         return cls(**{"widths": widths, **options})
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """A batch of some rows.
+        """Make a batch of rows.
 
         Raises:
-            ValueError: columns are missing or do not fit each other, an id is outside the vocabulary, or a row is longer than `length`.
+            ValueError: columns are missing or inconsistent, an id is outside the vocabulary, or a row is longer than `length`.
         """
         flat = self._flat(rows)
         flat = self.projection(flat) if self.projection else flat

@@ -44,7 +44,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class LogitDataset:
-    """A dataset that was found to be what was required. Made by `load_logits`."""
+    """A dataset that passed the checks of `load_logits`, which makes it."""
 
     manifest: dict[str, Any]
     row_groups: tuple[RowGroup, ...]
@@ -71,22 +71,22 @@ class LogitDataset:
 
     @property
     def layout(self) -> Layout:
-        """What its rows hold."""
+        """The columns of the rows."""
         return Layout.of(self.manifest["recipe"], self.manifest["teacher"])
 
     @property
     def num_rows(self) -> int:
-        """Sequences."""
+        """Number of rows; each is one sequence."""
         return sum(group.num_rows for group in self.row_groups)
 
     @property
     def num_tokens(self) -> int:
-        """Positions, each with a distribution."""
+        """Number of positions in all rows."""
         return sum(group.num_tokens for group in self.row_groups)
 
     @property
     def vocab_size(self) -> int:
-        """Logits that a student needs: the teacher's, or those of the projection."""
+        """Number of logits that a student needs: the teacher's, or the projection's."""
         if self.projection:
             return self.projection.vocab_size
         return int(self.manifest["teacher"]["vocab_size"])
@@ -103,20 +103,20 @@ class LogitDataset:
         world_size: int = 1,
         int64_targets: bool = False,
     ) -> Batches:
-        """Batches of `batch_size` rows of tensors, in stored types; see `Batches` for what is in them.
+        """Iterate over batches of `batch_size` rows, as tensors in stored types. `Batches` describes their contents.
 
         Args:
-            batch_size: rows of a batch.
-            length: T of every batch; None pads to the longest row of each.
+            batch_size: rows per batch.
+            length: T of every batch; None pads to the longest row of each batch.
             packed: fill each row with several sequences, up to `length`.
-            split_long: cut a sequence longer than `length` into pieces. The teacher has seen what stands before a piece, the student
-                has not. Otherwise such a sequence is an error.
-            seed: of the shuffling, 0 or more, which is another one in every epoch; None keeps the stored order.
-            rank: of this process.
-            world_size: number of processes. Each gets other row groups. Their numbers of batches differ, so processes that wait for each
-                other must train for a number of steps and go on into the next epoch each for itself (`while …: for batch in batches`).
-                A loader that divides batches among processes itself, as accelerate's does, is not for these: it would divide one rank's.
-            int64_targets: `target_ids` as torch's cross-entropy wants them, in int64.
+            split_long: cut sequences longer than `length` into pieces; otherwise they are an error. The teacher saw the text before a piece,
+                the student does not.
+            seed: seed of the shuffle, 0 or more; each epoch has its own order. None keeps the stored order.
+            rank: index of this process.
+            world_size: number of processes. Each reads its own row groups, so the numbers of batches differ. Processes that synchronise
+                must train for a fixed number of steps and start the next epoch independently (`while …: for batch in batches`). Don't add
+                a loader that divides batches among processes, as accelerate's does: it would divide the batches of one rank.
+            int64_targets: give `target_ids` in int64, as torch's cross-entropy requires.
 
         Raises:
             ValueError: an argument is out of range or contradicts another, or there are more processes than row groups.
@@ -143,20 +143,20 @@ class LogitDataset:
         )
 
     def project(self, projection: Projection) -> "LogitDataset":
-        """The same dataset in the vocabulary of a student."""
+        """Return this dataset in a student's vocabulary."""
         return replace(self, projection=projection)
 
     def select(self, indices: Iterable[int]) -> "LogitDataset":
-        """Some rows of the dataset, which is left as it is. Values, targets too, are those of the whole dataset.
+        """Return a dataset of some of the rows; this one does not change. Values, including targets, are those of the whole dataset.
 
-        Rows stay in stored order, for a selection says which rows there are and `seed` how they are shuffled. Row groups without a chosen row
-        are never read, and ranks share those that are left. A saved state of other rows is refused.
+        Rows stay in stored order, whatever the order of `indices`; `seed` shuffles them in `batches`. Row groups without a selected row are
+        never read, and ranks share the remaining ones. A state saved with other rows is refused.
 
         Args:
-            indices: numbers of rows from 0 on, in any order: a range, a list, an array. `np.flatnonzero` makes them of a mask.
+            indices: row numbers from 0, in any order: a range, a list, or an array. Use `np.flatnonzero` for a mask.
 
         Raises:
-            ValueError: there are none, one is not the number of a row (negative ones are not), or is given twice.
+            ValueError: there are no indices, one is negative or no row number, or one is repeated.
         """
         numbers = row_numbers(indices, self.num_rows)
         if len(numbers) == self.num_rows:
@@ -167,7 +167,7 @@ class LogitDataset:
         return replace(self, row_groups=groups, selection=fingerprint_of(groups))
 
     def token_counts(self) -> npt.NDArray[np.int64]:
-        """[V]: how often each id of the teacher's vocabulary stands in the texts. Reads `input_ids` only."""
+        """Count how often each id of the teacher's vocabulary occurs in the texts, [V]. Only `input_ids` are read."""
         counts = np.zeros(self.manifest["teacher"]["vocab_size"], dtype=np.int64)
         for group in self.row_groups:
             rows = self._read(group, ["input_ids"])
@@ -175,10 +175,10 @@ class LogitDataset:
         return counts
 
     def read(self, group: RowGroup) -> Rows:
-        """Decode one row group, and project it.
+        """Decode one row group and project it.
 
         Raises:
-            ValueError: the file cannot be read, is damaged, or its values do not fit each other; names the file.
+            ValueError: the file cannot be read, is damaged, or its values are inconsistent; the message names the file.
         """
         rows = self._read(group, self.columns)
         return self.projection(rows) if self.projection else rows
@@ -220,22 +220,22 @@ def load_logits(
 
     Args:
         path_or_repo: directory of a dataset, or its name on the Hub.
-        split: `train`, or `validation` of a dataset with a hold-out.
-        revision: tag, branch or commit on the Hub; the main branch, if None.
-        streaming: read from the Hub while training; otherwise it is downloaded first.
-        require_teacher: repository, name, commit, `repository@commit` or file hash of the teacher that you expect.
-        require_tokenizer: the fast tokenizer that you expect, the path of its tokenizer.json, or the SHA-256 that a manifest has of it.
-            (AutoTokenizer may rebuild a tokenizer so that it is another one than its file; the path is always right.)
-        require_vocab_size: number of logits that you expect the teacher to have.
-        prompt_targets: of a dataset with completions, keep the text of prompts in `target_ids`, so that a text_weight teaches it too;
-            distributions are learned for completions in any case.
-        check_hashes: whether to read every file at once, to compare its SHA-256 with the manifest's. By default that is done with files of
-            older datasets, whose pages have no checksums: a second for 1.8 GB on a core, in every process that loads them (False
-            leaves it out). Files that are streamed are not hashed.
+        split: `train`, or `validation` for the held-out split, if there is one.
+        revision: tag, branch or commit on the Hub; None: the main branch.
+        streaming: read from the Hub while training. Otherwise the dataset is downloaded first.
+        require_teacher: the teacher that you expect, as repository, name, commit, `repository@commit` or file hash.
+        require_tokenizer: the tokenizer that you expect, as a fast tokenizer, the path of its tokenizer.json, or the SHA-256 of that
+            file in a manifest. Prefer the path: the tokenizer that AutoTokenizer makes can differ from its file.
+        require_vocab_size: the number of teacher logits that you expect.
+        prompt_targets: for a dataset with completions, keep prompt tokens in `target_ids`, so that text_weight applies to them too.
+            Distributions are learned for completions only, in any case.
+        check_hashes: whether to read every local file now and compare its SHA-256 with the manifest. None: only files of older datasets,
+            whose pages have no checksums. Hashing takes a second for 1.8 GB on one core, in every process that loads the dataset. Streamed
+            files are not hashed.
 
     Raises:
-        ValueError: there is no such dataset, it is damaged, or it is not what was required (names both values); or the tokenizer given
-            is no fast one, or no file.
+        ValueError: the dataset does not exist, is damaged, or is not the one required (the message names both values); or the given
+            tokenizer is not a fast one, or its file does not exist.
     """
     if check_hashes and streaming:
         raise ValueError(
@@ -263,14 +263,14 @@ def load_logits(
 
 
 def load_manifest(path_or_repo: str | Path, *, revision: str | None = None) -> dict[str, Any]:
-    """The manifest of a dataset, and nothing else of it.
+    """Read the manifest of a dataset and no other file.
 
     Args:
         path_or_repo: directory of a dataset, or its name on the Hub.
-        revision: tag, branch or commit on the Hub; the main branch, if None.
+        revision: tag, branch or commit on the Hub; None: the main branch.
 
     Raises:
-        ValueError: there is no such dataset, or its manifest is damaged.
+        ValueError: the dataset does not exist, or its manifest is damaged.
     """
     where = f"{path_or_repo}@{revision}" if revision else str(path_or_repo)
     is_here = Path(path_or_repo).is_dir()
@@ -352,14 +352,14 @@ def _read_manifest(source: Source, where: str) -> dict[str, Any]:
 
 
 def check_manifest(manifest: dict[str, Any], where: str) -> list[FileRecord]:
-    """What a manifest says of each file.
+    """Return what a manifest says of each file.
 
     Args:
         manifest: of a dataset.
         where: the dataset's name, for messages.
 
     Raises:
-        ValueError: it says not enough, or contradicts itself.
+        ValueError: the manifest is incomplete or contradicts itself.
     """
     try:
         for shard in manifest["shards"]:

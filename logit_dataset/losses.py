@@ -36,24 +36,23 @@ def distillation_loss(
     temperature: float = 1.0,
     num_positions: float | Tensor | None = None,
 ) -> Tensor:
-    """(1 − w) · distillation + w · cross-entropy on the text, each a mean over the positions that count.
+    """Compute (1 − w) · distillation + w · cross-entropy on the text, each a mean over the positions that count.
 
-    For the distillation those are `mask`, for the text those with a `target_ids`. At a temperature ≠ 1 both
-    distributions are softmax(logits / T), and the distillation is multiplied by T² (Hinton et al. 2015, §2).
-    A scalar in nats, in float32 (float64 for float64 logits); 0 where nothing counts.
+    The distillation counts where `mask` is True, the cross-entropy where `target_ids` is known. At a temperature T ≠ 1, both
+    distributions are softmax(logits / T), and the distillation is multiplied by T² (Hinton et al. 2015, §2). The result is a scalar in
+    nats, in float32 (float64 for float64 logits), and 0 if no position counts.
 
     Args:
-        logits_BTV: raw logits in float32, bfloat16, float16 or float64. Statistics are float32 (or float64).
-        batch: as the loader yields it, on the device of the logits.
+        logits_BTV: the student's raw logits in float32, bfloat16, float16 or float64. Statistics are float32 (or float64).
+        batch: from the loader, on the device of the logits.
         loss: see `divergences`.
         text_weight: w, 0 to 1.
-        temperature: 1, or one whose logsumexp the dataset stores; any, where it has whole distributions.
-        num_positions: divide the sums by this instead of their own counts: what `count_positions` gives of all batches over which
-            gradients accumulate, added up. Means of each batch would weigh a position less where there are many. One number divides
-            both sums.
+        temperature: 1, or a temperature whose logsumexp the dataset stores; any above 0 for whole distributions.
+        num_positions: what to divide the sums by, in place of this batch's counts. For gradient accumulation, pass the sum of
+            `count_positions` over all batches of a step, so that every position has the same weight. One number divides both sums.
 
     Raises:
-        ValueError: the batch has not what this loss or temperature needs, or ids outside the student's vocabulary.
+        ValueError: the batch lacks what this loss or temperature needs, or holds ids outside the student's vocabulary.
     """
     terms = _Terms.of(batch, loss, text_weight, temperature)
     logits_MV = positions_of(logits_BTV, batch, "logits")
@@ -62,14 +61,14 @@ def distillation_loss(
 
 
 def count_positions(batch: Mapping[str, Tensor], *, loss: Loss = "tail_bucket") -> Tensor:
-    """[2] int64: over how many positions `distillation_loss` takes the mean of the distillation, and of the text's cross-entropy.
+    """Count the positions over which `distillation_loss` averages: [2] int64, of the distillation and of the text's cross-entropy.
 
     Args:
-        batch: as above.
-        loss: as above.
+        batch: as in `distillation_loss`.
+        loss: as in `distillation_loss`.
 
     Raises:
-        ValueError: the batch lacks what tells.
+        ValueError: the batch lacks a column that tells.
     """
     check_columns(batch)
     distilled, text = counting(batch, loss)
@@ -83,13 +82,13 @@ def position_losses(
     loss: Loss = "tail_bucket",
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The distillation and the text's cross-entropy at each position, [B, T] each, in nats; 0 where they do not count.
+    """Compute the distillation and the text's cross-entropy at each position, [B, T] each, in nats; 0 where they do not count.
 
     Args:
-        logits_BTV, batch, loss, temperature: as above.
+        logits_BTV, batch, loss, temperature: as in `distillation_loss`.
 
     Raises:
-        ValueError: as above.
+        ValueError: as in `distillation_loss`.
     """
     terms = _Terms.of(batch, loss, 0.5, temperature)
     logits_MV = positions_of(logits_BTV, batch, "logits")
@@ -108,11 +107,11 @@ def distillation_loss_from_hidden(
     temperature: float = 1.0,
     num_positions: float | Tensor | None = None,
 ) -> Tensor:
-    """The same loss where no [B, T, V] ever exists: the head runs on a chunk of positions, and again in the backward pass.
+    """Compute `distillation_loss` without holding [B, T, V]: the head runs on a chunk of positions, and again in the backward pass.
 
     Args:
-        hidden_BTD: last hidden states.
-        head: [n, D] → [n, V], such as `model.lm_head`. It is not called on padding.
+        hidden_BTD: the student's last hidden states.
+        head: the student's head, [n, D] → [n, V], such as `model.lm_head`. It is not called on padding.
         batch, loss, text_weight, temperature, num_positions: as in `distillation_loss`.
 
     Raises:

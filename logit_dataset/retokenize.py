@@ -24,44 +24,44 @@ from logit_dataset.vocabulary import add_mass
 
 
 class TokenizerProjection:
-    """Projects onto the vocabulary of another tokenizer, by the bytes of tokens. With the same tokenizer it is the identity.
+    """Project onto the vocabulary of another tokenizer by the bytes of tokens. With the same tokenizer, this is the identity.
 
-    Positions. The student's tokenizer cuts each row's text anew. Where one of its tokens ends at the same byte as one of the teacher's,
-    the teacher's distribution there is about what the student has to predict next; at the student's other positions `mask` is False (the
-    text itself can still be learned there).
+    Positions. The student's tokenizer splits each row's text anew. Where one of its tokens ends at the same byte as a teacher's token, the
+    teacher's distribution predicts what the student has to predict next. At the student's other positions `mask` is False; their text can
+    still be learned.
 
-    Mass. A listed teacher's token i with the bytes b(i) gives its mass to f(i), the first token into which the student's tokenizer cuts b(i), if
-    the bytes of f(i) are a prefix of b(i); several i can share one. (Where b(i) is not text, as half a character is not, or the student's tokenizer
-    puts a space before a text, f(i) is the longest token that is a prefix.) Some i do not tell how the student begins: if the student has a token that is longer than b(i), is no token of
-    the teacher, and that the teacher would begin with i ("·the" where only the student has "·thexy"). Those, and tokens without bytes
-    (special ones; but for the end of a sequence, which becomes the student's), join the tail: where their mass belongs is not known, and a listed
-    token may in truth have some of it. That costs much where the student has many words that the teacher has not (on Python's
-    documentation with 4,096 tokens of its own, the tail grows from 11 % to 32 %); with strict=False such an i gives its mass to f(i) too, as if
-    the student never went on.
+    Mass. Let b(i) be the bytes of a listed teacher token i, and f(i) the first token of the student's split of b(i). The mass of i goes to
+    f(i) if the bytes of f(i) are a prefix of b(i); several i can share one f(i). If b(i) is not text (half a character) or the student's
+    tokenizer puts a space before a text, f(i) is the longest token that is a prefix of b(i). For some i, the student's first token is
+    undetermined: the student has a token that is longer than b(i), is not a teacher token, and that the teacher would begin with i ("·the",
+    if only the student has "·thexy"). The mass of such i joins the tail, as does that of tokens without bytes (special tokens, except
+    the end of a sequence, which becomes the student's). Where that mass belongs is unknown; some of it may belong to a listed token. This
+    costs much if the student has many words that the teacher lacks: on Python's documentation, with a student tokenizer of 4,096
+    tokens, the tail grows from 11 % to 32 %. With strict=False, such i give their mass to f(i), as if the student never used the longer token.
 
-    Limits. It is exact as far as a tokenizer's cuts do not depend on the text behind them (an alternative that would have moved the student's
-    last boundary, "re" after "The" for a student that knows "There", counts as if it had not), and as the teacher gives no mass to ways of
-    spelling that its own tokenizer would not choose. Draws from the tail are dropped. Rows that are not UTF-8 (they end within a
-    character) are left out. Byte-level and sentencepiece vocabularies are understood.
+    Limits. The projection is exact if a tokenizer's split does not depend on the text behind it, and if the teacher gives no mass to
+    spellings that its own tokenizer would not choose. (An alternative that would have moved the student's last boundary, "re" after "The"
+    for a student that has "There", counts as if it had not.) Sampled tail tokens are dropped. Rows that are not UTF-8, because they end
+    within a character, are left out. Byte-level and SentencePiece vocabularies are supported.
 
-    Completions. A student's token is the completion's if one of its bytes is, and `mask` is True where the teacher's distribution is about
-    a completion's token. Special tokens have no bytes: rows that hold one within are left out, and if all do (chats, between their turns)
-    they are refused.
+    Completions. A student's token belongs to the completion if one of its bytes does, and `mask` is True where the teacher's distribution
+    predicts a completion token. Special tokens have no bytes: rows with special tokens in between are left out. If every row has some
+    (chats, between turns), the dataset is refused.
     """
 
     def __init__(
         self, teacher_tokenizer: Any, student_tokenizer: Any, *, strict: bool = True
     ) -> None:
-        """Map every token of the teacher. Takes a second or two for 49,152 tokens.
+        """Map every teacher token. This takes a second or two for 49,152 tokens.
 
         Args:
-            teacher_tokenizer: the dataset's fast tokenizer (let `load_logits` check it with require_tokenizer; where that refuses what
-                AutoTokenizer makes, `PreTrainedTokenizerFast.from_pretrained` takes tokenizer.json as it is).
+            teacher_tokenizer: the dataset's fast tokenizer. Let `load_logits` check it with require_tokenizer. If that refuses the tokenizer
+                that AutoTokenizer makes, `PreTrainedTokenizerFast.from_pretrained` takes tokenizer.json as it is.
             student_tokenizer: the student's fast tokenizer.
-            strict: whether the mass of a token that does not tell how the student begins joins the tail.
+            strict: add the mass of a token to the tail if the student's first token is undetermined.
 
         Raises:
-            ValueError: a tokenizer is no fast one, or it cannot be told of which bytes its tokens consist.
+            ValueError: a tokenizer is not a fast one, or the bytes of its tokens cannot be determined.
         """
         teacher, student = _Vocabulary(teacher_tokenizer), _Vocabulary(student_tokenizer)
         self._teacher, self._student = teacher, student
@@ -82,11 +82,11 @@ class TokenizerProjection:
         self.fingerprint = hashlib.sha256(self._map_V.tobytes()).hexdigest()
 
     def __call__(self, rows: Rows) -> Rows:
-        """Rows in the student's tokens.
+        """Return rows in the student's tokens.
 
         Raises:
-            ValueError: the student's tokenizer changes the text (lower-casing it, for example), so that bytes cannot be compared; or
-                the rows have whole distributions; or completions are known, and special tokens stand within all rows.
+            ValueError: the student's tokenizer changes the text (lower-cases it, say), so that bytes cannot be compared; the rows hold whole
+                distributions; or completions are known, and every row has special tokens in between.
         """
         if "logprobs" in rows.columns:
             raise ValueError(

@@ -23,13 +23,13 @@ from logit_dataset.schema import FLOAT16_MIN
 
 
 class FrequentTokens:
-    """Projects onto the most frequent ids and `other`, the last id. With all ids of the teacher, in their order, it is the identity.
+    """Project onto the most frequent ids and `other`, the last id. If every teacher id is kept, this is the identity.
 
-    Ids keep the order that they have in the teacher's vocabulary. A listed id that keeps a place keeps its log-probability, exactly. The
-    mass of the other listed ids is at `other` for certain: `other_logprob`, the same in all positions' `other_indices`. The tail stays the
-    teacher's, and how much more of it is at `other`, and how much at ids that have a place and were outside the teacher's top K, is not known:
-    so Σ exp(topk) + exp(other) + exp(tail) is what it was, and exp(other) a lower bound (`divergences` says what a loss makes of that).
-    Draws from the tail tell more: each is put at its own place or at `other`. Of whole distributions (`logprobs`, [N, n + 1] then) all is known.
+    Kept ids stay in the order of the teacher's vocabulary. A listed id that is kept retains its exact log-probability. The mass of the other
+    listed ids certainly belongs to `other`; it is `other_logprob`, and `other_indices` holds the id, the same at every position. The tail
+    stays the teacher's: how much more of it belongs to `other`, and how much to kept ids outside the teacher's top K, is unknown. So
+    Σ exp(topk) + exp(other) + exp(tail) is preserved, and exp(other) is a lower bound (`divergences` says how losses use it). Sampled tail
+    tokens tell more: each goes to its own kept id or to `other`. For whole distributions (`logprobs`, then [N, n + 1]), nothing is unknown.
     """
 
     def __init__(
@@ -38,12 +38,12 @@ class FrequentTokens:
         """Choose the ids.
 
         Args:
-            token_counts_V: how often each id occurs (`LogitDataset.token_counts`); of two equal ones the lower id is taken.
+            token_counts_V: occurrences of each id (`LogitDataset.token_counts`); of two equal counts, the lower id wins.
             num_kept: n; the student has n + 1 logits.
-            always_keep: ids that have a place however rare they are, such as the end of a sequence.
+            always_keep: ids to keep however rare they are, such as the end-of-sequence token.
 
         Raises:
-            ValueError: there are not so many ids, more than that must be kept, or one that is not there.
+            ValueError: num_kept exceeds the vocabulary or is less than always_keep needs, or always_keep names an id outside it.
         """
         counts_V = np.asarray(token_counts_V)
         if not len(set(always_keep)) <= num_kept <= len(counts_V):
@@ -67,15 +67,15 @@ class FrequentTokens:
 
     @classmethod
     def of(cls, data: LogitDataset, num_kept: int, *, always_keep: Sequence[int] = ()) -> Self:
-        """Of the ids most frequent in a dataset's texts, and the end of a sequence, which stands in no text but must be learned.
+        """Keep the ids that are most frequent in a dataset's texts, and the end-of-sequence token, which no text contains but students must learn.
 
         Args:
-            data: its texts are read once (`input_ids` only).
-            num_kept: n, as above; all ids, if there are not so many.
-            always_keep: as above, such as the tokens of a chat template.
+            data: the dataset. Its texts are read once (`input_ids` only).
+            num_kept: n, as in the constructor; all ids, if the vocabulary has fewer.
+            always_keep: as in the constructor; for example, the tokens of a chat template.
 
         Raises:
-            ValueError: as above.
+            ValueError: as in the constructor.
         """
         counts_V, eos = data.token_counts(), data.manifest["teacher"]["eos_token_id"]
         keep = [*always_keep] if eos is None else [*always_keep, eos]

@@ -1,11 +1,13 @@
 """The documentation is true: its snippets run, its links lead somewhere, its tables are what the code says."""
 
+import ast
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
 
+import logit_dataset
 from docs import reference
 from logit_dataset.schema import LOGPROBS, Layout, columns
 from tests.build.test_build import run
@@ -32,6 +34,16 @@ def test_the_readme_is_short_and_leads_to_every_page():
 def test_generated_pages_are_current(name):
     written = (REPOSITORY / "docs" / name).read_text(encoding="utf-8")
     assert written == reference.PAGES[name](), "run make docs"
+
+
+@pytest.mark.parametrize("name", ["dense_kl", "distillation_loss", "load_logits"])
+def test_defaults_in_the_api_are_those_of_the_code(name):
+    page = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
+    shown = page.split(f"```text\n{name}(")[1].split("\n\n")[0]
+    function = ast.parse(f"def {name}({shown}: ...").body[0]
+    assert isinstance(function, ast.FunctionDef)
+    defaults = [ast.literal_eval(value) for value in function.args.kw_defaults if value]
+    assert defaults == list(getattr(logit_dataset, name).__kwdefaults__.values())
 
 
 def test_messages_that_are_explained_exist():

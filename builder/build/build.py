@@ -69,26 +69,26 @@ def build(
     notice: Notice = lambda message: print(message, file=sys.stderr),
     told: Notice = lambda _: None,
 ) -> BuildResult:
-    """Build a dataset, or resume it.
+    """Build a dataset, or resume an unfinished build.
 
     Args:
         recipe: what to build.
-        base: directory at which the recipe's relative paths start.
+        base: directory from which the recipe's relative paths start.
         output: directory of the dataset.
-        device: a torch device, where there is no pool.
+        device: a torch device, if there is no pool.
         max_shards: stop after this many new shards.
         pool: several workers, on this machine or a cluster; None computes in this process.
-        outbox: sends finished shards away; those that have arrived need not be in the directory.
-        planned: told of the plan and its sources, and whether no shard is finished yet, before anything is computed; what it
-            raises ends the build.
-        progress: told of captured tokens.
-        found: told of the tokens of shards that an earlier run has finished.
-        notice: told, in a line, of what the user should know (a damaged shard that is built again).
-        told: what is done at the moment, where that takes time and yields no tokens; "" afterwards.
+        outbox: uploads finished shards; uploaded shards need not be in the directory.
+        planned: called before anything is computed, with the plan, its sources, and whether no shard is finished yet. An exception that
+            it raises ends the build.
+        progress: called with numbers of captured tokens.
+        found: called with the number of tokens in shards of an earlier run.
+        notice: called with one line that the user should know, such as a damaged shard that is rebuilt.
+        told: called with a description of work that takes time and yields no tokens, and with "" after it.
 
     Raises:
-        ValueError: the recipe, its sources, or what stands in the directory make the build impossible.
-        OSError: the disk is full or cannot be written.
+        ValueError: the recipe, its sources, or the contents of the directory make the build impossible.
+        OSError: the disk is full or not writable.
     """
     if (output / FILE_NAME).exists():
         return _already_complete(recipe, base, output)
@@ -245,10 +245,10 @@ def _compute_here(worker: Worker, output: Path, chains: Chains) -> Generator[Com
 
 
 def check_pool(pool: Pool, recipe: Recipe) -> None:
-    """See that so many workers can do something, and that there is what runs them.
+    """Check that a pool's workers each have a partition, and that Ray is installed.
 
     Raises:
-        ValueError: there are fewer partitions, or no Ray.
+        ValueError: there are fewer partitions than workers, or Ray is missing.
     """
     try:
         import builder.build.workers  # noqa: F401

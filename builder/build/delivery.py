@@ -52,26 +52,26 @@ def deliver(
     notice: Notice,
     **options: Any,
 ) -> tuple[BuildResult, Published | None]:
-    """Build a dataset and publish it, or resume that: how the build ended, and the version if it is complete.
+    """Build a dataset and publish it, or resume that. Return how the build ended, and the version if it is complete.
 
     Args:
         recipe: what to build.
-        base: directory at which the recipe's relative paths start.
+        base: directory from which the recipe's relative paths start.
         output: directory of the dataset.
-        repo_id: ORG/NAME on the Hub; made if it does not exist.
-        discard: delete each shard here once it is on the Hub.
-        tag: a version like v1.2.3; the next one by default.
-        private: whether a new repository is to be private.
+        repo_id: ORG/NAME on the Hub; created if it does not exist.
+        discard: delete each local shard once it is on the Hub.
+        tag: a version like v1.2.3; None for the next one.
+        private: whether a new repository is private.
         message: a line for the changelog.
-        recompute: random rows to run through the teacher again.
-        device: a torch device, for the rows and where there is no pool.
+        recompute: number of random rows for the re-scoring pass.
+        device: a torch device, for these rows and, if there is no pool, for the build.
         pool: several workers that build.
-        notice: told, in a line, what the user should know.
-        options: others of `build`.
+        notice: called with one line that the user should know.
+        options: further arguments of `build`.
 
     Raises:
-        ValueError: it cannot be built or published as asked, or the Hub fails for too long.
-        OSError: the disk is full or cannot be written.
+        ValueError: the dataset cannot be built or published as asked, or the Hub fails for too long.
+        OSError: the disk is full or not writable.
     """
     message = " ".join((message or "").split())
     there = look_at(repo_id, recipe.published(), private=private, message=message, notice=notice)

@@ -57,7 +57,7 @@ SUM_VALUES = 2**22
 
 
 class Worker:
-    """Computes shards. Holds what is worth keeping between them: the teacher, and the open corpus."""
+    """Computes shards, and keeps the teacher and the open corpus between them."""
 
     def __init__(
         self,
@@ -70,16 +70,16 @@ class Worker:
         notice: Notice,
         told: Notice = lambda _: None,
     ) -> None:
-        """Prepare to compute; the teacher is loaded when it is first needed.
+        """Prepare to compute. The teacher is loaded at first use.
 
         Args:
-            recipe: what is built.
+            recipe: what to build.
             sources: of the recipe.
             watch: over their local files.
             device: a torch device.
-            progress: told of captured tokens.
-            notice: told, in a line, of what the user should know.
-            told: what it does at the moment, where that takes time and yields no tokens; "" afterwards.
+            progress: called with numbers of captured tokens.
+            notice: called with one line that the user should know.
+            told: called with a description of work that takes time and yields no tokens, and with "" after it.
         """
         self._recipe = recipe
         self._sources = sources
@@ -197,11 +197,11 @@ class Worker:
         return self.teacher.provenance() | special | template_provenance(template)
 
     def shard(self, output: Path, task: Task) -> ShardRecord | None:
-        """Compute one shard and write its file below the directory `output`; None where no document of its partition is held out.
+        """Compute one shard and write its file below `output`. Return None if the shard belongs to the held-out split and no document is held out.
 
         Raises:
-            ValueError: its part of the corpus cannot be read or is empty, or the teacher fails on it.
-            OSError: the disk is full or cannot be written.
+            ValueError: the shard's part of the corpus cannot be read or is empty, or the teacher fails on it.
+            OSError: the disk is full or not writable.
         """
         try:
             return self._shard(output, task)

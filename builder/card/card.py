@@ -35,13 +35,12 @@ END_OF_HEAD = "---\n\n---\n"
 def card_files(
     directory: Path, manifest: dict[str, Any], *, release: dict[str, Any] | None = None
 ) -> dict[str, bytes]:
-    """The card of a dataset and its pictures: name → content.
+    """Render the card of a dataset and its pictures: name → content.
 
     Args:
-        directory: holds the data files (or what `keep_curves` wrote) and, if random rows were recomputed,
-            `verification.json`.
-        manifest: of the dataset, which need not be written yet.
-        release: what `publish` says of this version and those before; None for a dataset that is not published.
+        directory: holds the data files (or the output of `keep_curves`) and, after a re-scoring pass, `verification.json`.
+        manifest: of the dataset; it need not be written yet.
+        release: what `publish` says of this version and earlier ones; None if the dataset is not published.
     """
     curves = read_curves(directory, manifest) or _curves(
         directory, tuple((r.file, r.sha256) for r in records_of(manifest))
@@ -52,7 +51,7 @@ def card_files(
 
 
 def pictures(curves: Curves, verification: dict[str, Any] | None) -> dict[str, bytes]:
-    """The pictures of a card: name → content."""
+    """Draw the pictures of a card: name → content."""
     drawn = {MASS: mass_svg(curves), ENTROPY: entropy_svg(curves)}
     if line := line_of(verification):
         drawn[LINE] = line_svg(line)
@@ -66,14 +65,14 @@ def _curves(directory: Path, files_and_hashes: tuple[tuple[str, str], ...]) -> C
 
 
 def keep_curves(directory: Path, manifest: dict[str, Any], curves: Curves) -> None:
-    """Write down what the pictures show, for a directory whose data files are elsewhere."""
+    """Store what the pictures show, for a directory whose data files are elsewhere."""
     write_json(directory / CURVES, {"data": data_digest(manifest), **asdict(curves)})
 
 
 def write_card(
     directory: Path, manifest: dict[str, Any], *, release: dict[str, Any] | None = None
 ) -> None:
-    """Write the card and its pictures into a dataset's directory, and leave none there that it no longer has."""
+    """Write the card and its pictures into a dataset's directory, and delete pictures that the card no longer has."""
     files = card_files(directory, manifest, release=release)
     for name in PICTURES:
         if name not in files:
@@ -91,7 +90,7 @@ def render_card(
     verification: dict[str, Any] | None = None,
     release: dict[str, Any] | None = None,
 ) -> str:
-    """The text of README.md."""
+    """Render README.md."""
     from huggingface_hub import DatasetCard, DatasetCardData
 
     card = DatasetCard.from_template(
@@ -109,7 +108,7 @@ def render_body(
     verification: dict[str, Any] | None = None,
     release: dict[str, Any] | None = None,
 ) -> str:
-    """The text of README.md below its YAML head."""
+    """Render README.md below its YAML head."""
     import jinja2
 
     shown = variables(manifest, curves, verification, release)

@@ -50,19 +50,19 @@ def publish(
     notice: Notice,
     progress: Callable[[int], None] = lambda _: None,
 ) -> str:
-    """Do what was planned: the commit behind the tag.
+    """Carry out a plan of `prepare`. Return the commit behind the tag.
 
     Args:
         plan: from `prepare`.
-        recompute: number of random rows to run through the teacher, unless a result is recorded already.
-        device: where to recompute.
-        teacher_path: directory or GGUF file of the teacher, where the recipe names a local one.
-        notice: told, in a line, of each step.
-        progress: told of verified tokens.
+        recompute: number of random rows for the re-scoring pass, unless a result is already recorded.
+        device: a torch device for the re-scoring pass.
+        teacher_path: directory or GGUF file of the teacher, if the recipe names a local one.
+        notice: called with one line per step.
+        progress: called with numbers of verified tokens.
 
     Raises:
-        ValueError: the dataset has problems, the Hub refuses or fails, or somebody else was faster. Nothing is visible to
-            users then, unless the message says so; the same command resumes.
+        ValueError: the dataset has problems, the Hub refuses or fails, or somebody else published first. Unless the message says
+            otherwise, users see nothing of it, and the same command resumes.
     """
     repo, tag = plan.repo, plan.version.tag
     repo.check_login()
@@ -109,10 +109,10 @@ def check(
     teacher_path: Path | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Verify the dataset, and record what recomputing random rows finds, unless that is recorded already.
+    """Verify the dataset and record the re-scoring pass over random rows, unless one is already recorded.
 
     Raises:
-        ValueError: it has problems; names the first ones.
+        ValueError: the dataset has problems; the message names the first ones.
     """
     known = read_verification(plan.directory, plan.manifest)
     count = 0 if known and known["rows"] >= min(recompute, plan.manifest["totals"]["rows"]) else recompute  # fmt: skip

@@ -25,7 +25,7 @@ _UNTOUCHED = (".gitattributes", README, "LICENSE", "LICENSE.md", "LICENSE.txt")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What publishing a directory would do; made without changing anything."""
+    """What publishing a directory would do; making it changes nothing."""
 
     repo: Repository
     directory: Path
@@ -101,18 +101,18 @@ def look_at(
     notice: Notice,
     waits: Sequence[int] = WAIT_SECONDS,
 ) -> Destination:
-    """Ask the Hub what is there, and refuse what cannot be published there, however it is built; changes nothing.
+    """Ask the Hub what is there, and refuse what cannot be published there however it is built. Changes nothing.
 
     Args:
         repo_id: ORG/NAME.
-        recipe: plain values of what is to be published.
-        private: whether a new repository is to be private.
+        recipe: plain values of the recipe to publish.
+        private: whether a new repository is private.
         message: a line for the changelog.
-        notice: told, in a line, of retries.
-        waits: seconds before each of them.
+        notice: called with one line per retry.
+        waits: seconds before each retry.
 
     Raises:
-        ValueError: it cannot be published as asked; says why.
+        ValueError: the dataset cannot be published as asked; the message says why.
     """
     if not REPO_ID.fullmatch(repo_id):
         raise ValueError(f"{repo_id!r} is not a name on the Hub; expected ORG/NAME")
@@ -140,20 +140,20 @@ def prepare(
     notice: Notice,
     waits: Sequence[int] = WAIT_SECONDS,
 ) -> Plan:
-    """Find out what publishing would do; asks the Hub, and changes nothing.
+    """Plan a publication. Asks the Hub and changes nothing.
 
     Args:
         repo_id: ORG/NAME.
         directory: of a finished build.
-        tag: a version like v1.2.3; the next one by default.
-        private: whether a new repository is to be private.
+        tag: a version like v1.2.3; None for the next one.
+        private: whether a new repository is private.
         message: a line for the changelog.
-        branch: where the files are gathered, or were already; one of the version by default.
-        notice: told, in a line, of retries.
-        waits: seconds before each of them, while planning and while publishing.
+        branch: where files are gathered, now or earlier; None for the branch of the version.
+        notice: called with one line per retry.
+        waits: seconds before each retry, while planning and while publishing.
 
     Raises:
-        ValueError: it cannot be published as asked; says why, and what can.
+        ValueError: the dataset cannot be published as asked; the message says why, and what can be.
     """
     message = " ".join((message or "").split())
     manifest = read_manifest(directory)
@@ -201,7 +201,7 @@ def _branch(version: Version) -> str:
 
 
 def describe(plan: Plan, *, with_card: bool = False) -> str:
-    """What publishing would send and change, for a person."""
+    """Describe in plain text what publishing would send and change."""
     if plan.is_published:
         return f"{plan.repo.id} {plan.version.tag} is published already"
     files = plan.files()

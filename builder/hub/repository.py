@@ -79,15 +79,15 @@ class Refs:
 
 
 def fetch(repo_id: str, revision: str, *files: str) -> Path:
-    """The directory of a dataset on the Hub, in the cache.
+    """Fetch a dataset from the Hub into the cache, and return its directory.
 
     Args:
         repo_id: ORG/NAME.
         revision: a tag, branch or commit.
-        files: which to fetch beside those that describe it, as patterns.
+        files: patterns of files to fetch besides those that describe the dataset.
 
     Raises:
-        ValueError: there is none that can be read, it has no such revision, or it is no logit dataset.
+        ValueError: there is no readable dataset, no such revision, or the repository is no logit dataset.
     """
     patterns = ["manifest.json", "README.md", "verification.json", "release.json", *files]
     try:

@@ -96,7 +96,7 @@ def estimate(recipe: Recipe, base: Path, *, device: str) -> Estimate:
     """Estimate a build without touching its directory.
 
     Raises:
-        ValueError: as `build`, for what can be seen before the teacher is loaded.
+        ValueError: as in `build`, for everything that can be checked before the teacher is loaded.
     """
     known = KnownSources()
     sources = resolve(recipe, base, known)
@@ -123,10 +123,10 @@ def estimate(recipe: Recipe, base: Path, *, device: str) -> Estimate:
 
 
 def expect(recipe: Recipe, sources: Sources) -> tuple[int | None, float | None]:
-    """Tokens of a build, and what each takes on the disk; None for what cannot be known beforehand.
+    """Estimate the tokens of a build and its bytes per token on disk; None for what is unknown in advance.
 
     Raises:
-        ValueError: as `build`, for what can be seen before the teacher is loaded.
+        ValueError: as in `build`, for everything that can be checked before the teacher is loaded.
     """
     recipe, _ = settle_columns(recipe, sources.corpus, KnownSources())
     sample, tokens = _count_tokens(recipe, sources)
@@ -134,7 +134,7 @@ def expect(recipe: Recipe, sources: Sources) -> tuple[int | None, float | None]:
 
 
 def describe(found: Estimate) -> str:
-    """What a build will take, for a person."""
+    """Describe in plain text what a build takes."""
     about = "at most " if found.is_most else "" if found.sample.is_all else "about "
     lines = {
         "documents": _documents(found),

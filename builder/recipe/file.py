@@ -22,7 +22,7 @@ def load_recipe(path: Path) -> Recipe:
     """Read and validate a recipe file.
 
     Raises:
-        ValueError: not TOML, or not a valid recipe; names every wrong key with what was expected.
+        ValueError: the file is not TOML or not a valid recipe; the message names every wrong key and what was expected.
         OSError: the file cannot be read.
     """
     try:
@@ -47,10 +47,10 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def read_section(model: type[_AnySection], values: Any, where: str) -> _AnySection:
-    """A section of a recipe in a manifest.
+    """Read a section of a recipe from a manifest.
 
     Raises:
-        ValueError: it asks for something that this version does not know; names the key.
+        ValueError: the section uses a key that this version does not know; the message names it.
     """
     try:
         # JSON mode, since a manifest has lists where a recipe has tuples.

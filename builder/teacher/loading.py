@@ -53,22 +53,22 @@ def load_teacher(
     head_dtype: HeadDtype = "float32",
     weights: Sequence[str] | None = None,
 ) -> Teacher:
-    """Load a teacher from the Hub (at a commit), from a directory, from a GGUF file, or by Python code of the user's.
+    """Load a teacher from the Hub (at a commit), a directory, a GGUF file, or the user's Python code.
 
     Args:
         location: Hub repository, directory, or path of a .gguf or .py file.
-        tokenizer: directory of the tokenizer, for a GGUF file whose own one cannot be rebuilt.
-        attention: attention implementation as transformers names it; None for the best that its class supports.
+        tokenizer: directory of the tokenizer, for a GGUF file whose own cannot be rebuilt.
+        attention: attention implementation, as transformers names it; None for the best that the model's class supports.
         device: a torch device.
-        spread: place whole layers on all GPUs (`device_map="auto"`), of which `device` is then the first used.
-        split: a `transformers.distributed.DistributedConfig`, for a process that is in a group of `torch.distributed`.
+        spread: place whole layers on all GPUs (`device_map="auto"`); `device` is then the first one used.
+        split: a `transformers.distributed.DistributedConfig`, for a process in a group of `torch.distributed`.
         together: see `Teacher`.
-        config: original config.json, or its directory, for a GGUF file that does not say enough of the model.
+        config: original config.json or its directory, for a GGUF file that says too little about the model.
         head_dtype: see `Teacher`.
-        weights: paths that a .py file is given, which is run; None for all other teachers.
+        weights: paths for a .py file, which is executed; None for all other teachers.
 
     Raises:
-        ValueError: with one line on what is wrong with this teacher and what to do.
+        ValueError: the teacher cannot be loaded; one line says what is wrong and what to do.
     """
     torch_dtype: torch.dtype = getattr(torch, dtype)
     if weights is not None:
@@ -156,7 +156,7 @@ def load_tokenizer(
     tokenizer: str | None = None,
     weights: Sequence[str] | None = None,
 ) -> Any:
-    """The tokenizer of a teacher alone, without its weights (but a .py file makes both); arguments and errors as for `load_teacher`."""
+    """Load the tokenizer of a teacher without its weights (a .py file makes both). Arguments and errors are those of `load_teacher`."""
     if weights is not None:
         return load_teacher(location, weights=weights).tokenizer
     if location.endswith(".gguf"):
@@ -172,11 +172,10 @@ def _tokenizer_at(location: str, *, revision: str | None = None, trust: bool = F
 
 
 def load_gguf(path: Path, *, tokenizer: Path | None) -> tuple[Any, Any]:
-    """Dequantise a GGUF file: a float32 model like any other, and a tokenizer that is known to be right.
+    """Dequantise a GGUF file into an ordinary float32 model and a tokenizer that is known to be right.
 
     Raises:
-        ValueError: packages are missing, the file's tokenizer needs a rule that is not known here, or transformers has no place
-            for something that the file holds.
+        ValueError: packages are missing, the file's tokenizer needs an unknown rule, or transformers has no place for something in the file.
     """
     model, right_tokenizer, _ = _load_gguf(path, tokenizer=tokenizer, config=None)
     return model, right_tokenizer

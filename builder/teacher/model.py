@@ -176,7 +176,7 @@ class Teacher:
 
     @torch.inference_mode()
     def logits(self, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-        """Raw logits of every position of every sequence, in order, in pieces of [n, V] on the device.
+        """Compute raw logits at every position of every sequence, in order, in pieces of [n, V] on the device.
 
         Args:
             sequences: of the same reach.
@@ -256,7 +256,7 @@ class Teacher:
 
     @torch.inference_mode()
     def hidden(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """[N, D] last hidden states of all real positions of all sequences, in order; only where `head_only`.
+        """Compute the last hidden states [N, D] at all real positions of all sequences, in order; only if `head_only`.
 
         Args:
             sequences: of the same reach.

@@ -66,7 +66,7 @@ def recompute_rows(
     elsewhere: Mapping[str, Callable[[], Any]] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Run the teacher on `count` random rows: (statistics over all of them, one line for each problem).
+    """Run the teacher on `count` random rows. Return statistics over all of them, and one line per problem.
 
     Raises:
         ValueError: the teacher at hand is not the one that the manifest names, or needs code that is not trusted.

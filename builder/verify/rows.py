@@ -47,7 +47,7 @@ rounding than it is captured with."""
 
 @dataclass(slots=True, kw_only=True)
 class Report:
-    """What verification found."""
+    """The result of verification."""
 
     problems: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
@@ -68,15 +68,15 @@ def check_shard(
     progress: Callable[[int], None] = lambda _: None,
     documents: Documents | None = None,
 ) -> bool:
-    """Check the rows of one data file, and add what is found to a report: whether all of them could be read.
+    """Check the rows of one data file and add the findings to a report. Return whether all rows could be read.
 
     Args:
         directory: of the dataset.
-        record: of the file, whose hash is not looked at.
-        manifest: `recipe`, `teacher` and `row_fingerprint` of one, and `schema_version`, if that is to be compared.
-        report: added to.
-        progress: told of checked tokens.
-        documents: has come to the end of the files before; None where these are not known.
+        record: of the file; its hash is ignored.
+        manifest: `recipe`, `teacher` and `row_fingerprint` of a manifest, and `schema_version`, if that is to be compared.
+        report: receives the findings.
+        progress: called with numbers of checked tokens.
+        documents: has read the files before this one; None if these are unknown.
     """
     layout = Layout.of(manifest["recipe"], manifest["teacher"])
     path = directory / record.file

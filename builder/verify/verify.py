@@ -59,15 +59,15 @@ def verify(
 
     Args:
         directory: of a finished dataset.
-        recompute: number of random rows to run through the teacher again.
-        device: where to recompute.
-        teacher_path: directory or GGUF file of the teacher, where the recipe names a local one.
-        seed: chooses the random rows; a new one each time, if None.
-        progress: told of checked tokens.
-        elsewhere: opens data files that are not in the directory, of which only rows to recompute are read: somebody else
-            compares their hashes, and has checked all of their rows when they were there.
+        recompute: number of random rows for the re-scoring pass through the teacher.
+        device: a torch device for the re-scoring pass.
+        teacher_path: directory or GGUF file of the teacher, if the recipe names a local one.
+        seed: selects the random rows; None for new ones each time.
+        progress: called with numbers of checked tokens.
+        elsewhere: opens data files that are not in the directory. Only rows to recompute are read from them: the caller compares their
+            hashes, and checked all of their rows while they were local.
         trust_remote_code: whether code from the teacher's repository may run, if the manifest asks for it.
-        told: what it does at the moment, where that is not to look at tokens.
+        told: called with a description of work other than checking tokens.
 
     Raises:
         ValueError: there is no readable manifest, or the teacher at hand is not the dataset's.
@@ -114,7 +114,7 @@ def verify(
 
 
 def record_recomputation(directory: Path, report: Report, device: str) -> None:
-    """Keep what recomputing found, with date, hardware and libraries, in `verification.json`, and show it in the card."""
+    """Store the result of the re-scoring pass in `verification.json`, with date, hardware and libraries, and show it in the card."""
     manifest = read_manifest(directory)
     values = {
         "data": data_digest(manifest),

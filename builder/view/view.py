@@ -60,19 +60,19 @@ def page(
     against: Viewed | None = None,
     teacher_path: Path | None = None,
 ) -> Page:
-    """The page of a dataset.
+    """Render the page of a dataset.
 
     Args:
         dataset: to show.
-        rows: how many of its rows at most.
-        start: the first of consecutive rows; None spreads them over the dataset, or over the first file of one that is not here.
-        split: the only one whose rows are shown.
-        against: a dataset of the same rows, to compare with.
-        teacher_path: where the teacher is, if the recipe names a local one.
+        rows: maximum number of rows.
+        start: first of consecutive rows; None spreads them over the dataset, or over the first file of a dataset that is not local.
+        split: show rows of this split only.
+        against: a dataset of the same rows, for comparison.
+        teacher_path: directory or GGUF file of the teacher, if the recipe names a local one.
 
     Raises:
-        ValueError: there are no such rows, one cannot be read, the teacher's tokenizer cannot be found, or the two datasets do not hold
-            the same tokens.
+        ValueError: a row does not exist or cannot be read, the teacher's tokenizer cannot be found, or the two datasets do not hold the
+            same tokens.
     """
     manifest = of_split(dataset.manifest, split)
     numbers = choose(manifest, rows, start, first_file_only=not dataset.is_here)

@@ -37,22 +37,22 @@ def export(
     packed: bool = False,
     split: str | None = None,
 ) -> str:
-    """Write a dataset in another trainer's format; returns a line that says what was written.
+    """Write a dataset in another trainer's format. Return a line that says what was written.
 
     Args:
         source: directory of a dataset, or its name on the Hub.
         output: a directory that does not exist.
         to: the trainer.
         revision: tag, branch or commit on the Hub.
-        tail: what becomes of the mass outside the top K; None for the best that the trainer and the dataset have.
-        length: tokens of a row, of DistillKit and MaxText, which need rows of one length; None for the recipe's `max_length`. Longer
-            sequences are cut.
-        packed: for DistillKit, several sequences a row. MaxText's rows are always so, and axolotl packs by itself.
-        split: the only one to write; None for `train` and, for axolotl and DistillKit, the hold-out beside it, if there is one. MaxText
-            reads all that is in a directory.
+        tail: what becomes of the mass outside the top K; None for the best that trainer and dataset allow.
+        length: tokens per row, for DistillKit and MaxText, whose rows have one length; None for the recipe's `max_length`. Longer sequences
+            are cut.
+        packed: for DistillKit, put several sequences into a row. MaxText's rows are always packed, and axolotl packs by itself.
+        split: write this split only. None writes `train` and, for axolotl and DistillKit, the held-out split if there is one. MaxText
+            reads everything in a directory.
 
     Raises:
-        ValueError: there is no such dataset, it has not what this trainer needs, or the output exists.
+        ValueError: the dataset does not exist, lacks what this trainer needs, or the output exists.
     """
     if to not in get_args(Trainer):
         raise ValueError(f"to is {to!r}, expected one of {', '.join(get_args(Trainer))}")

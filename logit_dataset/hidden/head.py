@@ -36,7 +36,7 @@ ROWS_AT_ONCE = 16_384
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherHead:
-    """The last layer of a teacher. Called with hidden states [N, D], it gives raw logits [N, V] in float32 (float64 for float64 ones)."""
+    """The teacher's last layer. Call it with hidden states [N, D] for raw logits [N, V] in float32 (float64 for float64 input)."""
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
@@ -45,25 +45,25 @@ class TeacherHead:
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """V, the number of logits."""
         return len(self.weight_VD)
 
     @property
     def hidden_size(self) -> int:
-        """D."""
+        """D, the width of hidden states."""
         return self.weight_VD.shape[1]
 
     def to(self, device: Any) -> Self:
-        """The same on a device, where the losses need it."""
+        """Return the head on a device. Losses need it on the device of the logits."""
         bias_V = None if self.bias_V is None else self.bias_V.to(device)
         return replace(self, weight_VD=self.weight_VD.to(device), bias_V=bias_V)
 
     @torch.no_grad()
     def __call__(self, hidden_ND: Tensor) -> Tensor:
-        """See the class.
+        """Compute raw logits, as the class says.
 
         Raises:
-            ValueError: the hidden states are of another width.
+            ValueError: the hidden states have another width.
         """
         if hidden_ND.shape[-1] != self.hidden_size:
             raise ValueError(
@@ -88,14 +88,14 @@ class TeacherHead:
 
 
 def load_teacher_head(path_or_repo: str | Path, *, revision: str | None = None) -> TeacherHead:
-    """The head of a dataset's teacher, found to be the one that the manifest names. From the Hub, this file alone is downloaded.
+    """Load the head of a dataset's teacher and check it against the manifest. From the Hub, only this file is downloaded.
 
     Args:
         path_or_repo: directory of a dataset, or its name on the Hub.
-        revision: tag, branch or commit on the Hub; the main branch, if None.
+        revision: tag, branch or commit on the Hub; None: the main branch.
 
     Raises:
-        ValueError: there is no such dataset, it has no head, or the head is damaged.
+        ValueError: the dataset does not exist, has no head, or the head is damaged.
     """
     where = f"{path_or_repo}@{revision}" if revision else str(path_or_repo)
     manifest = load_manifest(path_or_repo, revision=revision)
@@ -134,15 +134,15 @@ def _file(path_or_repo: str | Path, revision: str | None) -> Path:
 
 
 def read_head(path: Path, record: dict[str, Any]) -> TeacherHead:
-    """The head in a file that has the size and hash of its record.
+    """Read the head from a file that has the size and hash of its record.
 
     Args:
         path: of the file.
         record: `teacher_head` of the manifest.
 
     Raises:
-        ValueError: it is another file, or not a head.
-        OSError: it cannot be read.
+        ValueError: the file is another one, or holds no head.
+        OSError: the file cannot be read.
     """
     if (size := path.stat().st_size) != record.get("bytes"):
         raise ValueError(f"it has {size:,} bytes, the manifest says {record.get('bytes')}")
@@ -153,11 +153,11 @@ def read_head(path: Path, record: dict[str, Any]) -> TeacherHead:
 
 
 def parse_head(path: Path) -> TeacherHead:
-    """The head in a file.
+    """Read the head from a file.
 
     Raises:
-        ValueError: it is not one.
-        OSError: it cannot be read.
+        ValueError: the file holds no head.
+        OSError: the file cannot be read.
     """
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -39,18 +39,18 @@ def dense_kl(
     temperature: float = 1.0,
     num_positions: float | Tensor | None = None,
 ) -> Tensor:
-    """As `distillation_loss`, with the exact KL over the whole vocabulary: (1 − w) · τ² · KL + w · cross-entropy on the text.
+    """Compute (1 − w) · τ² · KL + w · cross-entropy on the text: `distillation_loss` with the exact forward KL over the whole vocabulary.
 
     Args:
-        logits_BTV: raw logits of the student, of at least the teacher's vocabulary. Further ones are ids that the teacher never expects.
+        logits_BTV: the student's raw logits, for at least the teacher's vocabulary. The teacher gives further ids no probability.
         batch: with `hidden_states`, on the device of the logits.
-        teacher_head: of the same dataset, from `load_teacher_head`, on that device too.
+        teacher_head: of the same dataset, from `load_teacher_head`, on the device of the logits.
         text_weight: w, 0 to 1.
         temperature: τ, any above 0.
         num_positions: as in `distillation_loss`; `count_positions` gives it.
 
     Raises:
-        ValueError: the batch has no hidden states, or the head is another dataset's or on another device.
+        ValueError: the batch has no hidden states, or the head belongs to another dataset or is on another device.
     """
     chosen = _Chosen(batch, teacher_head, text_weight, temperature)
     logits_MV = positions_of(logits_BTV, batch, "logits")
@@ -65,13 +65,13 @@ def position_dense_kl(
     *,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """τ² · KL and the text's cross-entropy at each position, [B, T] each, in nats; 0 where they do not count.
+    """Compute τ² · KL and the text's cross-entropy at each position, [B, T] each, in nats; 0 where they do not count.
 
     Args:
-        logits_BTV, batch, teacher_head, temperature: as above.
+        logits_BTV, batch, teacher_head, temperature: as in `dense_kl`.
 
     Raises:
-        ValueError: as above.
+        ValueError: as in `dense_kl`.
     """
     chosen = _Chosen(batch, teacher_head, 0.5, temperature)
     logits_MV = positions_of(logits_BTV, batch, "logits")
@@ -90,11 +90,11 @@ def dense_kl_from_hidden(
     temperature: float = 1.0,
     num_positions: float | Tensor | None = None,
 ) -> Tensor:
-    """The same where no [B, T, V] ever exists: both heads run on a chunk of positions, and again in the backward pass.
+    """Compute `dense_kl` without holding [B, T, V]: both heads run on a chunk of positions, and again in the backward pass.
 
     Args:
-        hidden_BTE: last hidden states of the student.
-        head: [n, E] → [n, V] of the student, such as `model.lm_head`. It is not called on padding.
+        hidden_BTE: the student's last hidden states.
+        head: the student's head, [n, E] → [n, V], such as `model.lm_head`. It is not called on padding.
         batch, teacher_head, text_weight, temperature, num_positions: as in `dense_kl`.
 
     Raises:

@@ -15,7 +15,7 @@ from logit_dataset.trainers.distilling import Distilling, as_arrays, collator_fo
 
 
 class DistillationTrainer(Distilling, Trainer):
-    """A Trainer whose students learn from a teacher's distributions; all else is as in `transformers.Trainer`.
+    """A Trainer whose students learn from a teacher's distributions. Everything else is as in `transformers.Trainer`.
 
     Evaluation reports `eval_kl`, `eval_cross_entropy`, `eval_entropy`, `eval_teacher_entropy` and `eval_entropy_correlation`.
     """
@@ -36,24 +36,24 @@ class DistillationTrainer(Distilling, Trainer):
         peft_config: Any = None,
         **options: Any,
     ) -> None:
-        """A trainer.
+        """Set up the training.
 
         Args:
-            model: a causal language model, with as many logits as the dataset, or the projection, has ids.
+            model: a causal language model with as many logits as the dataset, or the projection, has ids.
             args: of the training.
-            data_collator: a LogitCollator, such as `LogitCollator.of("ORG/NAME", packed=True, length=1024)`; None for one of the training
+            data_collator: a LogitCollator, such as `LogitCollator.of("ORG/NAME", packed=True, length=1024)`. None makes one from the training
                 rows, which do not tell what follows a document.
             train_dataset: rows of a logit dataset.
-            eval_dataset: rows of another part of it, or several by name.
-            loss, temperature, text_weight: see `distillation_loss`; loss None for tail_draws where the rows have draws, and tail_bucket
-                where not.
-            teacher_head: of a dataset with hidden states, from `load_teacher_head`: the loss is the exact KL over the whole vocabulary.
+            eval_dataset: rows of its held-out split, or several sets of rows by name.
+            loss, temperature, text_weight: see `distillation_loss`. A loss of None is tail_draws if the rows have sampled tail tokens, and
+                tail_bucket otherwise.
+            teacher_head: from `load_teacher_head`, for a dataset with hidden states: the loss is the exact KL over the whole vocabulary.
             projection: into the student's vocabulary.
-            peft_config: adapters to train instead of the model, by `peft.get_peft_model`.
+            peft_config: adapters to train instead of the model, through `peft.get_peft_model`.
             options: as in Trainer.
 
         Raises:
-            ValueError: an argument would be of no effect, or data would be lost.
+            ValueError: an argument would have no effect, or data would be lost.
         """
         args = args or TrainingArguments("tmp_trainer")
         if options.get("compute_loss_func") is not None:

@@ -21,9 +21,9 @@ OF_THE_COLLATOR = {"packing": False, "padding_free": False, "assistant_only_loss
 
 
 class DistillationSFTTrainer(Distilling, SFTTrainer):
-    """An SFTTrainer whose students learn from a teacher's distributions; `peft_config` and all else is as in `trl.SFTTrainer`.
+    """An SFTTrainer whose students learn from a teacher's distributions. `peft_config` and everything else are as in `trl.SFTTrainer`.
 
-    `max_length` is of no effect: the length is the collator's.
+    `max_length` has no effect: the collator sets the length.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class DistillationSFTTrainer(Distilling, SFTTrainer):
         projection: Projection | None = None,
         **options: Any,
     ) -> None:
-        """A trainer.
+        """Set up the training.
 
         Args:
             model, data_collator, train_dataset, eval_dataset, loss, temperature, text_weight, teacher_head, projection: as in DistillationTrainer.
@@ -49,7 +49,7 @@ class DistillationSFTTrainer(Distilling, SFTTrainer):
             options: as in SFTTrainer.
 
         Raises:
-            ValueError: an argument would be of no effect, or data would be lost.
+            ValueError: an argument would have no effect, or data would be lost.
         """
         if not isinstance(args, SFTConfig):
             raise ValueError(f"args is {type(args).__name__}, expected a trl.SFTConfig")
