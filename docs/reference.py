@@ -3,11 +3,14 @@
 recipe.md is made from the models of `builder.recipe`, cli.md from the commands, api.md from the docstrings of `logit_dataset`.
 """
 
+import ast
+import dataclasses
 import inspect
 import re
 import textwrap
 import types
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -178,7 +181,13 @@ def api_page() -> str:
     for name in sorted(logit_dataset.__all__):
         value = getattr(logit_dataset, name)
         if isinstance(value, type):
-            page += [f"## class `{name}`\n", "```text", _signature(name, value), "", _doc(value), "```\n"]  # fmt: skip
+            page += [
+                f"## class `{name}`\n",
+                *_entry(_signature(name, value), value),
+                *_fields(value),
+            ]
+            if doc := inspect.cleandoc(vars(value)["__init__"].__doc__ or ""):
+                page += [*_markdown(doc), ""]
             for part, method in vars(value).items():
                 function = getattr(method, "__func__", method)
                 function = function.fget if isinstance(function, property) else function
@@ -186,9 +195,9 @@ def api_page() -> str:
                     continue
                 is_property = isinstance(method, property)
                 title = f"{name}.{part}" if is_property else _signature(f"{name}.{part}", function)
-                page += [f"### `{name}.{part}`\n", "```text", title, "", _doc(function), "```\n"]
+                page += [f"### `{name}.{part}`\n", *_entry(title, function)]
         elif callable(value):
-            page += [f"## `{name}`\n", "```text", _signature(name, value), "", _doc(value), "```\n"]
+            page += [f"## `{name}`\n", *_entry(_signature(name, value), value)]
     return "\n".join(page)
 
 
@@ -284,8 +293,33 @@ def _annotation(kind: Any) -> str:
     return re.sub(r"(\w+\.)+(?=\w)", "", text)
 
 
-def _doc(value: Any) -> str:
-    return inspect.getdoc(value) or ""
+def _entry(signature: str, value: Any) -> list[str]:
+    """The signature as code, and the docstring as Markdown; its sections (Args, Raises) become lists."""
+    return ["```text", signature, "```\n", *_markdown(inspect.getdoc(value) or ""), ""]
+
+
+def _fields(kind: type) -> list[str]:
+    """Those of a dataclass that have a docstring below them."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    lines = []
+    if dataclasses.is_dataclass(kind) and isinstance(tree, ast.ClassDef):
+        for field, below in pairwise(tree.body):
+            match field, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
+                    ast.Constant(value=str(text))
+                ):
+                    lines.append(f"- `{name}`: {inspect.cleandoc(text)}".replace("\n", "\n  "))
+    return ["**Fields**\n", *lines, ""] if lines else []
+
+
+def _markdown(doc: str) -> list[str]:
+    lines = []
+    for line in doc.splitlines():
+        if re.fullmatch(r"[A-Z][a-z]+:", line):
+            lines += [f"**{line[:-1]}**", ""]
+        else:
+            lines.append(re.sub(r"^ {4}(\w[^:]*): ", r"- `\1`: ", line).removeprefix(4 * " "))
+    return lines
 
 
 def main() -> None:

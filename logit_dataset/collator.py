@@ -78,7 +78,7 @@ class LogitCollator:
     shortest_open: float = 0.0
     """A row of at least this length may continue in another row."""
     vocab_size: int | None = None
-    """V of the teacher; larger ids are refused."""
+    """V of the teacher; ids from V on are refused."""
     widths: Mapping[str, int] = field(default_factory=dict)
     """Values per position of each column; needed for list rows in a batch without completions."""
 

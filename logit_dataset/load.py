@@ -48,17 +48,17 @@ class LogitDataset:
 
     manifest: dict[str, Any]
     row_groups: tuple[RowGroup, ...]
-    """Of all files, in stored order."""
+    """Row groups of all files, in stored order."""
     columns: list[str]
-    """Columns with values a token; all of them are in a batch."""
+    """Columns with values per token, all of which are in a batch."""
     files: Files
     split: str = TRAIN
-    """Whose files these are."""
+    """The split to which the files belong."""
     projection: Projection | None = None
     prompt_targets: bool = False
     """Whether `target_ids` outside completions are kept."""
     selection: str | None = None
-    """Fingerprint of the rows, if they are not all of the split's."""
+    """Fingerprint of the selected rows; None if all rows of the split are selected."""
 
     def __len__(self) -> int:
         return self.num_rows

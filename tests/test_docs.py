@@ -39,7 +39,7 @@ def test_generated_pages_are_current(name):
 @pytest.mark.parametrize("name", ["dense_kl", "distillation_loss", "load_logits"])
 def test_defaults_in_the_api_are_those_of_the_code(name):
     page = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
-    shown = page.split(f"```text\n{name}(")[1].split("\n\n")[0]
+    shown = page.split(f"```text\n{name}(")[1].split("\n```")[0]
     function = ast.parse(f"def {name}({shown}: ...").body[0]
     assert isinstance(function, ast.FunctionDef)
     defaults = [ast.literal_eval(value) for value in function.args.kw_defaults if value]
