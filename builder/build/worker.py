@@ -193,6 +193,8 @@ class Worker:
         special: dict[str, Any] = {"prefix_ids": encoder.prefix, "suffix_ids": encoder.suffix}
         if self.decoder:
             special["generation_eos_ids"] = sorted(self.decoder.eos_ids)
+            if self.decoder.drafts:  # which rounds otherwise than what older code wrote: an unfinished build of that is refused
+                special["greedy_drafts"] = "cached"
         template = encoder.chats.source if isinstance(encoder.chats, ChatTemplate) else None
         return self.teacher.provenance() | special | template_provenance(template)
 

@@ -160,6 +160,8 @@ class Decoder:
             try:
                 batches = [prompts] if padded else [[prompt] for prompt in prompts]
                 errors = [self._error(batch, padded=padded, cached=cached) for batch in batches]
+            except torch.OutOfMemoryError:
+                raise  # what a teacher can do does not depend on the memory that is free
             except (AttributeError, TypeError, RuntimeError, IndexError, ValueError):
                 continue  # an architecture that takes no mask, or has no cache
             if max(errors) <= PROBE_TOLERANCE[self.teacher.dtype]:
@@ -191,6 +193,8 @@ class Decoder:
                     [torch.cat(list(self.teacher.logits([ids])))[-1] for ids in prompts]
                 )
                 errors.append(error(logits_BV, expected_BV.float()))
+        except torch.OutOfMemoryError:
+            raise  # as in `_probe`
         except (AttributeError, TypeError, RuntimeError, IndexError, ValueError):
             return False
         return max(errors) <= PROBE_TOLERANCE[self.teacher.dtype]
@@ -365,8 +369,8 @@ class _Layer(DynamicLayer):
 class _Attention:
     """While it is entered, a model's attention of a few queries is summed as that of many, so that no last bit differs.
 
-    For fewer than LEAST_QUERIES, torch on a CPU takes a product that sums in another order. On a processor whose 16-bit products do not
-    depend on the number of rows either (an Intel one with AMX), a draft's keys and values are those of the forward pass, bit for bit.
+    For fewer than LEAST_QUERIES, torch on a CPU takes a product that sums in another order. Where 16-bit products do not depend on the
+    number of rows either, a draft's keys and values are those of the forward pass, bit for bit.
     """
 
     def __init__(self, model: Any) -> None:

