@@ -594,7 +594,7 @@ def a_picture_does_more_than_show(directory: Path, rng: random.Random) -> None:
     path.write_text(path.read_text().replace("</svg>", f"{harm}</svg>"))
 
 
-@attack("note", "Text below the head of the card")
+@attack("note", "text below its head is not what this version makes")
 def the_text_of_the_card_is_another(directory: Path, rng: random.Random) -> None:
     text = (directory / "README.md").read_text()
     head, body = text[: text.index("\n---\n") + 5], text[text.index("\n---\n") + 5 :]
