@@ -163,7 +163,7 @@ def test_tools_and_options_may_be_json_text():
 @pytest.mark.parametrize(
     ("read", "value", "message"),
     [
-        (lambda v: read_objects(v, "tools"), "a tool", r"holds text that is no JSON, expected a list of tools, each an object"),
+        (lambda v: read_objects(v, "tools"), "a tool", r"holds text that is not JSON, expected a list of tools, each an object"),
         (lambda v: read_objects(v, "documents"), ["a"], r"holds a list, expected a list of documents"),
         (lambda v: read_objects(v, "tools"), {"a": 1}, r"holds an object, expected a list of tools"),
         (read_options, ["a"], r"holds a list, expected an object with variables of the template"),

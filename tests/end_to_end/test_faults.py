@@ -57,13 +57,15 @@ def parquet(table: pa.Table) -> bytes:
 GOOD = {"id": "a", "text": "all is well"}
 LONG = jsonl(*({"id": str(i), "text": f"{i * i} " * 50} for i in range(500)))
 LATIN_1 = '{"id": "a", "text": "café"}\n'.encode("latin-1")
-NOT_UTF_8 = r"is not valid UTF-8 \(byte 0xe9 after .*'\); convert it, or leave it out"
-NO_TEXT = r"the corpus has no text \(%d null, empty or blank documents\); check corpus.text_column"
+NOT_UTF_8 = (
+    r"is not valid UTF-8 \(byte 0xe9 after .*'\); convert the file to UTF-8, or leave it out"
+)
+NO_TEXT = r"the corpus has no text \(%d null, empty or blank documents?\); check corpus.text_column"
 OTHER_ID = (
     r"expected text or a whole number; set corpus.id_column to another column, or leave it out"
 )
-CUT = r"cannot be read \(Compressed file ended before .*\); mend it or leave it out"
-NO_FORMAT = r"cannot tell the format of 'c\.%s'; expected \.txt, \.jsonl, \.csv or \.parquet"
+CUT = r"cannot be read \(Compressed file ended before .*\); repair it, or leave it out"
+NO_FORMAT = r"cannot tell the format of 'c\.%s'; expected \.txt, \.jsonl, \.csv \(each also with \.gz or \.zst\) or \.parquet"
 
 CORPORA: dict[str, tuple[str, bytes | None, str]] = {
     "absent": ("c.jsonl", None, r"corpus\.files: nothing matches 'c\.jsonl' \(looked in "),
@@ -176,7 +178,7 @@ RECIPES: dict[str, tuple[Callable[[str], str | bytes | None], str]] = {
     "absent": (lambda _: None, r"no recipe at \S+/recipe\.toml; name a \.toml file"),
     "not TOML": (lambda _: "name = \n", r"line 1, column 8 is not valid TOML: "),
     "not text": (lambda _: b"\xff\xfe", r"line 1 is not UTF-8 .byte 0xff"),
-    "nothing": (lambda _: "", r"'name' is missing; 'corpus' is missing; 'teacher' is missing"),
+    "nothing": (lambda _: "", r"'name' is missing: add it; 'corpus' is missing: add it; 'teacher' is missing: add it"),
     "a misspelt key": (instead("top_k", "topk"), r"unknown key 'output\.topk'; did you mean 'top_k'\?"),
     "an unknown key": (with_line("output", "zzz = 1"), r"unknown key 'output\.zzz'; known keys: top_k, tail_samples, tail_logprobs, "),
     "a misspelt section": (
@@ -191,9 +193,9 @@ RECIPES: dict[str, tuple[Callable[[str], str | bytes | None], str]] = {
         instead("float32", "fp32"),
         r"teacher\.dtype: expected 'float32', 'bfloat16' or 'float16' \(found \"fp32\"\)",
     ),
-    "a name with a path": (instead('"tiny"', '"../tiny"'), r"name: expected a name as the Hub takes it"),
+    "a name with a path": (instead('"tiny"', '"../tiny"'), r"name: expected at most 96 letters, digits"),
     "two sources": (with_line("corpus", 'repo = "a/b"'), r"exactly one of repo, files, embedded \(found repo and files\)"),
-    "two sections alike": (lambda text: f"{text}[output]\n", r"is not valid TOML: .*is there twice"),
+    "two sections alike": (lambda text: f"{text}[output]\n", r"is not valid TOML: .*appears twice"),
     "code from a branch": (
         instead("^path = .*", 'repo = "a/b"\ntrust_remote_code = true'),
         r"trust_remote_code runs code from the repo, so revision must be a full 40-digit commit, not 'main'",
@@ -204,22 +206,22 @@ RECIPES: dict[str, tuple[Callable[[str], str | bytes | None], str]] = {
     ),
     "more partitions than documents": (
         lambda text: with_line("output", "partitions = 3")(with_line("corpus", "max_documents = 2")(text)),
-        r"recipe\.toml: output\.partitions is 3, which is more than",
+        r"recipe\.toml: output\.partitions is 3, but the corpus's limit is smaller",
     ),
     "more partitions than files": (
         with_line("output", "partitions = 3"),
-        r"output\.partitions is 3, but the corpus has fewer files \(1\) to divide; choose 1 at most",
+        r"output\.partitions is 3, but the corpus has fewer files \(1\); choose at most 1 partitions",
     ),
     "mixed formats": (
         instead(r"\[(\".*\")\]", '["*.jsonl", "*.csv"]'),
-        r"corpus\.files mixes formats \(csv, json\); give files of one format, or \.txt beside \.jsonl",
+        r"corpus\.files mixes formats \(csv, json\); give files of one format \(only \.txt and \.jsonl can be mixed\)",
     ),
     "no such teacher": (instead("^path = .*", 'path = "none"'), r"teacher\.path: 'none' does not exist \(looked in "),
     "a teacher that is a file": (instead("^path = .*", 'path = "x.txt"'), r"teacher\.path: 'x\.txt' is not a directory"),
     "a GGUF that is a directory": (instead("^path = .*", 'gguf = "."'), r"teacher\.gguf: '\.' is not a file"),
     "a GGUF that is none": (
         instead("^path = .*", 'gguf = "bad.gguf"'),
-        r"teacher bad\.gguf: it is no whole GGUF file \(.*\); download it again",
+        r"teacher bad\.gguf: it is not a complete GGUF file \(.*\); download it again",
     ),
     "more than the vocabulary": (
         instead("top_k = 20", "top_k = 449"),
@@ -232,11 +234,11 @@ RECIPES: dict[str, tuple[Callable[[str], str | bytes | None], str]] = {
     "a token that there is not": (with_line("sequences", 'bos = "always"'), r"sequences\.bos is 'always', but .* no bos token"),
     "a teacher from afar": (
         instead("^path = .*", f'repo = "a/b"\nrevision = "{COMMIT}"'),
-        r"teacher a/b: it is not in the cache, and the Hub cannot be reached to fetch it; check the network, or ",
+        r"teacher a/b: it is not in the cache, and the Hub cannot be reached; check the network, or ",
     ),
     "a corpus from afar": (
         instead("^files = .*", f'repo = "a/b"\nrevision = "{COMMIT}"'),
-        r"corpus a/b@00000000: it is not in the cache, and the Hub cannot be reached to fetch it; check the network, or ",
+        r"corpus a/b@00000000: it is not in the cache, and the Hub cannot be reached; check the network, or ",
     ),
 }  # fmt: skip
 
@@ -284,7 +286,7 @@ TEACHERS: dict[str, tuple[Callable[[Path, object], object], str]] = {
     ),
     "no weights": (
         lambda teacher, _: (teacher / "model.safetensors").rename(teacher / "pytorch_model.bin"),
-        r"teacher bad: it has no model\.safetensors, and other weights are not read, .*; save it again",
+        r"teacher bad: it has no model\.safetensors, and other formats are not read .*; save the model again",
     ),
     "no configuration": (lambda teacher, _: (teacher / "config.json").unlink(), r"teacher bad: it has no config\.json with a model_type .*; name a directory"),
 }  # fmt: skip
@@ -404,7 +406,10 @@ def test_a_directory_that_is_no_dataset_is_one_line(cli, built, tmp_path, damage
     [
         (["--row", 10_000], r"has rows 0 to \d\d, not 10000"),
         (["--row", 0, "--position", 64], r"row 0 has positions 0 to \d\d, not 64"),
-        (["--row", 0], r"teacher\.path: 'tiny' does not exist .*; name it with --teacher PATH"),
+        (
+            ["--row", 0],
+            r"teacher\.path: 'tiny' does not exist .*; give its path with --teacher PATH",
+        ),
     ],
 )
 def test_a_row_that_there_is_not_is_one_line(cli, built, options, message):
@@ -454,11 +459,11 @@ def test_damaged_state_of_a_build_is_named(cli, make_recipe, tmp_path):
     plan, record = (output / ".build" / name for name in ("plan.json", "records/000-00001.json"))
     content = plan.read_bytes()
     plan.write_bytes(content[:99])
-    message = r"\.build/plan\.json is damaged \(.*\); build anew in another directory"
+    message = r"\.build/plan\.json is damaged \(.*\); start again in another directory"
     assert_one_line(*cli("build", recipe, "--output", output), message)
     plan.write_bytes(content)
     record.write_bytes(record.read_bytes()[:99])
-    message = r"records/000-00001\.json is damaged \(.*\); delete it, and its shard is built again"
+    message = r"records/000-00001\.json is damaged \(.*\); delete it to rebuild its shard"
     assert_one_line(*cli("build", recipe, "--output", output), message)
     record.unlink()
     assert cli("build", recipe, "--output", output)[0] == 0

@@ -231,7 +231,8 @@ def test_what_changes_no_logit_is_left_out(write, case):
 def test_a_head_of_its_own_is_not_shared(write):
     directory = write(make_model("llama"), config={"tie_word_embeddings": True})
     assert_refused(
-        directory, r"lm_head\.weight is model\.embed_tokens\.weight .* has another one; set"
+        directory,
+        r"lm_head\.weight to model\.embed_tokens\.weight .* has a different lm_head\.weight; set",
     )
 
 
@@ -307,7 +308,7 @@ def test_frequencies_that_are_not_those_of_config_are_refused(write):
         }
     )
     assert_refused(
-        write(make_model("llama"), stored), r"inv_freq .* is not what config\.json makes"
+        write(make_model("llama"), stored), r"inv_freq .* does not match rope_theta in config\.json"
     )
 
 
@@ -343,7 +344,7 @@ def test_a_bias_may_rule_out_tokens(write):
 def test_a_file_that_was_not_written_to_the_end_is_refused(write):
     model = make_model("llama", hidden_size=256, head_dim=64, intermediate_size=256)
     zeros = lambda weights: weights["model.layers.1.mlp.up_proj.weight"].zero_()  # noqa: E731
-    assert_refused(write(model, zeros), r"layers\.1\.mlp\.up_proj\.weight is zero throughout")
+    assert_refused(write(model, zeros), r"layers\.1\.mlp\.up_proj\.weight is all zeros")
 
 
 # Files
@@ -504,7 +505,7 @@ def test_a_vocabulary_that_is_not_read_is_named(write):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (directory / name).unlink()
     (directory / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
-    assert_refused(directory, r"has no tokenizer\.json, and other vocabularies are not read")
+    assert_refused(directory, r"has no tokenizer\.json, and other vocabulary files are not read")
 
 
 def test_a_distributed_checkpoint_is_refused(write):

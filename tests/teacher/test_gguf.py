@@ -275,7 +275,7 @@ NO_HOME: dict[str, tuple[str, dict[str, Any], str]] = {
     "not causal": ("llama", {"attention.causal": False}, r"not causal"),
     "groups of heads of Falcon": ("falcon", {"attention.head_count_kv": 2}, r"falcon\.attention\.head_count_kv = 2"),
     "gates of experts": ("qwen3_moe", {"expert_gating_func": 2}, r"expert_gating_func = 2"),
-    "an adapter": ("llama", {"general.type": "adapter"}, r"kind 'adapter' and not a model; merge"),
+    "an adapter": ("llama", {"general.type": "adapter"}, r"type 'adapter', not a model; merge"),
     "a part": ("llama", {"split.count": 3}, r"one of 3 parts; join them with"),
     "no size": ("llama", {"attention.head_count": None}, r"does not say llama\.attention\.head_count"),
     "other sizes": ("llama", {"attention.head_count_kv": 4}, r"other shapes than its configuration"),
@@ -466,7 +466,7 @@ def test_a_config_is_pinned_by_its_content(tmp_path, make_recipe, tiny_tokenizer
             {"gguf": "tiny.gguf", "config": "tokenizer"},
             r"teacher\.config: 'tokenizer/config\.json' does not",
         ),
-        ({"path": "tokenizer", "config": "tokenizer"}, r"config means something only with gguf"),
+        ({"path": "tokenizer", "config": "tokenizer"}, r"config is valid only with gguf"),
     ],
 )
 def test_a_config_that_is_not_there_is_refused(
