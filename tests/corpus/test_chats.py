@@ -286,7 +286,7 @@ REFUSED = {
         r"does not write message 1 right after its generation prompt \('<think>' and 'A fox",
     ),
     "today": ("{{ strftime_now('%d %b %Y') }}" + CHATML, MESSAGES, r"writes today's date.*a template with a fixed date"),
-    "it refuses": ("{{ raise_exception('roles must alternate') }}", MESSAGES, r"refuses it \(roles must alternate\); mend"),
+    "it refuses": ("{{ raise_exception('roles must alternate') }}", MESSAGES, r"refuses it \(roles must alternate\); fix the corpus"),
     "it fails": ("{{ messages[0]['content'] + 1 }}", MESSAGES, r"the chat template refuses it \(can only concatenate str"),
     "nothing is marked": ("{{ 'a' }}{% generation %}{% endgeneration %}", MESSAGES, r"marks no token as the assistant's"),
     "a special token is changed": (

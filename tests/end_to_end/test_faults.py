@@ -100,7 +100,7 @@ CORPORA: dict[str, tuple[str, bytes | None, str]] = {
     "bytes": ("c.parquet", parquet(pa.table({"text": [b"x"]})), r"holds bytes, expected text"),
     "an id that is an object": ("c.jsonl", jsonl({"id": {}, "text": "x"}), f"holds an object, {OTHER_ID}"),
     "an id that is true": ("c.jsonl", jsonl({"id": True, "text": "x"}), f"holds true or false, {OTHER_ID}"),
-    "latin-1, text": ("c.txt", "café".encode("latin-1"), r"byte 0xe9 after …'caf'.*convert it"),
+    "latin-1, text": ("c.txt", "café".encode("latin-1"), r"byte 0xe9 after …'caf'.*convert the file to UTF-8"),
     "latin-1": ("c.jsonl", jsonl(GOOD) + LATIN_1, NOT_UTF_8),
     "latin-1, late": ("c.jsonl", LONG + LATIN_1, NOT_UTF_8),
     "latin-1, compressed": ("c.jsonl.gz", gzip.compress(LATIN_1), NOT_UTF_8),
@@ -122,13 +122,13 @@ CORPORA: dict[str, tuple[str, bytes | None, str]] = {
         r"file c\.jsonl line 2: holds '\\ud800', half of a surrogate pair.*; replace it",
     ),
     "half a character in an id": ("c.jsonl", jsonl({"id": "\udc00", "text": "x"}), r"line 1: holds '\\udc00'"),
-    "no Parquet": ("c.parquet", b"hello" * 9, r"file c\.parquet cannot be read \(Parquet magic bytes .*\); mend it"),
+    "no Parquet": ("c.parquet", b"hello" * 9, r"file c\.parquet cannot be read \(Parquet magic bytes .*\); repair it"),
     "cut Parquet": ("c.parquet", parquet(pa.table({"text": ["x"]}))[:-9], r"file c\.parquet cannot be read \("),
     "an empty Parquet": ("c.parquet", b"", r"file c\.parquet cannot be read \(Parquet file size is 0 bytes\)"),
     "no gzip": ("c.jsonl.gz", jsonl(GOOD), r"file c\.jsonl\.gz cannot be read \(Not a gzipped file"),
     "cut gzip": ("c.jsonl.gz", gzip.compress(LONG)[:-99], CUT),
     "cut gzip, text": ("c.txt.gz", gzip.compress(LONG)[:-99], CUT),
-    "no zstd": ("c.jsonl.zst", jsonl(GOOD), r"file c\.jsonl\.zst cannot be read \(.*; mend it"),
+    "no zstd": ("c.jsonl.zst", jsonl(GOOD), r"file c\.jsonl\.zst cannot be read \(.*; repair it"),
 }  # fmt: skip
 
 
@@ -183,7 +183,7 @@ RECIPES: dict[str, tuple[Callable[[str], str | bytes | None], str]] = {
     "an unknown key": (with_line("output", "zzz = 1"), r"unknown key 'output\.zzz'; known keys: top_k, tail_samples, tail_logprobs, "),
     "a misspelt section": (
         instead(r"\[corpus\]", "[korpus]"),
-        r"'corpus' is missing; unknown key 'korpus'; did you mean 'corpus'\?",
+        r"'corpus' is missing: add it; unknown key 'korpus'; did you mean 'corpus'\?",
     ),
     "a missing section": (instead(r"\[teacher\](.|\n)*(?=\n\[s)", ""), r"'teacher' is missing"),
     "another type": (instead("top_k = 20", 'top_k = "20"'), r"output\.top_k: expected a whole number of at least 1, or \"all\" \(found \"20\"\)"),
@@ -382,7 +382,7 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another JSON": (lambda d: (d / "manifest.json").write_text("{}"), DAMAGED % "no 'schema_version'"),
     "newer": (
         edit(lambda m: m.update(schema_version="2.0.0", recipe="of another shape")),
-        r"has schema version 2\.0\.0, this program reads 1\.\d+\.\d+; install the version of logit-dataset that built it",
+        r"has schema version 2\.0\.0, but this program reads 1\.\d+\.\d+; install the version of logit-dataset that built it",
     ),
     "without shards": (edit(lambda m: m.update(shards=[])), DAMAGED % "no shards"),
     "with half a record": (edit(lambda m: m["shards"][0].pop("rows")), DAMAGED % r"not a shard record: no 'shards\[0\]\.rows'"),
@@ -408,7 +408,7 @@ def test_a_directory_that_is_no_dataset_is_one_line(cli, built, tmp_path, damage
         (["--row", 0, "--position", 64], r"row 0 has positions 0 to \d\d, not 64"),
         (
             ["--row", 0],
-            r"teacher\.path: 'tiny' does not exist .*; give its path with --teacher PATH",
+            r"teacher\.path: 'tiny' does not exist .*; check the path, or give it with --teacher PATH",
         ),
     ],
 )

@@ -82,7 +82,7 @@ PACKED = {
     "modelopt": (
         as_float8("weight_scale"),
         {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}},
-        r"quantised by modelopt, .* not undone \(model\S+ is stored as F8_E4M3\); use the unquantised",
+        r"quantised by modelopt, .* did not unpack \(model\S+ is stored as F8_E4M3\); use the unquantised",
     ),
     "static float8": (as_float8("input_scale"), None, r"by no method that config\.json names.*F8_E4M3"),
     "lost config": (as_float8(None), None, r"by no method that config\.json names.* F8_E4M3"),
@@ -119,7 +119,7 @@ HOMELESS = {
     "norms of heads": (
         extra(**{"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}),
         None,
-        r"self_attn\.q_norm\.weight, for which LlamaForCausalLM .* no place",
+        r"self_attn\.q_norm\.weight, which LlamaForCausalLM .* does not use",
     ),
     "further layers": (None, {"num_hidden_layers": 1}, r"num_hidden_layers = 1: correct that"),
     "an adapter in it": (
@@ -130,12 +130,12 @@ HOMELESS = {
     "a classifier": (
         extra(**{"score.weight": torch.ones(2, 32)}),
         None,
-        r"has score\.weight, for which",
+        r"has score\.weight, which",
     ),
     "a bias that is named like a mask": (
         extra(**{"model.layers.0.self_attn.bias": torch.ones(32)}),
         None,
-        r"self_attn\.bias, for which",
+        r"self_attn\.bias, which",
     ),
     "a layer that is no head of further tokens": (
         extra(**{"model.layers.2.mlp.up_proj.weight": torch.ones(64, 32)}),

@@ -289,10 +289,10 @@ def test_what_has_no_place_is_refused(tmp_path, load, case):
 
 
 TENSORS: dict[str, tuple[str, dict[str, torch.Tensor], str]] = {
-    "a bias": ("qwen2", {"blk.1.attn_output.bias": torch.ones(64)}, r"blk\.1\.attn_output\.bias, for which Qwen2F"),
-    "norms of heads": ("qwen2", {"blk.0.attn_q_norm.weight": torch.ones(16)}, r"attn_q_norm\.weight, for which"),
+    "a bias": ("qwen2", {"blk.1.attn_output.bias": torch.ones(64)}, r"blk\.1\.attn_output\.bias, which Qwen2F"),
+    "norms of heads": ("qwen2", {"blk.0.attn_q_norm.weight": torch.ones(16)}, r"attn_q_norm\.weight, which"),
     "a further layer": ("llama", {"blk.2.attn_norm.weight": torch.ones(64)}, r"blk\.2\.attn_norm\.weight, for"),
-    "a head that is shared": ("gemma2", {"output.weight": torch.ones(448, 64)}, r"output\.weight, for which"),
+    "a head that is shared": ("gemma2", {"output.weight": torch.ones(448, 64)}, r"output\.weight, which"),
     "experts": ("llama", {"blk.0.ffn_up_exps.weight": torch.ones(4, 96, 64)}, r"blk\.0\.ffn_up_exps\.weight"),
     "a tensor of a newer reader": ("lfm2", {"blk.0.attn_sinks.weight": torch.ones(4)}, r"attn_sinks\.weight"),
     "one kind of factors": ("phi3", {"rope_factors_long.weight": torch.ones(6)}, r"rope_factors_long\) with other"),
@@ -372,7 +372,7 @@ def test_an_original_config_has_to_agree_with_factors_of_the_file(tmp_path, load
     [
         ("qwen2", {}, r"teacher\.config is of the type 'qwen2', .* 'llama', which is 'llama' or 'mistral'"),
         ("llama", {"attention_bias": True}, r"no tensor for model\.layers\.0\.self_attn\.\w+\.bias and \d+ more"),
-        ("llama", {"num_hidden_layers": 1}, r"has blk\.1\.\S+ and \d+ more, for which"),
+        ("llama", {"num_hidden_layers": 1}, r"has blk\.1\.\S+ and \d+ more, which"),
         ("llama", {"intermediate_size": 64}, r"other shapes than its configuration says"),
     ],
 )  # fmt: skip
