@@ -146,7 +146,7 @@ class Batches(IterableDataset[dict[str, Tensor]]):
         for name, ours in self._settings.items():
             if state.get(name) != ours:
                 raise ValueError(
-                    f"the saved state has {name} = {state.get(name)!r}, these batches {ours!r}; make them as they were made"
+                    f"the saved state has {name} = {state.get(name)!r}, these batches {ours!r}; create them with the same arguments"
                 )
         self._epoch, self._block, self._row = state["epoch"], state["block"], state["row"]
 

@@ -120,7 +120,7 @@ class LogitCollator:
         features = getattr(source, "features", None)
         if features is None:
             raise ValueError(
-                f"{type(source).__name__} tells nothing of a dataset; give its directory, its name on the Hub, or what load_dataset "
+                f"{type(source).__name__} does not identify a dataset; give its directory, its name on the Hub, or what load_dataset "
                 "gave of one split"
             )
         shapes = {name: getattr(feature, "shape", None) for name, feature in features.items()}
@@ -232,7 +232,7 @@ def _check_columns(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         if set(row) != names:
             differing = sorted(names ^ set(row))
-            raise ValueError(f"some rows have {', '.join(differing)} and others have not")
+            raise ValueError(f"some rows have {', '.join(differing)} and others do not")
     whole, listed = {"logprobs"}, {"topk_indices", "topk_logprobs", "tail_logprob"}
     if "input_ids" not in names or not (names >= whole or names >= listed):
         missing = sorted(({"input_ids"} | listed) - names)

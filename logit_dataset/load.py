@@ -344,7 +344,7 @@ def _read_manifest(source: Source, where: str) -> dict[str, Any]:
         ) from None
     if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
         raise ValueError(
-            f"{where} has schema version {version}, this program reads {SCHEMA_VERSION}; install the matching version"
+            f"{where} has schema version {version}, but this program reads {SCHEMA_VERSION}; install the matching version"
         )
     if missing or not manifest["shards"]:
         raise ValueError(f"{where}: {MANIFEST} is damaged (no {', '.join(sorted(missing))})")

@@ -155,26 +155,26 @@ FILES = '[corpus]\nfiles = ["a"]\n'
 PATH = '[teacher]\npath = "t"\n'
 WRONG = {
     "x = ": r"line 1, column 4 is not valid TOML: ",
-    "": r"'name' is missing; 'corpus' is missing; 'teacher' is missing",
-    f'name = "x y"\n{FILES}{PATH}': r"name: expected a name as the Hub takes it: .* \(found .x y.\)",
-    f'name = "../x"\n{FILES}{PATH}': r"name: expected a name as the Hub takes it: .* \(found .\.\./x.\)",
+    "": r"'name' is missing: add it; 'corpus' is missing: add it; 'teacher' is missing: add it",
+    f'name = "x y"\n{FILES}{PATH}': r"name: expected at most 96 letters, digits, .* \(found .x y.\)",
+    f'name = "../x"\n{FILES}{PATH}': r"name: expected at most 96 letters, digits, .* \(found .\.\./x.\)",
     f'name = "x"\ncorpus = 3\n{PATH}': r"corpus: expected a section of keys and values \(found 3\)",
     f'name = "x"\n[corpus]\n{PATH}': r"corpus: give exactly one of repo, files, embedded \(found none\)",
     f'name = "x"\n[corpus]\nfiles = []\n{PATH}': r"corpus: give exactly one of .* \(found none\)",
     f'name = "x"\n{FILES}repo = "a/b"\n{PATH}': r"corpus: give exactly one of .* \(found repo and files\)",
-    f'name = "x"\n{FILES}split = "test"\n{PATH}': r"corpus: split means something only with repo; leave it out",
-    f'name = "x"\n{FILES}config = "en"\n{PATH}': r"corpus: config means something only with repo; leave it out",
-    f'name = "x"\n{FILES}revision = "v1"\n{PATH}': r"corpus: revision means something only with repo; leave",
+    f'name = "x"\n{FILES}split = "test"\n{PATH}': r"corpus: split is valid only with repo; leave it out",
+    f'name = "x"\n{FILES}config = "en"\n{PATH}': r"corpus: config is valid only with repo; leave it out",
+    f'name = "x"\n{FILES}revision = "v1"\n{PATH}': r"corpus: revision is valid only with repo; leave",
     f'name = "x"\n[corpus]\nfiles = 7\n{PATH}': r"corpus\.files: expected a list, such as \[.x.\] \(found 7\)",
     f'name = "x"\n{FILES}max_documents = 0\n{PATH}': r"max_documents: expected more than 0 \(found 0\)",
     f'name = "x"\n{FILES}max_tokens = -5\n{PATH}': r"corpus\.max_tokens: expected more than 0",
     f'name = "x"\n{FILES}text_unit = "page"\n{PATH}': r"text_unit: expected 'file' or 'line' \(found .page.\)",
     f'name = "x"\n{FILES}[teacher]\n': r"teacher: give exactly one of repo, path, gguf, python, embedded \(found none\)",
     f"{SMALLEST}gguf = 'm.gguf'": r"teacher: give exactly one of .* \(found path and gguf\)",
-    f"{SMALLEST}tokenizer = 't'": r"teacher: tokenizer means something only with gguf; leave it out",
-    f"{SMALLEST}config = 't'": r"teacher: config means something only with gguf; leave it out",
-    f"{SMALLEST}revision = 'v1'": r"teacher: revision means something only with repo; leave it out",
-    f"{SMALLEST}trust_remote_code = true": r"teacher: trust_remote_code means something only with repo",
+    f"{SMALLEST}tokenizer = 't'": r"teacher: tokenizer is valid only with gguf; leave it out",
+    f"{SMALLEST}config = 't'": r"teacher: config is valid only with gguf; leave it out",
+    f"{SMALLEST}revision = 'v1'": r"teacher: revision is valid only with repo; leave it out",
+    f"{SMALLEST}trust_remote_code = true": r"teacher: trust_remote_code is valid only with repo",
     f"{SMALLEST}dtype = 'int8'": r"teacher\.dtype: expected 'float32', .* \(found .int8.\)",
     f'name = "x"\n{FILES}[teacher]\nrepo = "a/b"\ntrust_remote_code = true\n': r"full 40-digit commit, not 'main'",
     f'name = "x"\n{FILES}[teacher]\nrepo = "a/b"\nrevision = "{COMMIT[:8]}"\ntrust_remote_code = true\n':
@@ -185,20 +185,20 @@ WRONG = {
     f"{SMALLEST}[sequences]\nbos = true": r"bos: expected 'tokenizer', 'always' or 'never' \(found true\)",
     f"{SMALLEST}[sequences]\nlearn = 'first'": r"learn: expected 'all' or 'last' \(found .first.\)",
     f"{SMALLEST}[sequences]\nchat_template_date = '31 Jan'": r"chat_template_date is '31 Jan', expected a day such as",
-    f'name = "x"\n{FILES}tools_column = true\n{PATH}': r"corpus\.tools_column: expected a column's name, or false .* \(found true\)",
-    f'name = "x"\n{FILES}text_column = "t"\ntools_column = "u"\n{PATH}': r"tools_column means something only with messages_column",
+    f'name = "x"\n{FILES}tools_column = true\n{PATH}': r"corpus\.tools_column: expected a column name, or false .* \(found true\)",
+    f'name = "x"\n{FILES}text_column = "t"\ntools_column = "u"\n{PATH}': r"tools_column is valid only with messages_column",
     f'name = "x"\n{FILES}messages_column = "m"\n{PATH}[sequences]\nlearn = "last"\n[generation]\nmax_new_tokens = 2':
-        r"sequences\.learn = \"last\" is about answers of the corpus",
+        r"sequences\.learn = \"last\" selects answers of the corpus",
     f'name = "x"\n{FILES}prompt_column = "p"\n{PATH}[generation]\nmax_new_tokens = 2':
-        r"corpus\.prompt_column is for completions that the corpus holds",
-    'name = "x"\n[corpus]\nembedded = "python-docs"\nprompt_column = "p"\n' + PATH: r"holds texts and no messages; leave out prompt_column",
+        r"corpus\.prompt_column is for corpora that hold completions",
+    'name = "x"\n[corpus]\nembedded = "python-docs"\nprompt_column = "p"\n' + PATH: r"holds texts, not messages; leave out prompt_column",
     f"{SMALLEST}[output]\ntop_k = 0": r"output\.top_k: expected .* at least 1, or \"all\" \(found 0\)",
     f"{SMALLEST}[output]\ntop_k = 5.5": r"output\.top_k: expected a whole number .* \(found 5\.5\)",
     f"{SMALLEST}[output]\ntop_k = '5'": r"output\.top_k: expected a whole number .* \(found .5.\)",
     f"{SMALLEST}[output]\ntext = 1": r"output\.text: expected true or false \(found 1\)",
     f"{SMALLEST}[output]\nprofile = 'big'": r"profile: expected 'default' or 'compact' \(found .big.\)",
     f'name = "x"\n{FILES}max_documents = 2\n{PATH}[output]\npartitions = 3':
-        r"output\.partitions is 3, which is more than the corpus's limit can be divided into",
+        r"output\.partitions is 3, but the corpus's limit is smaller; choose fewer partitions",
     # Everything that is wrong is said at once.
     f"{SMALLEST}[sequences]\nmax_lenght = 9\n[output]\ntop_k = -1":
         r"unknown key 'sequences\.max_lenght'; did you mean 'max_length'\?; output\.top_k: expected a whole",
@@ -425,7 +425,7 @@ def test_no_absolute_path_is_published(monkeypatch, tmp_path):
 
 def test_a_home_of_nobody_is_refused(tmp_path):
     corpus = CorpusRecipe(files=("~nobody-of-this-name/a.txt",))
-    with pytest.raises(ValueError, match=r"'~nobody-of-this-name/a\.txt' is below the home dir"):
+    with pytest.raises(ValueError, match=r"'~nobody-of-this-name/a\.txt' is in the home dir"):
         resolve_corpus(corpus, tmp_path, KnownSources())
 
 

@@ -100,7 +100,7 @@ class Actor:
         order = self._order
         if changes := differences(order.software, _software()):
             raise ValueError(
-                f"a worker runs other software ({'; '.join(changes)}), which could change the data; install the same "
+                f"a worker runs different software ({'; '.join(changes)}), which could change the data; install the same "
                 "versions on all machines"
             )
         seen, sources = _check_files(order.files), _sources_here(order)
@@ -170,8 +170,8 @@ def _check_files(files: dict[str, Seen]) -> dict[str, Seen]:
                 here = hash_file(path)
         except OSError as error:
             raise ValueError(
-                f"a worker does not see {name} ({error.strerror}); corpus, teacher and --output must be at paths that all "
-                "machines of the cluster share, or come from the Hub"
+                f"a worker cannot read {name} ({error.strerror}); corpus, teacher and --output must be at paths shared by all machines of the cluster"
+                ", or come from the Hub"
             ) from None
         if (here.size, here.sha256) != (there.size, there.sha256):
             found = (
@@ -180,8 +180,8 @@ def _check_files(files: dict[str, Seen]) -> dict[str, Seen]:
                 else "other content"
             )
             raise ValueError(
-                f"a worker sees another {name} ({found}); corpus, teacher and --output must be at paths that all machines of "
-                "the cluster share, and may not change while a build runs"
+                f"a worker sees a different {name} ({found}); corpus, teacher and --output must be at paths shared by all machines of the cluster"
+                ", and must not change during a build"
             )
         if here.sha256:
             seen[name] = here
@@ -198,7 +198,7 @@ def _sources_here(order: Order) -> Sources:
     changes = differences(order.sources.plan(recipe), here.plan(recipe))
     if changes:
         raise ValueError(
-            f"a worker has another embedded corpus or teacher ({'; '.join(changes)}); install the same versions of Python and "
+            f"a worker has a different embedded corpus or teacher ({'; '.join(changes)}); install the same versions of Python and "
             "packages on all machines"
         )
     return here

@@ -72,7 +72,7 @@ def read_values(repo: Repository, head: str, tree: Tree, name: str) -> Any:
         return _json(found) if found else None
     except ValueError as error:
         raise ValueError(
-            f"{path} on branch {BRANCH} of {repo.id} is damaged ({error}); delete the branch to build anew"
+            f"{path} on branch {BRANCH} of {repo.id} is damaged ({error}); delete the branch to start again"
         ) from None
 
 

@@ -35,6 +35,7 @@ from builder.dataset.manifest import (
     read_manifest,
     write_json,
 )
+from builder.dataset.printable import counted
 from builder.recipe.recipe import Recipe
 from builder.sources.columns import settle_columns
 from builder.sources.known import KnownSources
@@ -213,7 +214,7 @@ def _check_sources(
             outbox.discard(doubtful)
         state.discard(doubtful)
         notice(
-            f"{len(doubtful)} finished shards are deleted, for it is not known when it changed: its size and time of change are the same"
+            f"deleting {counted(len(doubtful), 'finished shard')}, because a source changed at an unknown time: its size and time of change are the same"
         )
     for path in (*sources.corpus.files, *sources.teacher.files):
         known.forget(path)
@@ -261,8 +262,7 @@ def check_pool(pool: Pool, recipe: Recipe) -> None:
         ) from None
     if pool.workers > (partitions := recipe.output.partitions):
         raise ValueError(
-            f"--workers is {pool.workers}, but output.partitions is {partitions}, and the shards of a partition are built one "
-            f"after the other; use --workers {partitions}, or begin a dataset with more partitions in another directory"
+            f"--workers is {pool.workers}, but output.partitions is {partitions}, and each partition is built by one worker; use --workers {partitions}, or build with more partitions in another directory"
         )
 
 

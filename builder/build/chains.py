@@ -170,6 +170,5 @@ def _check_follows(record: ShardRecord, task: Task) -> None:
     """Refuses a finished shard behind one that was built again and ends elsewhere than before: documents would be lost, or twice there."""
     if record.offset_before not in (None, task.start or {}):
         raise ValueError(
-            f"{record.file} starts elsewhere in the corpus than the shard before it ends, which was built again (on other hardware, "
-            "or with other libraries?); start anew in another directory, and without the shards of this build's branch"
+            f"{record.file} does not start where the shard before it ends, which was rebuilt (on other hardware or with other libraries?); start again in another directory, without the shards on this build's branch"
         )

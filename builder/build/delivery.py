@@ -164,8 +164,7 @@ def _published_already(
         if (output / FILE_NAME).exists():
             return None
         raise ValueError(
-            f"{there.repo.id} {there.former.tag} has the same data, and only the description differs ({'; '.join(changes)}); run "
-            "this where the dataset's directory is, or use logit-dataset publish there"
+            f"{there.repo.id} {there.former.tag} has the same data, and only the description differs ({'; '.join(changes)}); run this command, or logit-dataset publish, where the dataset's directory is"
         )
     result = BuildResult(status="built already", shards_built=0, manifest=former)
     commit = there.repo.tagged(there.former.tag)
@@ -210,7 +209,7 @@ def _check_plan(
         and wanted < (more := there.former.next("minor"))
     ):
         notice(
-            f"{tag} will do only if the data are those of {there.former.tag}; if rows are added, it has to be --tag {more.tag}"
+            f"--tag {tag} is right only if the data are those of {there.former.tag}; if the build adds rows, use --tag {more.tag}"
         )
     if not is_new:
         return
@@ -220,11 +219,11 @@ def _check_plan(
         Exception
     ) as error:  # what matters of it, the build will find; a tokenizer of other code is none of it
         why = error if isinstance(error, ValueError) else type(error).__name__
-        notice(f"how large the dataset will be cannot be estimated ({why})")
+        notice(f"the size of the dataset cannot be estimated ({why})")
         return
     too_large = per_token and too_large_files(recipe, tokens, per_token)
     if too_large and tokens and not recipe.output.completions_only:
         raise ValueError(too_large)
     too_many = tokens and too_many_files(recipe, tokens)
     for line in filter(None, (too_large, too_many)):
-        notice(f"by an estimate from the first documents: {line}. It will be noticed when it is so")
+        notice(f"estimated from the first documents: {line}. The build stops if that happens")

@@ -29,6 +29,7 @@ from builder.build.state import DISK_FULL, BuildState
 from builder.card.charts import Curves, Measured, curves_of, measure_file
 from builder.dataset.identity import row_fingerprint
 from builder.dataset.manifest import ShardRecord, json_bytes
+from builder.dataset.printable import counted
 from builder.dataset.shards import file_sha256
 from builder.hub.calls import Notice, explain
 from builder.hub.limits import (
@@ -117,7 +118,7 @@ class Outbox:
             self._read_records(tree)
         elif self._head != main and not self._is_unused(main, tree):
             raise ValueError(
-                f"branch {BRANCH} of {self.repo.id} holds something else than an unfinished build; delete it, or publish under "
+                f"branch {BRANCH} of {self.repo.id} holds something other than an unfinished build; delete it, or publish under "
                 "another name"
             )
         if self.discards:
@@ -204,7 +205,7 @@ class Outbox:
             self._head = self.repo.commit(
                 BRANCH,
                 [CommitOperationDelete(file) for file in part],
-                message=f"{len(part)} shards deleted, for a source has changed",
+                message=f"{counted(len(part), 'shard')} deleted, because a source has changed",
                 parent=self._head,
                 landed=lambda tree: not tree.keys() & set(part),  # noqa: B023 – called at once
             )
@@ -229,9 +230,7 @@ class Outbox:
         self._entries = read_entries(self.repo, self._head, tree)
         self._held, damaged = held_of(self._entries, tree)
         for file in damaged:
-            self._notice(
-                f"{file} on branch {BRANCH} is not what its record says: building it again"
-            )
+            self._notice(f"{file} on branch {BRANCH} does not match its record: building it again")
 
     def _tidy(self) -> None:
         """Delete here what the branch holds, or holds otherwise, and leftovers of builds that were killed."""
@@ -327,18 +326,18 @@ class Outbox:
                     *(sent.addition for sent in batch),
                     *(CommitOperationAdd(path, file.content) for path, file in small.items()),
                 ],
-                message=f"{len(names)} shards: {names[0]} … {names[-1]}",
+                message=f"{counted(len(names), 'shard')}: {names[0]}{f' … {names[-1]}' if names[1:] else ''}",
                 parent=self._head,
                 landed=lambda tree: all(holds(tree, path, file) for path, file in files.items()),
             )
         except Moved as error:
             raise ValueError(
-                f"{error}; is another machine building the same? Let only one of them continue"
+                f"{error}; is another machine building the same dataset? Let only one continue"
             ) from None
         there = self.repo.tree(head, list(files))
         for path, file in files.items():
             if not holds(there, path, file) or (path not in small and not there[path].sha256):
-                raise ValueError(f"{path} has not arrived as it was sent")
+                raise ValueError(f"{path} on the Hub differs from what was sent")
         if self.discards:
             for sent in batch:
                 with suppress(FileNotFoundError):

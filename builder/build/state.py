@@ -122,13 +122,13 @@ class BuildState:
         """
         if self._path("repository").exists() and (there := self.read("repository")["repo"]) != repo:
             raise ValueError(
-                f"shards of {self._output} are in {there}, and no longer here; add --publish-to {there} --discard-local, or "
+                f"shards of {self._output} are in {there} and no longer here; add --publish-to {there} --discard-local, or "
                 "build in another directory"
             )
 
     def read(self, name: str) -> dict[str, Any]:
         """What `settle` wrote down."""
-        return _read(self._path(name), "build anew in another directory")
+        return _read(self._path(name), "start again in another directory")
 
     def settled(self, name: str) -> dict[str, Any] | None:
         """The same, if there are shards that hold to it."""
@@ -143,7 +143,7 @@ class BuildState:
         path = self._record_path(partition, index)
         if not path.exists():
             return None
-        return ShardRecord.from_json(_read(path, "delete it, and its shard is built again"))
+        return ShardRecord.from_json(_read(path, "delete it to rebuild its shard"))
 
     def intact_record(
         self, partition: int, index: int, notice: Callable[[str], None]
@@ -167,7 +167,7 @@ class BuildState:
     def recorded_files(self) -> set[str]:
         """The files of all records here, intact or not."""
         paths = (self._directory / "records").glob("*.json")
-        return {_read(path, "delete it, and its shard is built again")["file"] for path in paths}
+        return {_read(path, "delete it to rebuild its shard")["file"] for path in paths}
 
     def add(self, record: ShardRecord) -> None:
         """Make a shard count.
@@ -191,7 +191,7 @@ class BuildState:
             if changes := differences(old.offset_after, record.offset_after):
                 raise ValueError(
                     f"{record.file} was built again but ends elsewhere in the corpus ({'; '.join(changes)}); "
-                    "the corpus or a library has changed: start anew in another directory"
+                    "the corpus or a library has changed: start again in another directory"
                 )
         write_json(path, record.to_json())
 
@@ -217,8 +217,7 @@ class BuildState:
         for path in sorted((self._output / "data").glob("*.parquet")):
             if not OWN_FILE.fullmatch(path.name):
                 raise ValueError(
-                    f"{self._output}/data holds {path.name}, which is no shard of a build, but would be taken for a part of the "
-                    "dataset; move it elsewhere"
+                    f"{self._output}/data holds {path.name}, which is not a shard of this build but would be read as part of the dataset; move it elsewhere"
                 )
 
     def sweep_strays(self, records: Iterable[ShardRecord]) -> None:

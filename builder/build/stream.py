@@ -304,12 +304,9 @@ class SequenceStream:
         )
         if limit == self._max_length:
             most = self._max_length - self._max_new_tokens
-            why = f"{found}, and with sequences.max_length and generation.max_new_tokens as they are, a prompt has {most:,} at most"
+            why = f"{found}, but with this sequences.max_length and generation.max_new_tokens a prompt can have at most {most:,}"
         else:
-            why = (
-                f"{found}, and with generation.max_new_tokens = {self._max_new_tokens:,} its completion would go beyond {limit:,}, where "
-                "this teacher begins to read all of it in another way (LongRoPE, dynamic NTK or sparse attention)"
-            )
+            why = f"{found}, and with generation.max_new_tokens = {self._max_new_tokens:,} its completion would go beyond position {limit:,}, where this teacher changes how it reads the whole sequence (LongRoPE, dynamic NTK or sparse attention)"
         self._notice(f"{why}: such documents are skipped and counted")
 
     def _offset(self, offset: Offset | None = None) -> Offset:

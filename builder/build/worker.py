@@ -34,6 +34,7 @@ from builder.corpus.encoder import Encoder
 from builder.dataset.head_file import write_head
 from builder.dataset.identity import row_fingerprint
 from builder.dataset.manifest import Completions, ShardRecord, Sums, environment
+from builder.dataset.printable import counted
 from builder.dataset.shards import (
     Block,
     ShardWriter,
@@ -108,8 +109,7 @@ class Worker:
         )
         if self._recipe.output.hidden_states and not teacher.head_only:
             raise ValueError(
-                f"output.hidden_states is true, but {type(teacher.model).__name__} does not come apart into a body and a head; "
-                "set it to false"
+                f"output.hidden_states is true, but {type(teacher.model).__name__} cannot be split into a body and a head; set it to false"
             )
         for line in teacher.notices:
             self._notice(line)
@@ -128,7 +128,7 @@ class Worker:
         try:
             head = last_layer(self.teacher)
         except ValueError as error:
-            self._notice(f"{HEAD_FILE} is left out: {error}; hidden states are stored nevertheless")
+            self._notice(f"{HEAD_FILE} is left out: {error}; hidden states are still stored")
             return
         write_head(output, head)
 
@@ -376,24 +376,24 @@ def _nothing_in(recipe: CorpusRecipe, stream: SequenceStream) -> str:
     where = f"partition {partition} of the corpus" if partition else "the corpus"
     if stream.passed_over:
         return (
-            f"{where} has no document for the split {stream.split} ({stream.passed_over} are of the other one, {skipped} were skipped); "
+            f"{where} has no document for the split {stream.split} ({stream.passed_over} in the other split, {skipped} skipped); "
             "choose another output.validation or output.seed, or fewer output.partitions"
         )
     if stream.prompts_too_long:
         return (
-            f"{where} has no prompt that leaves room for generation.max_new_tokens ({stream.prompts_too_long} are too long); "
+            f"{where} has no prompt that leaves room for generation.max_new_tokens ({stream.prompts_too_long} too long); "
             "choose a larger sequences.max_length, or a smaller max_new_tokens"
         )
     if stream.is_of_prompts:
-        return f"{where} has no prompt ({skipped} are null, empty or blank); check its column in [corpus]"
+        return (
+            f"{where} has no prompt ({skipped} null, empty or blank); check its column in [corpus]"
+        )
     if recipe.messages_column:
         return (
             f"{where} has no chat to learn from ({skipped} without an answer, with a null one, or with the first one beyond sequences.max_length); "
             "check corpus.messages_column"
         )
-    return (
-        f"{where} has no text ({skipped} null, empty or blank documents); check corpus.text_column"
-    )
+    return f"{where} has no text ({counted(skipped, 'null, empty or blank document')}); check corpus.text_column"
 
 
 def _slow_head(recipe: Recipe, teacher: Teacher) -> str:
@@ -401,8 +401,8 @@ def _slow_head(recipe: Recipe, teacher: Teacher) -> str:
     max_length = recipe.sequences.max_length
     size = max_length * teacher.vocab_size * teacher.dtype.itemsize
     return (
-        f"{type(teacher.model).__name__} does not come apart into a body and a head: each sequence runs through the whole model by "
-        f"itself, whatever the batch_tokens, and its logits take {size / 1e9:,.2g} GB for one of sequences.max_length = {max_length:,}"
+        f"{type(teacher.model).__name__} cannot be split into a body and a head: each sequence runs through the whole model by itself, whatever batch_tokens is, and its logits take"
+        f" {size / 1e9:,.2g} GB at sequences.max_length = {max_length:,}"
     )
 
 

@@ -260,7 +260,7 @@ def _error(error: RayError, doing: str) -> Exception:
         if isinstance(cause, Exception) and not isinstance(cause, RayError):
             return cause
         return RuntimeError(str(error).strip().splitlines()[-1])  # below its traceback
-    return _Died(f"a worker died {doing}, perhaps for want of memory ({first_line(error)})")
+    return _Died(f"a worker died {doing}, possibly out of memory ({first_line(error)})")
 
 
 @contextmanager
@@ -316,17 +316,15 @@ def _resources(pool: Pool, ranks: int | None, notice: Notice) -> tuple[str, int,
         )
     if gpus and ranks and gpus != ranks:
         raise ValueError(
-            f"teacher.tensor_parallel is {ranks}, but --gpus-per-worker is {gpus:g}; leave that out"
+            f"teacher.tensor_parallel is {ranks}, but --gpus-per-worker is {gpus:g}; leave out --gpus-per-worker"
         )
     if gpus > 1 and gpus != int(gpus):
-        raise ValueError(
-            f"--gpus-per-worker is {gpus:g}, but a worker has a part of one GPU, or a whole number of them"
-        )
+        raise ValueError(f"--gpus-per-worker is {gpus:g}, expected a whole number, or less than 1")
     places = [_places(node.get("GPU", 0), gpus) if gpus else pool.workers for node in nodes]
     if (room := sum(places)) < pool.workers:
-        shortage = f"{pool.workers} workers with {gpus:g} GPUs each do not fit: Ray has {gpus_there:g} GPUs, for {room} of them"
+        shortage = f"--workers {pool.workers} with --gpus-per-worker {gpus:g} does not fit: the GPUs of Ray ({gpus_there:g}) are enough for {room}"
         if pool.address is None:
-            raise ValueError(f"{shortage}; use fewer --workers, or --gpus-per-worker")
+            raise ValueError(f"{shortage}; use a smaller --workers or --gpus-per-worker")
         notice(f"{shortage}: continuing with those that fit, and waiting for more")
     cpus = [int(node.get("CPU", 0)) for node in nodes]
     return device, _cpu_share(cpus, places, min(pool.workers, room)), gpus

@@ -167,8 +167,8 @@ class Decoder:
             if max(errors) <= PROBE_TOLERANCE[self.teacher.dtype]:
                 return padded, cached
         raise ValueError(
-            f"{type(self.teacher.model).__name__} cannot write: what it yields step by step is not what its forward pass yields; "
-            "use another teacher, or leave out [generation]"
+            f"{type(self.teacher.model).__name__} cannot generate: its outputs step by step differ from those of one forward pass; use another teacher"
+            ", or leave out [generation]"
         )
 
     def _can_draft(self) -> bool:

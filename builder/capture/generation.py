@@ -226,8 +226,7 @@ class Generator:
         for row, draft in zip(rows, drafts, strict=True):
             if draft is None:
                 raise ValueError(
-                    f"the teacher yields NaN or infinity while it completes document {row.prompt.document_id!r}; try another "
-                    "teacher.dtype, or leave it out"
+                    f"the teacher yields NaN or infinity while it completes document {row.prompt.document_id!r}; try another teacher.dtype, or remove the document"
                 )
             row.draft = draft[: self._max_new_tokens - row.num_written]
             self._progress(len(row.draft))
@@ -264,7 +263,7 @@ class Generator:
         longest = max(len(row.token_ids) for row in rows) + draft_tokens
         if len(rows) == 1:
             raise ValueError(
-                f"writing a single sequence of {longest} tokens does not fit the memory of {device}; choose a smaller "
+                f"writing a single sequence of {longest} tokens does not fit in the memory of {device}; choose a smaller "
                 "generation.max_new_tokens or sequences.max_length, or a device with more memory"
             )
         self._halved_batches += 1

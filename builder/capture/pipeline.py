@@ -182,7 +182,7 @@ class Pipeline:
         longest = max(len(sequence.token_ids) for sequence in sequences)
         if len(sequences) == 1:
             raise ValueError(
-                f"a single sequence of {longest} tokens does not fit the memory of {self._teacher.device}; choose a "
+                f"a single sequence of {longest} tokens does not fit in the memory of {self._teacher.device}; choose a "
                 "smaller sequences.max_length, or a device with more memory"
             )
         self.halved_batches += 1
@@ -276,10 +276,10 @@ class Pipeline:
             return  # the next batch is under way, too; there will be others to look at
         if not off <= max(limit, FACTOR * noise):
             raise ValueError(
-                f"document {sequence.document_id!r} (chunk {sequence.chunk_index}): in a batch with sequences of up to "
-                f"{max(len(other.token_ids) for other in sequences)} tokens, its {len(sequence.token_ids)} tokens have other "
-                f"log-probabilities than alone, by {off:.2g} nats on average (noise: {noise:.2g}); set sequences.batch_tokens = 1 (and "
-                "generation.batch_tokens = 1 where the teacher writes), so that each sequence runs alone"
+                f"document {sequence.document_id!r} (chunk {sequence.chunk_index}): its log-probabilities in a batch differ from those alone "
+                f"by {off:.2g} nats on average (noise: {noise:.2g}; {len(sequence.token_ids)} tokens, beside sequences of up to "
+                f"{max(len(other.token_ids) for other in sequences)}); set sequences.batch_tokens = 1 (and "
+                "generation.batch_tokens = 1 if the teacher writes) so that each sequence runs alone"
             )
 
 

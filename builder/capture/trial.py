@@ -7,7 +7,7 @@ How:  small batches leave a fast device waiting for the next launch, and large o
       device and on the teacher. So some sizes are tried, from the smallest up. Of each, a window is taken as a build takes it, and the
       middle one of its length-sorted batches runs through the capture again and again, one in flight while the next is launched; the
       padding of the whole window counts. Of the sizes whose rate is within TOLERANCE of the best, the smallest is taken: it needs
-      the least memory. One that does not fit the memory ends the trial, and so does the time.
+      the least memory. One that does not fit in memory ends the trial, and so does the time.
 
 Cost: about MAX_SECONDS at most, unless compiling or a quarter of the smallest size takes longer; and reading the sample.
 """
@@ -44,11 +44,11 @@ class Trial:
     batch_tokens: int
     """The size that was taken."""
     rates: dict[int, float | None]
-    """Size → tokens/s of what was tried; None where it does not fit the memory."""
+    """Size → tokens/s of what was tried; None where it does not fit in memory."""
 
     def __str__(self) -> str:
         tried = [
-            f"{size:,}: {f'{rate:,.0f} tokens/s' if rate else 'does not fit the memory'}"
+            f"{size:,}: {f'{rate:,.0f} tokens/s' if rate else 'does not fit in memory'}"
             for size, rate in self.rates.items()
         ]
         why = f" ({'; '.join(tried)})" if tried else ", untried: this teacher is slow at any size"

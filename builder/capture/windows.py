@@ -113,7 +113,7 @@ def check_finite(distribution: Distribution, sequences: list[Sequence], *, loss_
     if len(bad):
         where = _place(int(bad[0]), sequences)
         raise ValueError(
-            f"the teacher yields NaN or infinity for {where}; try another teacher.dtype, or leave it out"
+            f"the teacher yields NaN or infinity for {where}; try another teacher.dtype, or remove the document"
         )
     if "hidden_states" not in distribution:
         return
@@ -121,8 +121,7 @@ def check_finite(distribution: Distribution, sequences: list[Sequence], *, loss_
     if len(bad):
         position = int(loss_positions(sequences)[bad[0]]) if loss_only else int(bad[0])
         raise ValueError(
-            f"a hidden state for {_place(position, sequences)} is beyond {-FLOAT16_MIN:.0f}, the largest float16; "
-            "this teacher's cannot be stored: set output.hidden_states to false"
+            f"a hidden state for {_place(position, sequences)} is beyond {-FLOAT16_MIN:.0f}, the largest float16, so hidden states of this teacher cannot be stored; set output.hidden_states to false"
         )
 
 

@@ -82,7 +82,7 @@ def check(
     if method and missing and all(SCALES.search(name) for name in missing):
         raise ValueError(
             f"config.json says that its weights are quantised by {method}, but the checkpoint has no {_count(missing)}; download it again, or "
-            "remove quantization_config if its weights are plain numbers"
+            "remove quantization_config if its weights are not quantised"
         )
     if missing:
         raise ValueError(
@@ -121,7 +121,7 @@ def check_values(model: Any) -> None:
             raise ValueError(f"{name} holds NaN or infinite values; download the weights again")
         if low == high == 0 and values.ndim > 1 and values.numel() >= LARGE:
             raise ValueError(
-                f"{name} is zero throughout, so its file was not written or downloaded to the end; download it again"
+                f"{name} is all zeros, so its file was not completely written or downloaded; download it again"
             )
 
 
@@ -156,8 +156,8 @@ def _check_packed(
     found = next((f"{n} is stored as {t.dtype}" for n, t in packed.items()), None)
     what = quantisation_of(config).get("quant_method", "no method that config.json names")
     raise ValueError(
-        f"its weights are quantised by {what}, which transformers has not undone "
-        f"({found or f'it has no place for {_count(scales)}'}); use the unquantised model, or one that transformers unpacks"
+        f"its weights are quantised by {what}, which transformers did not unpack ("
+        f"{found or f'it has no place for {_count(scales)}'}); use the unquantised model, or one that transformers unpacks"
     )
 
 
@@ -197,8 +197,8 @@ def _check_unexpected(
     else:
         advice = "correct config.json, or use a checkpoint of this class"
     raise ValueError(
-        f"the checkpoint has {_count(dropped)}, for which {type(model).__name__} with this config.json has no place, so that it "
-        f"would not be the model that was trained; {advice}"
+        f"the checkpoint has {_count(dropped)}, which {type(model).__name__} with this config.json does not use, so it would not be the model that was trained;"
+        f" {advice}"
     )
 
 
@@ -230,8 +230,7 @@ def _check_tied(model: Any, config: Mapping[str, Any]) -> None:
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
     if apart := sorted(tied.keys() - model.all_tied_weights_keys.keys()):
         raise ValueError(
-            f"config.json says that {apart[0]} is {tied[apart[0]]} (tie_word_embeddings), but the checkpoint has another one; set "
-            "tie_word_embeddings to false if the model was trained with it, or else remove it"
+            f"config.json ties {apart[0]} to {tied[apart[0]]} (tie_word_embeddings), but the checkpoint has a different {apart[0]}; set tie_word_embeddings to false if the model was trained with it, or remove it from the checkpoint"
         )
 
 
@@ -269,7 +268,7 @@ def _check_rope(model: Any, config: Mapping[str, Any]) -> None:
         if unknown:
             raise ValueError(
                 f"config.json's rope parameters hold {min(unknown)}, which {type(model).__name__} does not use with the type "
-                f"{kind!r}; correct config.json, or use a model that transformers knows in full"
+                f"{kind!r}; correct config.json, or use a model that transformers fully supports"
             )
         if kind not in ("default", "mrope") and not _scales_positions(model):
             raise ValueError(
@@ -311,7 +310,7 @@ def _check_frequencies(model: Any, stored: Mapping[str, Stored]) -> None:
         rtol, atol = max(2 * limits.eps, 1e-3), max(limits.smallest_normal, 1e-12)
         if not any(torch.allclose(value.float(), b.float().cpu(), rtol, atol) for b in alike):
             raise ValueError(
-                f"{name} of the checkpoint is not what config.json makes of rope_theta; correct config.json"
+                f"{name} of the checkpoint does not match rope_theta in config.json; correct config.json"
             )
 
 

@@ -67,9 +67,9 @@ def refuse_adapter(location: str, *, commit: str | None = None) -> None:
     base = base if base.isprintable() and len(base) < 100 and '"' not in base else "BASE"
     beside = _file(location, "config.json", commit, ask=False) is not None
     raise ValueError(
-        f"{named(location)}: its {ADAPTER} makes it an adapter, which is not the teacher without its base; merge them with "
+        f"{named(location)}: its {ADAPTER} makes it an adapter, which is not a teacher without its base model; merge the two with "
         f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "ADAPTER").merge_and_unload()'
-        f'.save_pretrained("merged"), and name that directory as teacher.path'
+        f'.save_pretrained("merged"), and set teacher.path to that directory'
         f"{f', or remove {ADAPTER} if the model beside it is the teacher' if beside else ''}"
     )
 
@@ -172,7 +172,7 @@ def _head(file: Path) -> dict[str, Any]:
     with file.open("rb") as source:
         (length,) = struct.unpack("<Q", source.read(8))
         if length > MAX_HEAD_BYTES:
-            raise ValueError(f"{file.name} is no safetensors file; download it again")
+            raise ValueError(f"{file.name} is not a safetensors file; download it again")
         head: dict[str, Any] = json.loads(source.read(length))
     return head
 

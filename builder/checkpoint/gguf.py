@@ -50,7 +50,7 @@ def open_gguf(path: Path) -> Any:
         return GGUFReader(path)
     except (ValueError, LookupError) as error:
         raise ValueError(
-            f"{named(str(path.absolute()))}: it is no whole GGUF file ({error}); download it again"
+            f"{named(str(path.absolute()))}: it is not a complete GGUF file ({error}); download it again"
         ) from None
 
 
@@ -114,8 +114,8 @@ def _load(path: Path, reader: Any, metadata: Metadata, config: PreTrainedConfig)
     model.config.model_type = config.model_type
     if homeless:
         raise ValueError(
-            f"it has {homeless[0]}{_more(homeless)}, for which {type(model).__name__} has no place, so that it would not be the "
-            "model that was trained; name the original config.json as teacher.config, or use the model's safetensors files"
+            f"it has {homeless[0]}{_more(homeless)}, which {type(model).__name__} does not use, so it would not be the model that was trained;"
+            " name the original config.json as teacher.config, or use the model's safetensors files"
         )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
@@ -144,10 +144,10 @@ def _read_metadata(reader: Any) -> Metadata:
         if not key.startswith("tokenizer.") or key.endswith("_token_id")
     }
     if "general.architecture" not in fields:
-        raise ValueError("it does not say its architecture; convert it anew")
+        raise ValueError("it does not name its architecture; convert it again")
     if (kind := fields.get("general.type", "model")) != "model":
         raise ValueError(
-            f"it is of the kind {kind!r} and not a model; merge it with its base first"
+            f"it is of the type {kind!r}, not a model; merge it with its base model first"
         )
     if (parts := fields.get("split.count", 1)) > 1:
         raise ValueError(f"it is one of {parts} parts; join them with: llama-gguf-split --merge")

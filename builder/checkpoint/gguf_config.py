@@ -106,8 +106,8 @@ def architecture(name: str) -> Architecture:
     """
     if name not in ARCHITECTURES:
         raise ValueError(
-            f"it is of the architecture {name!r}, whose GGUF files are not known to be read rightly "
-            f"(known: {', '.join(sorted(ARCHITECTURES))}); use the model's safetensors files"
+            f"it is of the architecture {name!r}, whose GGUF files are not known to be read correctly (known:"
+            f" {', '.join(sorted(ARCHITECTURES))}); use the model's safetensors files"
         )
     return ARCHITECTURES[name]
 
@@ -279,7 +279,7 @@ def _hybrid(metadata: Metadata) -> dict[str, Any]:
     try:
         values = get_gguf_config(fields, tuple(metadata.shapes))
     except KeyError as error:
-        raise ValueError(f"the file does not say {error.args[0]}; convert it anew") from None
+        raise ValueError(f"the file does not say {error.args[0]}; convert it again") from None
     del values["model_type"], values["architectures"]
     if (size := metadata.take("attention.value_length")) not in (None, values.get("head_dim")):
         raise no_home(f"{metadata.architecture}.attention.value_length = {size}")

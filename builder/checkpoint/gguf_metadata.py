@@ -48,7 +48,7 @@ class Metadata:
             ValueError: it does not.
         """
         if (value := self.take(key)) is None:
-            raise ValueError(f"the file does not say {self.architecture}.{key}; convert it anew")
+            raise ValueError(f"the file does not say {self.architecture}.{key}; convert it again")
         return value
 
     def check_taken(self) -> None:
@@ -66,7 +66,7 @@ class Metadata:
 def no_home(what: str) -> ValueError:
     """The error of a file that says what its model cannot be told."""
     return ValueError(
-        f"it says {what}, for which the model made from it has no place; name the original config.json as teacher.config, or use "
+        f"it says {what}, which the model made from it does not support; name the original config.json as teacher.config, or use "
         "the model's safetensors files"
     )
 
@@ -85,7 +85,7 @@ def epsilon(metadata: Metadata) -> float:
         metadata.take(f"attention.{name}_epsilon") for name in ("layer_norm_rms", "layer_norm")
     ]
     if not any(found):
-        raise ValueError("the file does not say what is added to norms; convert it anew")
+        raise ValueError("the file does not say what is added to norms; convert it again")
     return float(found[0] or found[1])
 
 

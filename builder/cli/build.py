@@ -89,10 +89,10 @@ def build(
 
     if not publish_to and (discard_local or tag or private or message):
         raise UsageError(
-            "--discard-local, --tag, --private and --message mean something only with --publish-to; add it, or leave them out"
+            "--discard-local, --tag, --private and --message need --publish-to; add it, or leave them out"
         )
     if as_json and not dry_run:
-        raise UsageError("--json means something only with --dry-run; add it, or leave --json out")
+        raise UsageError("--json needs --dry-run; add it, or leave --json out")
     loaded = load_recipe(recipe)
     base = recipe.parent
     quiet_libraries()

@@ -58,7 +58,7 @@ def info(
             )
             say(information.describe_position(found))
     elif position is not None:
-        raise UsageError("--position needs --row; say of which row, such as --row 0")
+        raise UsageError("--position needs --row; name the row, such as --row 0")
     elif as_json:
         say_json(information.summarize(directory))
     else:

@@ -29,9 +29,7 @@ def init(
     from builder.recipe.file import load_recipe
 
     if not corpus:
-        raise UsageError(
-            "say what to read with --corpus, such as --corpus 'texts/*.txt' or --corpus ORG/NAME"
-        )
+        raise UsageError("name the corpus, such as --corpus 'texts/*.txt' or --corpus ORG/NAME")
     path = directory / "recipe.toml"
     if path.exists():
         raise ValueError(f"{path} exists; choose another directory, or remove it")

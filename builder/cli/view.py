@@ -71,7 +71,7 @@ def _check_output(output: Path) -> None:
         ValueError: nothing can be written there.
     """
     if output.suffix.lower() not in (".html", ".htm") or output.is_dir():
-        raise UsageError(f"--output {output} is no page; give it a name that ends in .html")
+        raise UsageError(f"--output {output} is not an HTML file; use a name that ends in .html")
     if not output.parent.is_dir():
         raise ValueError(
             f"--output {output}: there is no directory {output.parent}; create it, or name another one"

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from builder.dataset.printable import duration
+from builder.dataset.printable import counted, duration
 
 START_SECONDS = 2.0
 """From the beginning of a stage to its first line: what takes less needs none."""
@@ -95,7 +95,7 @@ class Progress:
         now, done = time.monotonic(), self._tokens + self._before
         # A limit of tokens is passed by the rest of a document.
         share = f" of {self._total:,} ({done / self._total:.0%})" if self._total and done <= self._total else ""  # fmt: skip
-        parts = [f"{done:,} tokens{share}" if done else "no tokens yet"]
+        parts = [f"{counted(done, 'token')}{share}" if done else "no tokens yet"]
         if self._tokens and self._first is not None and now > self._first and not is_end:
             rate = self._tokens / (now - self._first)
             parts.append(f"{rate:,.0f} tokens/s")

@@ -94,8 +94,8 @@ class Answers:
             start = self._behind_header(chat, base, asked, whole)
         if start is None:
             raise ValueError(
-                f"the chat template does not write message {number} behind what it asks the assistant with "
-                f"({_difference(asked, whole)}), so that it cannot be told which tokens are the answer; {ADVICE}"
+                f"the chat template does not write message {number} right after its generation prompt "
+                f"({_difference(asked, whole)}), so the answer's tokens cannot be identified; {ADVICE}"
             )
         span = start, self._end_of_last(chat, whole, start)
         return Written(text=whole, answers=[span], chat=chat, render=self._text)
@@ -119,8 +119,8 @@ class Answers:
                     break
             else:
                 raise ValueError(
-                    f"the chat template writes what is before message {first} differently when the conversation goes on "
-                    f"({_difference(start, text)}), so that it cannot be told where that one begins; {ADVICE}"
+                    f"the chat template changes the text before message {first} when the conversation continues "
+                    f"({_difference(start, text)}), so the start of that message cannot be found; {ADVICE}"
                 )
         return Written(text=text, answers=spans, chat=chat, render=self._text)
 
@@ -134,15 +134,15 @@ class Answers:
             until = self._text(chat.up_to(number + 1))
         if not until.startswith(before):
             raise ValueError(
-                f"the chat template does not write message {number} behind what it asks the assistant with "
-                f"({_difference(before, until)}), so that it cannot be told which tokens are the answer; {ADVICE_ALL}"
+                f"the chat template does not write message {number} right after its generation prompt "
+                f"({_difference(before, until)}), so the answer's tokens cannot be identified; {ADVICE_ALL}"
             )
         if not text.startswith(until):
             until = until.rstrip()
         if not text.startswith(until):
             raise ValueError(
-                f"the chat template writes message {number} differently when the conversation goes on "
-                f"({_difference(until, text)}), so that the teacher would not have been asked like this; {ADVICE_ALL}"
+                f"the chat template changes message {number} when the conversation continues "
+                f"({_difference(until, text)}), so the teacher would not have seen this prompt; {ADVICE_ALL}"
             )
         start = len(before)
         if before == self._text(chat.up_to(number)):
@@ -159,8 +159,8 @@ class Answers:
         shared, content = parting(answer, goes_on[start:]), self._content(chat, answer, start)
         if content is None or content[1] <= shared:
             raise ValueError(
-                f"the chat template ends the last answer differently when the conversation goes on "
-                f"({_difference(answer, goes_on[start:])}), so that it cannot be told what ends an answer; {ADVICE_ALL}"
+                f"the chat template ends the last answer differently when the conversation continues "
+                f"({_difference(answer, goes_on[start:])}), so the end of an answer cannot be identified; {ADVICE_ALL}"
             )
 
     def _check_header(self, chat: Chat, answer: str, start: int) -> None:
@@ -171,8 +171,8 @@ class Answers:
         before = f"{thought}{end_of_thought}".strip()
         if content is None or answer[: content[0]].strip() != before:
             raise ValueError(
-                f"the chat template has no generation prompt, and writes more before message {len(chat.messages) - 1} than can be told "
-                f"from the answer; {ADVICE}"
+                f"the chat template has no generation prompt, and writes more before message {len(chat.messages) - 1} than can be separated from the answer;"
+                f" {ADVICE}"
             )
 
     def _content(self, chat: Chat, answer: str, start: int) -> Span | None:
@@ -260,8 +260,8 @@ class Answers:
             if self._special.first_in(answer[first:last]) == ends:
                 return last
         raise ValueError(
-            f"the chat template ends the last answer with {excerpt(answer[run[0][0] :])}, and differently when the conversation goes on, "
-            f"so that it cannot be told what ends an answer; {ADVICE}"
+            f"the chat template ends the last answer with {excerpt(answer[run[0][0] :])}, and differently when the conversation continues, so the end of an answer cannot be identified;"
+            f" {ADVICE}"
         )
 
     def _end_of_simple(self) -> str:

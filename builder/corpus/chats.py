@@ -166,15 +166,15 @@ class ChatTemplate:
         for name, value in document.options.items():
             if name in RESERVED:
                 raise ValueError(
-                    f"the chat sets {name!r} for its template, which is not its to set; mend the corpus, or set "
+                    f"the chat sets {name!r} for its template, which a chat must not set; fix the corpus, or set "
                     "corpus.chat_template_kwargs_column = false"
                 )
             if name in self._renderer.known:
                 found[name] = value
             elif not self._unwritten.lets_go(name):
                 raise ValueError(
-                    f"the chat template does not ask for {name!r}, which the chat sets for it; give a template that does as "
-                    f'sequences.chat_template = "file.jinja", or let it go: sequences.drop_unwritten = ["{name}"]'
+                    f"the chat template does not use {name!r}, which the chat sets; give a template that does as "
+                    f'sequences.chat_template = "file.jinja", or drop it: sequences.drop_unwritten = ["{name}"]'
                 )
         return found
 
@@ -190,8 +190,8 @@ class ChatTemplate:
             rest = answered[len(asked) :].lstrip()
             if not answered.startswith(asked) or not rest.startswith("a"):
                 raise ValueError(
-                    f"the chat template has no generation prompt, and writes more before an answer, so that the teacher would not be "
-                    f"asked for one; {ADVICE}"
+                    f"the chat template has no generation prompt, and writes more before an answer, so the teacher would not be prompted for one;"
+                    f" {ADVICE}"
                 )
         return asked
 

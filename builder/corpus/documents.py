@@ -120,8 +120,8 @@ def open_hub(repo: str, *, commit: str, config: str | None, split: str) -> Itera
         ) from None
     except ConnectionError:
         raise ValueError(
-            f"corpus {repo}@{commit[:8]}: it is not in the cache, and the Hub cannot be reached to fetch it; "
-            "check the network, or use corpus.files"
+            f"corpus {repo}@{commit[:8]}: it is not in the cache, and the Hub cannot be reached; check"
+            " the network, or use corpus.files"
         ) from None
     except (ValueError, OSError) as error:
         raise ValueError(
@@ -137,8 +137,8 @@ def check_partitions(stream: IterableDataset | TextFiles, num_partitions: int) -
     """
     if stream.num_shards < num_partitions:
         raise ValueError(
-            f"output.partitions is {num_partitions}, but the corpus has fewer files ({stream.num_shards}) to divide; choose "
-            f"{stream.num_shards} at most"
+            f"output.partitions is {num_partitions}, but the corpus has fewer files ({stream.num_shards}); choose at most "
+            f"{stream.num_shards} partitions"
         )
 
 
@@ -327,15 +327,14 @@ class Corpus:
         if not isinstance(own, str | int | None) or isinstance(own, bool):
             raise ValueError(
                 f"{self._where_exactly()}: column {self._columns.id!r} holds {kind_of(own)}, expected text or a whole "
-                "number; set corpus.id_column to another column, or leave it out to have hashes of the text as ids"
+                "number; set corpus.id_column to another column, or leave it out to use hashes of the text as ids"
             )
         try:
             content = said.content.encode()
             str(own).encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"{self._where_exactly()}: holds {error.object[error.start]!r}, half of a surrogate pair, which is no "
-                "character; replace it in the corpus (by \\ufffd, for instance)"
+                f"{self._where_exactly()}: holds {error.object[error.start]!r}, half of a surrogate pair, which is not a character; replace it in the corpus, for example with \\ufffd"
             ) from None
         return hashlib.sha256(content).hexdigest()[:16] if own in (None, "") else str(own)
 
@@ -359,11 +358,11 @@ class Corpus:
     def _advice(self) -> str:
         if self._format == "hub":
             return "check the network, and run the command again"
-        return "mend it or leave it out"
+        return "repair it, or leave it out"
 
 
 @contextmanager
-def readable(where: str, advice: str = "mend it or leave it out") -> Iterator[None]:
+def readable(where: str, advice: str = "repair it, or leave it out") -> Iterator[None]:
     """Turn whatever a reader raises into one line that names the file and says what to do.
 
     Raises:
@@ -374,8 +373,7 @@ def readable(where: str, advice: str = "mend it or leave it out") -> Iterator[No
     except UnicodeDecodeError as error:
         before = error.object[max(0, error.start - 20) : error.start].decode(errors="replace")
         raise ValueError(
-            f"{where} is not valid UTF-8 (byte 0x{error.object[error.start]:02x} after …{before!r}); "
-            "convert it, or leave it out"
+            f"{where} is not valid UTF-8 (byte 0x{error.object[error.start]:02x} after …{before!r}); convert the file to UTF-8, or leave it out"
         ) from None
     except (
         pa.ArrowException,
@@ -400,8 +398,8 @@ def _check_parquet(path: Path, columns: tuple[str, ...]) -> None:
 def _no_column(name: str, found: Iterable[str]) -> str:
     names = list(found)
     near = difflib.get_close_matches(name, names, n=1)
-    guess = f", did you mean {near[0]!r}?" if near else ";"
+    guess = f" (did you mean {near[0]!r}?)" if near else ""
     return (
-        f"has no column {name!r}{guess} its columns are {', '.join(names) or 'none'}; "
+        f"has no column {name!r}; its columns are {', '.join(names) or 'none'}{guess}; "
         "set corpus.text_column, corpus.messages_column or corpus.id_column to one of them"
     )

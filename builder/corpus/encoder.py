@@ -87,7 +87,7 @@ class Encoder:
         num_special = len(self.prefix) + len(self.suffix)
         if num_special >= max_length:
             raise ValueError(
-                f"sequences.max_length is {max_length}, but special tokens alone take {num_special}"
+                f"sequences.max_length is {max_length}, but special tokens alone take {num_special}; choose a larger max_length"
             )
         self._form = Form(
             max_length=max_length,
@@ -253,7 +253,7 @@ def added_around(backend: Tokenizer) -> tuple[list[int], list[int]]:
     ids: list[int] = probe.encode("a").ids
     if ids.count(NO_ID) != 1:
         raise ValueError(
-            f"the tokenizer's post-processor writes a text {ids.count(NO_ID)} times into a sequence, expected once; mend tokenizer.json"
+            f"the tokenizer's post-processor writes a text {ids.count(NO_ID)} times into a sequence, expected once; fix tokenizer.json"
         )
     place = ids.index(NO_ID)
     return ids[:place], ids[place + 1 :]
@@ -266,6 +266,6 @@ def _choose(name: str, wish: str, own: list[int], token_id: int | None) -> list[
         return []
     if token_id is None:
         raise ValueError(
-            f"sequences.{name} is 'always', but the teacher's tokenizer has no {name} token"
+            f"sequences.{name} is 'always', but the teacher's tokenizer has no {name} token; use 'tokenizer' or 'never'"
         )
     return [int(token_id)]

@@ -124,7 +124,7 @@ def _check(number: int, message: Any, converted: set[str]) -> Message:
     try:
         json.dumps(found)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where} holds what is not JSON ({error})") from None
+        raise ValueError(f"{where} holds a value that JSON cannot express ({error})") from None
     return found
 
 
@@ -135,7 +135,7 @@ def _join_parts(parts: list[Any], where: str) -> str:
         found = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
         if found.get("type") != "text":
             given = f"the type {found['type']!r}" if "type" in found else "no type"
-            raise ValueError(f"{where} has a part of content with {given}, expected text alone")
+            raise ValueError(f"{where} has a part of content with {given}, expected only text")
         if set(found) != {"type", "text"} or not isinstance(found["text"], str):
             raise ValueError(
                 f"{where} has a part of content with {', '.join(found)}, expected type and text"

@@ -103,12 +103,12 @@ class Renderer:
         for name in options or {}:
             if name in RESERVED:
                 raise ValueError(
-                    f"sequences.chat_template_kwargs sets {name!r}, which is not a recipe's to set; leave it out"
+                    f"sequences.chat_template_kwargs sets {name!r}, which a recipe must not set; leave it out"
                 )
             if name not in self.known:
                 raise ValueError(
-                    f"sequences.chat_template_kwargs sets {name!r}, which the chat template does not ask for; "
-                    f"it asks for {', '.join(sorted(self.known - RESERVED)) or 'nothing'}"
+                    f"sequences.chat_template_kwargs sets {name!r}, which the chat template does not use; it uses"
+                    f" {', '.join(sorted(self.known - RESERVED)) or 'nothing'}"
                 )
         self._takes_parts = self._probe_parts()
 
@@ -311,16 +311,16 @@ def _explain(error: Exception) -> str:
     """The line for whatever a template ends with."""
     if isinstance(error, _NoDate):
         return (
-            "the chat template writes today's date, so that a build would not end as it began; set "
+            "the chat template writes today's date, so the dataset would change from day to day; set "
             'sequences.chat_template_date = "2026-01-31", or give a template with a fixed date as sequences.chat_template'
         )
     if isinstance(error, TooLarge | MemoryError):
         return (
-            f"the chat template makes more than {TIMES_CHAT} times what the chat holds, and {OWN_CHARACTERS:,} characters more; "
-            'give another template as sequences.chat_template = "file.jinja"'
+            f"the chat template makes more than {TIMES_CHAT} times what the chat holds plus {OWN_CHARACTERS:,} characters; give another"
+            ' template as sequences.chat_template = "file.jinja"'
         )
     return (
-        f"the chat template refuses it ({_reason(error)}); mend the corpus, or give another template as "
+        f"the chat template refuses it ({_reason(error)}); fix the corpus, or give another template as "
         'sequences.chat_template = "file.jinja"'
     )
 

@@ -167,7 +167,7 @@ class _Reader:
                 raise NotRead(
                     usual,
                     "is for the chat template, and the recipe does not name it",
-                    f'set corpus.{key} = "{usual}", or to false where the teacher is not to see it',
+                    f'set corpus.{key} = "{usual}", or to false if the teacher should not see it',
                 )
         given = {key: value for key, value in extras.items() if value}
         said: Any = [*before, *messages]
@@ -183,12 +183,12 @@ class _Reader:
 
     def _messages(self, name: str) -> list[Message]:
         value: list[Message] = self._value(
-            name, read_messages, advice="mend the corpus, or set corpus.messages_column to another column"
+            name, read_messages, advice="fix the corpus, or set corpus.messages_column to another column"
         )  # fmt: skip
         return value
 
     def _value(
-        self, name: OptionalColumn, read: Any, *more: Any, advice: str = "mend the corpus"
+        self, name: OptionalColumn, read: Any, *more: Any, advice: str = "fix the corpus"
     ) -> Any:
         if not name:
             return None

@@ -243,10 +243,7 @@ class Chunks:
 
 
 def _no_place(place: Place) -> str:
-    return (
-        f"document {place.document!r} has no chunk {place.chunk} any more where it had one; the corpus or a library has changed: start "
-        "anew in another directory"
-    )
+    return f"document {place.document!r} no longer has chunk {place.chunk}; the corpus or a library has changed: start again in another directory"
 
 
 def length_sorted_batches(

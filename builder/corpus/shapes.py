@@ -212,4 +212,4 @@ def _without(values: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _name(value: Any) -> str:
-    return "text that is no JSON" if isinstance(value, str) else kind_of(value)
+    return "text that is not JSON" if isinstance(value, str) else kind_of(value)

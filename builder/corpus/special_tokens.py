@@ -139,7 +139,7 @@ class SpecialTokens:
             return encoding.ids, encoding.offsets
         if STAND_INS.search(text):
             raise ValueError(
-                "a message holds private characters beside what looks like a special token; leave out either"
+                "a message holds private-use characters and text that looks like a special token; remove one of the two"
             )
         with_stand_ins, origin = self._stand_in(self._render_marked(chat, text, render, suspicious))
         encoding = self._renamed.encode(with_stand_ins, add_special_tokens=False)
@@ -147,7 +147,7 @@ class SpecialTokens:
         found_controls = sum(token in self._controls for token in ids)
         if found_controls != len(STAND_INS.findall(with_stand_ins)):
             raise ValueError(
-                "a message holds what looks like a special token, and this tokenizer has no other way to write it; mend the corpus"
+                "a message holds text that looks like a special token, and this tokenizer cannot write it as plain text; fix the corpus"
             )
         return ids, [(origin[start], origin[end]) for start, end in encoding.offsets]
 
@@ -169,7 +169,7 @@ class SpecialTokens:
         why = f" ({failure})" if failure else ""
         raise ValueError(
             f"a message holds {excerpt(suspicious[0])}, which looks like a special token, and the chat template does not write it as "
-            f"it is{why}; mend the corpus, or give a template that does as sequences.chat_template"
+            f"it is{why}; fix the corpus, or give a template that does as sequences.chat_template"
         )
 
     def _is_suspicious(self, text: str) -> bool:

@@ -160,8 +160,8 @@ def _refusal(missing: list[_Item]) -> str:
     if missing[0].key in CALLS:
         loss = "an answer without them would be learned"
     return (
-        f"the chat template does not write the {missing[0].key} of {missing[0].where}{more}, so that {loss}; give a template that does "
-        f'as sequences.chat_template = "file.jinja", or let it go: sequences.drop_unwritten = {json.dumps(keys)}'
+        f"the chat template does not write the {missing[0].key} of {missing[0].where}{more}, so {loss}; give a template that does "
+        f'as sequences.chat_template = "file.jinja", or drop it: sequences.drop_unwritten = {json.dumps(keys)}'
     )
 
 

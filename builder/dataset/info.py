@@ -143,7 +143,7 @@ def _completions(totals: dict[str, Any]) -> dict[str, str]:
 
 def _splits(totals: dict[str, Any]) -> dict[str, str]:
     listed = [
-        f"{found['tokens']:,} tokens in {found['rows']:,} rows of {found['documents']:,} documents in {split}"
+        f"{counted(found['tokens'], 'token')} in {counted(found['rows'], 'row')} of {counted(found['documents'], 'document')} in {split}"
         for split, found in (totals.get("splits") or {}).items()
     ]
     return {"splits": ", ".join(listed)} if listed else {}
@@ -204,14 +204,16 @@ def alternatives(
     values, targets = _find_row(directory, manifest, row, split)
     ids = values["input_ids"]
     if not 0 <= position < len(ids):
-        raise ValueError(f"row {row} has positions 0 to {len(ids) - 1}, not {position}")
+        raise ValueError(
+            f"row {row} has positions 0 to {len(ids) - 1}, not {position}; choose one of these"
+        )
     index = _kept_index(values, _layout(manifest), position)
     if index is None:
         kept = np.flatnonzero(loss_mask(values["completion_mask"]))
         where = f"the first of which is {kept[0]}" if len(kept) else "of which this row has none"
         raise ValueError(
-            f"row {row} keeps no alternatives at position {position}, for what follows is not the completion's; "
-            f"choose a position before a completion's token, {where}"
+            f"row {row} stores no distribution at position {position}, because the next token is not part of a completion; choose a position before a completion's token,"
+            f" {where}"
         )
     tokenizer = dataset_tokenizer(manifest, teacher_path)
     return alternatives_of(values, targets, position, index, tokenizer)

@@ -35,18 +35,20 @@ def teacher_source(manifest: dict[str, Any], teacher_path: Path | None = None) -
     if teacher_path is not None:
         if not is_local:
             raise ValueError(
-                "--teacher is for datasets of a local teacher; this one's is found by its name"
+                "--teacher is for datasets of a local teacher, but this one names a teacher on the Hub; leave it out"
             )
         values["gguf" if values.get("gguf") else "path"] = str(teacher_path.absolute())
     if values.get("repo"):
         if not manifest["teacher"].get("commit"):
-            raise ValueError(f"{FILE_NAME}: no 'teacher.commit', by which its teacher is found")
+            raise ValueError(
+                f"{FILE_NAME}: no 'teacher.commit', which identifies its teacher; fetch or build the dataset again"
+            )
         values["revision"] = manifest["teacher"]["commit"]
     recipe = read_section(TeacherRecipe, values, "recipe.teacher")
     try:
         source = resolve_teacher(recipe, Path(), KnownSources())
     except ValueError as error:
-        hint = "; name it with --teacher PATH" if is_local else ""
+        hint = ", or give it with --teacher PATH" if is_local else ""
         raise ValueError(f"{error}{hint}") from None
     return _checked(manifest, source)
 
@@ -55,12 +57,13 @@ def _python_source(values: dict[str, Any], teacher_path: Path | None) -> Teacher
     """The Python file that the user names, and its weights beside it. A file that a manifest names is not run."""
     names = [values["python"], *values.get("weights", ())]
     if not all(isinstance(name, str) and is_below(name) for name in names):
-        raise ValueError(f"{FILE_NAME}: recipe.teacher names files outside of its directory")
+        raise ValueError(
+            f"{FILE_NAME}: recipe.teacher names files outside of its directory; fetch or build the dataset again"
+        )
     if teacher_path is None:
         beside = f" and {', '.join(map(repr, names[1:]))}" if names[1:] else ""
         raise ValueError(
-            f"the teacher is code of its author's, and no dataset's code is run: get {names[0]!r}{beside}, read the code, and name it "
-            "with --teacher PATH; its weights lie beside it"
+            f"the teacher is its author's own code, which is never run from a dataset: get {names[0]!r}{beside}, read the code, and give its path with --teacher PATH (its weights beside it)"
         )
     file, known = teacher_path.absolute(), KnownSources()
     depth = len(Path(names[0]).parts)
@@ -80,7 +83,9 @@ def _checked(manifest: dict[str, Any], source: TeacherSource) -> TeacherSource:
     recorded = {key: manifest["teacher"].get(key) for key in source.provenance}
     changes = differences(recorded, source.provenance, "teacher")
     if changes := [change for change in changes if not change.startswith("teacher.name")]:
-        raise ValueError(f"the teacher at hand is not the dataset's: {'; '.join(changes)}")
+        raise ValueError(
+            f"the teacher at hand is not the dataset's: {'; '.join(changes)}. Give the dataset's teacher"
+        )
     return source
 
 
@@ -113,7 +118,7 @@ def file_of_row(directory: Path, row: int, split: str | None = None) -> tuple[st
             return record.file, row - first
         first += record.rows
     where = f"split {split} of {directory}" if split else str(directory)
-    raise ValueError(f"{where} has rows 0 to {first - 1}, not {row}")
+    raise ValueError(f"{where} has rows 0 to {first - 1}, not {row}; choose one of these")
 
 
 def read_row(file: Any, number: int, columns: list[str] | None = None) -> dict[str, Any]:

@@ -338,7 +338,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged ({_reason(error)}); {advice}") from None
     if str(version).split(".")[0] != SCHEMA_VERSION.split(".")[0]:
         raise ValueError(
-            f"{path} has schema version {one_line(version, limit=60)}, this program reads {SCHEMA_VERSION}; install the version of logit-dataset that built it"
+            f"{path} has schema version {one_line(version, limit=60)}, but this program reads {SCHEMA_VERSION}; install the version of logit-dataset that built it"
         )
     try:
         check(manifest, Manifest)

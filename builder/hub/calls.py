@@ -107,7 +107,7 @@ def explain(error: BaseException, repo_id: str) -> str:
     if status == 403:
         return f"the token may not write to {repo_id}{reason}; use a token with write access to it, or publish under another name"
     if status == 429:
-        return "the Hub's rate limit is reached; wait some minutes"
+        return "the Hub's rate limit is reached; wait a few minutes"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, but this needs the Hub; unset it"
     if status is not None:

@@ -28,7 +28,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOpera
 
 from builder.card.records import read_verification
 from builder.dataset.manifest import ShardRecord, records_of
-from builder.dataset.printable import as_size
+from builder.dataset.printable import as_size, counted
 from builder.dataset.shards import atomic_file
 from builder.hub.calls import Notice
 from builder.hub.limits import FILES_PER_COMMIT
@@ -135,24 +135,23 @@ def check(
     if report.problems:
         more = f" (and {len(report.problems) - 3} more)" if len(report.problems) > 3 else ""
         raise ValueError(
-            f"{plan.directory} is not published, for it has problems: {'; '.join(report.problems[:3])}{more}"
+            f"{plan.directory} is not published because it has problems: {'; '.join(report.problems[:3])}{more}"
         )
     if report.recomputed:
         record_recomputation(plan.directory, report, device)
 
 
 def _how_to_mend(plan: Plan, problem: object) -> str:
-    return (
-        f"{problem}; if it stays so, delete damaged files from branch {plan.branch}, and let the build resume in an empty "
-        "directory, where it makes them anew"
-    )
+    return f"{problem}; if this persists, delete the damaged files from branch {plan.branch}, and resume the build in an empty directory to rebuild them"
 
 
 def _clean_up(plan: Plan, notice: Notice) -> None:
     try:
         plan.repo.delete_branch(plan.branch)
     except ValueError as error:
-        notice(f"branch {plan.branch} of {plan.repo.id} is left over, and does no harm: {error}")
+        notice(
+            f"branch {plan.branch} of {plan.repo.id} could not be deleted, which does no harm: {error}"
+        )
 
 
 def _write_release(plan: Plan) -> dict[str, LocalFile]:
@@ -177,7 +176,9 @@ def _upload(plan: Plan, files: dict[str, LocalFile], main: str, notice: Notice) 
     gone = stale(there, files)
     missing = [path for path, file in files.items() if not holds(there, path, file)]
     size = sum(files[path].size for path in missing)
-    notice(f"sending {len(missing)} of {len(files)} files, {as_size(size)}, to {repo.id}")
+    notice(
+        f"sending {len(missing):,} of {counted(len(files), 'file')}, {as_size(size)}, to {repo.id}"
+    )
     for start in range(0, max(len(missing), 1 if gone else 0), FILES_PER_COMMIT):
         batch = missing[start : start + FILES_PER_COMMIT]
         deletions = gone if start == 0 else []
@@ -199,7 +200,9 @@ def _upload(plan: Plan, files: dict[str, LocalFile], main: str, notice: Notice) 
         )
         if (sent := start + len(batch)) < len(missing):
             sent_size = as_size(sum(files[path].size for path in missing[:sent]))
-            notice(f"sent {sent} of {len(missing)} files, {sent_size} of {as_size(size)}")
+            notice(
+                f"sent {sent:,} of {counted(len(missing), 'file')}, {sent_size} of {as_size(size)}"
+            )
     return head
 
 
@@ -245,7 +248,7 @@ def _read_back(plan: Plan, files: dict[str, LocalFile], commit: str) -> None:
     there = plan.repo.tree(commit)
     wrong = [path for path, file in files.items() if not holds(there, path, file)]
     if wrong or (wrong := stale(there, files)):
-        raise ValueError(f"{wrong[0]} has not arrived as it was sent")
+        raise ValueError(f"{wrong[0]} on the Hub differs from what was sent")
     try:
         _compare_rows(plan, commit)
     except (OSError, httpx2.HTTPError, pa.ArrowException, DatasetGenerationError) as error:
@@ -265,7 +268,7 @@ def _compare_split(plan: Plan, commit: str, split: str, records: list[ShardRecor
     dataset = dataset.with_format("arrow")
     if dataset.num_shards != len(records):
         raise ValueError(
-            f"load_dataset finds {dataset.num_shards} files of {split}, not {len(records)}"
+            f"load_dataset finds {dataset.num_shards} files of {split}, expected {len(records)}"
         )
     elsewhere = plan.elsewhere()
     for index in _chosen(records):
@@ -273,7 +276,7 @@ def _compare_split(plan: Plan, commit: str, split: str, records: list[ShardRecor
         if record.file in elsewhere:
             with plan.repo.open(record.file, commit) as content:
                 if hashlib.file_digest(content, "sha256").hexdigest() != record.sha256:
-                    raise ValueError(f"{record.file} has arrived with other bytes than were sent")
+                    raise ValueError(f"{record.file} has other bytes on the Hub than were sent")
         opened = (
             plan.repo.open(record.file, commit)
             if record.file in elsewhere
@@ -284,7 +287,7 @@ def _compare_split(plan: Plan, commit: str, split: str, records: list[ShardRecor
             batch_size=64
         )
         if _digests(rows) != _digests(pa.Table.from_batches([batch]) for batch in expected):
-            raise ValueError(f"{record.file} has arrived with other rows than were sent")
+            raise ValueError(f"{record.file} has other rows on the Hub than were sent")
 
 
 def _chosen(records: list[Any]) -> list[int]:

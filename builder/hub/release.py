@@ -11,6 +11,7 @@ from builder.card.card import PICTURES, README, card_files
 from builder.card.licences import licences
 from builder.card.records import RELEASE, VERIFICATION, read_json, read_release, read_verification
 from builder.dataset.manifest import FILE_NAME, data_digest, json_bytes, read_manifest, records_of
+from builder.dataset.printable import counted
 from builder.hub.calls import WAIT_SECONDS, Notice
 from builder.hub.limits import MAX_FILE_BYTES, MAX_FILES, REPO_ID
 from builder.hub.repository import LocalFile, Repository, Tree, holds
@@ -115,9 +116,11 @@ def look_at(
         ValueError: the dataset cannot be published as asked; the message says why.
     """
     if not REPO_ID.fullmatch(repo_id):
-        raise ValueError(f"{repo_id!r} is not a name on the Hub; expected ORG/NAME")
+        raise ValueError(f"{repo_id!r} is not a Hub dataset name; expected ORG/NAME")
     if len(message) > MAX_MESSAGE:
-        raise ValueError(f"the message has {len(message)} characters, at most {MAX_MESSAGE} fit")
+        raise ValueError(
+            f"--message has {len(message)} characters, expected at most {MAX_MESSAGE}; shorten it"
+        )
     _check_licences(recipe)
     repo = Repository(repo_id, notice, waits=waits)
     refs = repo.refs()
@@ -214,7 +217,7 @@ def describe(plan: Plan, *, with_card: bool = False) -> str:
         lines.append(f"{file.size:>14,}  {'send' if path in sent else 'keep'}    {path}")
     lines += [f"{'':>14}  delete  {path}" for path in stale(plan.remote, files)]
     size = sum(files[path].size for path in sent)
-    lines.append(f"{size:>14,}  bytes to send, in {len(sent)} of {len(files)} files")
+    lines.append(f"{size:>14,}  bytes to send, in {len(sent)} of {counted(len(files), 'file')}")
     if with_card:
         content = files[README].content
         assert isinstance(content, bytes)
@@ -252,8 +255,8 @@ def _check_licences(recipe: dict[str, Any]) -> None:
     missing = [f"{section}.license" for section, name in stated.items() if not name]
     if missing:
         raise ValueError(
-            f"the recipe does not state {' and '.join(missing)}, without which nobody may use the dataset; add {'it' if len(missing) == 1 else 'them'} to the "
-            "recipe and run the build command again, which only rewrites the description"
+            f"the recipe does not state {' and '.join(missing)}, and nobody may use a dataset without a licence; add {'it' if len(missing) == 1 else 'them'} to the "
+            "recipe and run the build command again (it rewrites only the description)"
         )
 
 
@@ -262,7 +265,7 @@ def _check_limits(manifest: dict[str, Any]) -> None:
     largest = max(records, key=lambda record: record.bytes)
     if largest.bytes > MAX_FILE_BYTES or len(records) > MAX_FILES:
         raise ValueError(
-            f"the dataset has {len(records):,} files of up to {largest.bytes / 1e9:.1f} GB, the Hub takes {MAX_FILES:,} of up "
+            f"the dataset has {len(records):,} files of up to {largest.bytes / 1e9:.1f} GB, but the Hub takes {MAX_FILES:,} of up "
             f"to {MAX_FILE_BYTES / 1e9:.0f} GB; build it with another output.shard_tokens"
         )
 
@@ -272,13 +275,13 @@ def _check_repository(
 ) -> None:
     if exists and private and not repo.is_private():
         raise ValueError(
-            f"{repo.id} exists and is public, so --private cannot hold; make it private in its settings, or publish "
+            f"{repo.id} exists and is public, so --private has no effect; make it private in its settings, or publish "
             "under another name"
         )
     foreign = [path for path in remote if path not in _UNTOUCHED]
     if foreign and former is None and FILE_NAME not in remote:
         raise ValueError(
-            f"{repo.id} holds something else than a logit dataset ({', '.join(sorted(foreign)[:3])}); publish under another name"
+            f"{repo.id} holds something other than a logit dataset ({', '.join(sorted(foreign)[:3])}); publish under another name"
         )
 
 
@@ -297,7 +300,8 @@ def _since(
     """The step from the former version, its reasons, and the changelog so far."""
     totals = manifest["totals"]
     if former is None:
-        return "major", [f"{totals['tokens']:,} tokens in {totals['rows']:,} rows"], []
+        reason = f"{counted(totals['tokens'], 'token')} in {counted(totals['rows'], 'row')}"
+        return "major", [reason], []
     manifest_path = repo.download(FILE_NAME, former.tag)
     release_path = repo.download(RELEASE, former.tag)
     changelog = _changelog(read_json(release_path)) if release_path else []

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 from builder.dataset.identity import deciding_rows, differences
 from builder.dataset.manifest import ShardRecord, records_of
+from builder.dataset.printable import counted
 from logit_dataset.schema import SCHEMA_VERSION
 
 Step = Literal["patch", "minor", "major"]
@@ -63,7 +64,9 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[Step, list[str]]:
     if changes:
         return "major", changes
     added = new["totals"]["rows"] - old["totals"]["rows"]
-    return "minor", [f"{added:,} rows were added, the others are the same"]
+    return "minor", [
+        f"{counted(added, 'row')} {'was' if added == 1 else 'were'} added, the others are the same"
+    ]
 
 
 def least_step(old: dict[str, Any], plan: dict[str, Any]) -> tuple[Step, list[str]]:
@@ -78,7 +81,7 @@ def least_step(old: dict[str, Any], plan: dict[str, Any]) -> tuple[Step, list[st
     changes = differences(_row_deciding(old), _row_deciding(new))
     limit, documents = plan["recipe"]["corpus"]["max_documents"], old["totals"]["documents"]
     if limit and limit < documents:
-        changes.append(f"{documents - limit:,} documents fewer")
+        changes.append(f"{counted(documents - limit, 'document')} fewer")
     return ("major", changes) if changes else ("patch", [])
 
 
@@ -137,10 +140,12 @@ def _lost(old: list[ShardRecord], new: list[ShardRecord]) -> list[str]:
         if found is None:
             lines.append(f"{record.file} is gone")
         elif found.rows < record.rows:
-            lines.append(f"{record.file} has {record.rows - found.rows:,} rows fewer")
+            lines.append(f"{record.file} has {counted(record.rows - found.rows, 'row')} fewer")
         elif found.sha256 != record.sha256:
             if not (record.exhausted and found.rows > record.rows):
                 lines.append(f"{record.file} has other content")
             elif changes := differences(record.environment, found.environment):
-                lines.append(f"{record.file} was computed anew, differently ({'; '.join(changes)})")
+                lines.append(
+                    f"{record.file} was computed again, differently ({'; '.join(changes)})"
+                )
     return lines

@@ -120,7 +120,7 @@ def teacher_shape(recipe: Recipe, base: Path, parameters: float | None = None) -
             )
     if parameters is None:
         raise ValueError(
-            "how large the teacher is cannot be seen without the Hub; say it with --parameters 8e9"
+            "the size of the teacher is unknown without the Hub; give it, such as --parameters 8e9"
         )
     return Shape.of(parameters)
 

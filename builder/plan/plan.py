@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder.dataset.printable import as_size, duration
+from builder.dataset.printable import as_size, counted, duration
 from builder.hub.limits import COMMITS_PER_HOUR, DISCARDED_TOGETHER, MAX_LOCAL_SHARDS
 from builder.plan.compute import (
     GPUS,
@@ -101,12 +101,14 @@ def work(
     """
     tokens = tokens or recipe.corpus.max_tokens
     if not tokens:
-        raise ValueError("the recipe has no corpus.max_tokens; say how many with --tokens 1e9")
+        raise ValueError(
+            "the recipe has no corpus.max_tokens; give the number of tokens, such as --tokens 1e9"
+        )
     shape = teacher_shape(recipe, base, parameters)
     output = recipe.output
     if shape.is_guessed and (output.top_k == "all" or output.hidden_states):
         raise ValueError(
-            "what this recipe keeps depends on the teacher's config.json; make it local, and name it as teacher.path"
+            "the size of a row depends on the teacher's config.json, which is not local; download the teacher, and set teacher.path"
         )
     flop = flop_per_token(shape, recipe.sequences.max_length)
     peak = GPUS[gpu].bits32 if recipe.teacher.dtype == "float32" else GPUS[gpu].bits16
@@ -132,7 +134,7 @@ def work(
     gpus_each = recipe.teacher.tensor_parallel or 1
     if workers < gpus_each:
         raise ValueError(
-            f"--workers is {workers}, but teacher.tensor_parallel is {gpus_each}: one copy of the teacher takes so many GPUs"
+            f"--workers is {workers}, but teacher.tensor_parallel is {gpus_each}, the GPUs of one copy of the teacher; use at least {gpus_each} workers"
         )
     copies = min(workers // gpus_each, output.partitions)
     busy = copies * gpus_each
@@ -173,11 +175,11 @@ def _advice(recipe: Recipe, tokens: int, per_token: float, idle: int, limit: str
     lines = []
     if recipe.generation:
         lines.append(
-            "the teacher writes, which is not counted: a token at a time, and limited by memory rather than by FLOP"
+            "the time that the teacher takes to generate is not included: it generates one token at a time, limited by memory rather than by FLOP"
         )
     if recipe.sequences.batch_tokens == "auto":
         lines.append(
-            'sequences.batch_tokens = "auto" is settled when the build begins, by a trial of some seconds on its device'
+            'sequences.batch_tokens = "auto" is chosen when the build begins, by a trial of a few seconds on its device'
         )
     if recipe.output.completions_only:
         lines.append(
@@ -191,25 +193,25 @@ def _advice(recipe: Recipe, tokens: int, per_token: float, idle: int, limit: str
         )
     if limit == "committing" and not too_many:
         lines.append(
-            f"{COMMITS_PER_HOUR} commits an hour are all that the Hub allows: choose a larger output.shard_tokens"
+            f"{COMMITS_PER_HOUR} commits per hour are the Hub's limit: choose a larger output.shard_tokens"
         )
     return lines
 
 
 def describe(work: Work) -> str:
     """What it takes, for a person."""
-    gpus = f"{work.workers} GPU{'s' if work.workers > 1 else ''}"
+    gpus = counted(work.workers, "GPU")
     lines = {
         "teacher": f"{work.parameters:,.0f} parameters: {work.flop_per_token / 1e9:,.3g} GFLOP per token, "
         f"{work.attention_share:.0%} of it for attention",
         "speed": f"{work.tokens_per_second:,.0f} tokens/s: {work.utilization:.0%} ({work.utilization_is}) of {work.peak_flops / 1e12:,.4g} "
         f"TFLOPS{f' of one {work.gpu}' if work.gpu else ''}",
         "compute": f"{work.gpu_hours:,.1f} GPU hours for {work.tokens:,} tokens: {duration(3600 * work.gpu_hours / work.workers)} on {gpus}",
-        "data": f"{as_size(work.bytes)}, {work.bytes_per_token:.0f} bytes per token, in {work.shards:,} shards of {as_size(work.shard_bytes)}",
-        "the Hub": f"{duration(3600 * work.upload_hours)} to send at {work.upload_mbit:,.0f} Mbit/s; {work.commits:,} commits, for which "
-        f"at least {duration(3600 * work.commit_hours)} have to pass",
+        "data": f"{as_size(work.bytes)}, {work.bytes_per_token:.0f} bytes per token, in {counted(work.shards, 'shard')} of {as_size(work.shard_bytes)}",
+        "the Hub": f"{duration(3600 * work.upload_hours)} to send at {work.upload_mbit:,.0f} Mbit/s; {counted(work.commits, 'commit')}, which take at least {duration(3600 * work.commit_hours)}"
+        f"",
         "disk": f"{as_size(work.disk_bytes)} with --publish-to ORG/NAME --discard-local",
-        "together": f"{duration(3600 * work.hours)}: all of it goes on at the same time, and {work.limit} takes longest",
+        "together": f"{duration(3600 * work.hours)}: all steps run at the same time, and {work.limit} takes longest",
     }
     listed = [f"{key:<10}{value}" for key, value in lines.items()]
     return "\n".join([*listed, *(f"but       {line}" for line in work.advice)])

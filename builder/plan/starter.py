@@ -96,7 +96,7 @@ def _columns(
     if source.format == "text":
         if is_chat:
             raise ValueError(
-                "--chat, but the corpus is of .txt files; name .jsonl or .parquet files"
+                "--chat needs a column with lists of messages, but .txt files have none; name .jsonl or .parquet files"
             )
         return ['text_unit = "file"              # or "line": a document per line'], False
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -109,11 +109,13 @@ def _columns(
     listed = ", ".join(names) or "none"
     if is_chat or (chats and "text" not in texts):
         if not chats:
-            raise ValueError(f"--chat, but no column holds lists of messages (columns: {listed})")
+            raise ValueError(
+                f"--chat needs a column with lists of messages, but the corpus has none (columns: {listed}); name other files, or leave out --chat"
+            )
         chosen = next((name for name in USUAL if name in chats), chats[0])
         return [f"messages_column = {json.dumps(chosen)}"], True
     if not texts:
-        raise ValueError(f"the corpus has no column of texts (columns: {listed})")
+        raise ValueError(f"the corpus has no column of texts (columns: {listed}); name other files")
     if "text" not in texts and {"prompt", "completion"} <= set(texts):
         return ['text_column = "completion"', 'prompt_column = "prompt"'], False
     chosen = "text" if "text" in texts else max(texts, key=lambda name: texts[name])

@@ -35,10 +35,10 @@ def too_many_files(recipe: Recipe, tokens: int) -> str | None:
     if shards <= MAX_FILES:
         return None
     if partitions > MAX_FILES:
-        what = f"output.partitions has to be {MAX_FILES:_} or less"
+        what = f"output.partitions must be {MAX_FILES:_} or less"
     else:
         least = math.ceil(math.ceil(tokens / partitions) / (MAX_FILES // partitions) / 1e6)
-        what = f"output.shard_tokens has to be {least * 1_000_000:_} or more"
+        what = f"output.shard_tokens must be {least * 1_000_000:_} or more"
     return f"the Hub takes {MAX_FILES:,} files, not {shards:,}: {what}"
 
 
@@ -59,7 +59,7 @@ def too_large_files(recipe: Recipe, tokens: int | None, per_token: float) -> str
         return f"{limit}, so {MAX_FILES:,} of them hold {all_bytes / 1e12:.0f} TB"
     most = int(MAX_FILE_BYTES / per_token)
     return (
-        f"{limit}, not {as_size(shard_tokens * per_token)}: output.shard_tokens has to be "
+        f"{limit}, not {as_size(shard_tokens * per_token)}: output.shard_tokens must be "
         f"{most // 1000 * 1000 or most:_} or less"
     )
 

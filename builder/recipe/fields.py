@@ -56,7 +56,7 @@ TopK = Annotated[int | Literal["all"], PlainValidator(_top_k)]
 def _optional_column(value: Any) -> Any:
     if value is None or value is False or (isinstance(value, str) and value):
         return value
-    raise ValueError("expected a column's name, or false where there is none")
+    raise ValueError("expected a column name, or false if there is none")
 
 
 OptionalColumn = Annotated[str | Literal[False] | None, PlainValidator(_optional_column)]

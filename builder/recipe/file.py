@@ -59,7 +59,7 @@ def read_section(model: type[_AnySection], values: Any, where: str) -> _AnySecti
         problem = error.errors(include_url=False)[0]
         path = ".".join([where, *map(str, problem["loc"])])
         raise ValueError(
-            f"manifest.json: {path}: {expected(problem)}, so that its teacher cannot be run; install the version that built the dataset"
+            f"manifest.json: {path}: {expected(problem)}, so its teacher cannot be run; install the version that built the dataset"
         ) from None
 
 

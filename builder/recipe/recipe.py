@@ -57,7 +57,7 @@ class Recipe(Section):
                 )
             what = "" if len(self.splits) == 1 else f" of the split {split}"
             raise ValueError(
-                f"output.partitions is {self.output.partitions}, which is more than the corpus's limit{what} can be divided into"
+                f"output.partitions is {self.output.partitions}, but the corpus's limit{what} is smaller; choose fewer partitions, or a larger max_documents or max_tokens"
             )
         return self
 
@@ -85,8 +85,7 @@ class Recipe(Section):
     def _batches_can_be_tried(self) -> Self:
         if self.sequences.batch_tokens == "auto" and self.teacher.tensor_parallel:
             raise ValueError(
-                'sequences.batch_tokens = "auto" tries sizes that may not fit, which a teacher that is split over processes '
-                "(teacher.tensor_parallel) does not survive; give a number"
+                'sequences.batch_tokens = "auto" tries sizes that may not fit in memory, and a teacher split over processes (teacher.tensor_parallel) cannot recover from that; give a number'
             )
         return self
 
@@ -96,16 +95,16 @@ class Recipe(Section):
             return self
         if self.sequences.batch_tokens == "auto":
             raise ValueError(
-                'sequences.batch_tokens = "auto" is tried on texts of the corpus, and with [generation] the teacher writes them; give a number'
+                'sequences.batch_tokens = "auto" is chosen with texts of the corpus, but with [generation] the teacher writes the texts; give a number'
             )
         if self.teacher.tensor_parallel:
             raise ValueError(
-                "a teacher that is split over processes (teacher.tensor_parallel) cannot write; use teacher.device_map, or leave "
+                "a teacher split over processes (teacher.tensor_parallel) cannot generate; use teacher.device_map, or leave "
                 "out [generation]"
             )
         if self.teacher.python:
             raise ValueError(
-                "a teacher of your own code (teacher.python) cannot write, for it has no generate; leave out [generation]"
+                "a teacher of your own code (teacher.python) cannot generate; use another teacher, or leave out [generation]"
             )
         if self.generation.max_new_tokens >= self.sequences.max_length:
             raise ValueError(
@@ -115,8 +114,7 @@ class Recipe(Section):
         for name, value in (("long_documents", "truncate"), ("eos", "always")):
             if getattr(self.sequences, name) == value:
                 raise ValueError(
-                    f"sequences.{name} is {value!r}, but prompts are neither cut nor ended; leave it out, or leave out "
-                    "[generation]"
+                    f"sequences.{name} is {value!r}, but prompts are neither truncated nor ended with a token; leave it out, or leave out [generation]"
                 )
         return self
 
@@ -128,28 +126,27 @@ class Recipe(Section):
         is_of_chats = corpus.messages_column is not None
         if corpus.prompt_column and self.generation:
             raise ValueError(
-                "corpus.prompt_column is for completions that the corpus holds, and with [generation] the teacher writes them; name the "
-                "prompts as corpus.text_column or corpus.messages_column"
+                "corpus.prompt_column is for corpora that hold completions, but with [generation] the teacher writes them; name the column of prompts in corpus.text_column"
+                " or corpus.messages_column"
             )
         if is_of_chats and self.sequences.eos != "tokenizer":
             raise ValueError(
-                "sequences.eos means nothing with corpus.messages_column, for the chat template ends a chat; leave it out"
+                "sequences.eos has no effect with corpus.messages_column, because the chat template ends a chat; leave it out"
             )
         for name in OF_CHATS:
             if not is_of_chats and getattr(self.sequences, name) != _default(self.sequences, name):
                 raise ValueError(
-                    f"sequences.{name} means something only with corpus.messages_column; leave it out"
+                    f"sequences.{name} is valid only with corpus.messages_column; leave it out"
                 )
         if self.sequences.learn == "last" and self.generation:
             raise ValueError(
-                'sequences.learn = "last" is about answers of the corpus, and with [generation] the teacher writes them; leave it out'
+                'sequences.learn = "last" selects answers of the corpus, but with [generation] the teacher writes them; leave it out'
             )
         if self.output.completions_only and not (
             is_of_chats or corpus.prompt_column or self.generation
         ):
             raise ValueError(
-                "output.completions_only needs completions: of a corpus of chats (give corpus.messages_column), or by the teacher "
-                "(give [generation])"
+                "output.completions_only needs completions; set corpus.messages_column for a corpus of chats, or add [generation] to let the teacher write them"
             )
         return self
 

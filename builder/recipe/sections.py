@@ -114,13 +114,11 @@ class CorpusRecipe(_Source):
             )
         if (self.messages_column or self.prompt_column) and self.embedded:
             name = "messages_column" if self.messages_column else "prompt_column"
-            raise ValueError(f"the embedded corpus holds texts and no messages; leave out {name}")
+            raise ValueError(f"the embedded corpus holds texts, not messages; leave out {name}")
         if self.names_content and not self.messages_column:
             for name in FOUND_COLUMNS[len(CONTENT_COLUMNS) :]:
                 if getattr(self, name):
-                    raise ValueError(
-                        f"{name} means something only with messages_column; leave it out"
-                    )
+                    raise ValueError(f"{name} is valid only with messages_column; leave it out")
         return self
 
     @property
@@ -175,21 +173,21 @@ class TeacherRecipe(_Source):
         if self.python and "dtype" not in self.model_fields_set:
             self.__dict__["dtype"] = "float32"  # as plain modules are
         if self.attention == OWN and not self.python:
-            raise ValueError(f"attention = {OWN!r} means something only with python; leave it out")
+            raise ValueError(f"attention = {OWN!r} is valid only with python; leave it out")
         for name in ("attention", "device_map", "tensor_parallel"):
             if self.python and getattr(self, name) not in (None, OWN):
                 raise ValueError(
-                    f"{name} means nothing with python, whose code decides; leave it out"
+                    f"{name} has no effect with python, because your code decides; leave it out"
                 )
         is_kernel = self.attention not in (None, OWN, *ATTENTIONS)
         if is_kernel and not self.trust_remote_code:
             raise ValueError(
-                f"attention = {self.attention!r} runs code from the Hub; set trust_remote_code = true, if you trust it"
+                f"attention = {self.attention!r} runs code from the Hub; set trust_remote_code = true if you trust it"
             )
         _only_with(self, "repo", "revision", *(() if is_kernel else ("trust_remote_code",)))
         _only_with(self, "gguf", "tokenizer", "config")
         if self.device_map and self.tensor_parallel:
-            raise ValueError("device_map and tensor_parallel exclude each other; leave one out")
+            raise ValueError("device_map and tensor_parallel cannot be combined; leave one out")
         if self.gguf and (self.device_map or self.tensor_parallel):
             raise ValueError(
                 "a GGUF teacher runs on one device; leave out device_map and tensor_parallel"
@@ -269,7 +267,7 @@ class GenerationRecipe(Section):
                 and getattr(self, name) != type(self).model_fields[name].default
             ):
                 raise ValueError(
-                    f"{name} means something only where tokens are drawn, and temperature is 0; leave it out"
+                    f"{name} applies only to sampling, but temperature is 0; leave it out, or raise temperature"
                 )
         return self
 
@@ -308,21 +306,17 @@ class OutputRecipe(Section):
         if self.top_k == "all" and self.tail_samples and "tail_samples" in self.model_fields_set:
             raise ValueError('top_k = "all" leaves no tail to draw from; leave out tail_samples')
         if not self.tail_logprobs and (self.top_k == "all" or not self.tail_samples):
-            raise ValueError(
-                "tail_logprobs = false means something only with tail_samples; leave it out"
-            )
+            raise ValueError("tail_logprobs = false is valid only with tail_samples; leave it out")
         if self.seed and not (self.tail_samples or self.validation):
-            raise ValueError(
-                "seed means something only with tail_samples or validation; leave it out"
-            )
+            raise ValueError("seed is valid only with tail_samples or validation; leave it out")
         if len(set(self.temperatures)) < len(self.temperatures) or 1 in self.temperatures:
             raise ValueError(
-                f"temperatures are {list(self.temperatures)}, expected different ones, and not 1, which is always stored"
+                f"temperatures are {list(self.temperatures)}, expected distinct values other than 1, which is always stored"
             )
         for temperature in self.temperatures:
             if float(f"{temperature:g}") != temperature:
                 raise ValueError(
-                    f"temperature {temperature} has too many digits for a column's name; give six at most"
+                    f"temperature {temperature} has too many digits for a column name; give at most six"
                 )
         return self
 
@@ -338,4 +332,4 @@ def _only_with(section: BaseModel, source: str, *fields: str) -> None:
     for field in fields:
         default = type(section).model_fields[field].default
         if not getattr(section, source) and getattr(section, field) != default:
-            raise ValueError(f"{field} means something only with {source}; leave it out")
+            raise ValueError(f"{field} is valid only with {source}; leave it out")

@@ -23,9 +23,9 @@ EXPECTED = {
 }
 """What a value should be, by the kind of problem that pydantic reports."""
 PATTERNS = {
-    "name": "a name as the Hub takes it: letters, digits, '.', '-' and '_', at most 96, the first a letter or digit",
-    "license": "an identifier of a licence, such as apache-2.0 or cc-by-sa-4.0",
-    "language": "a code of two or three small letters, such as en, or code, or multilingual",
+    "name": "at most 96 letters, digits, '.', '-' and '_', starting with a letter or a digit",
+    "license": "a licence identifier, such as apache-2.0 or cc-by-sa-4.0",
+    "language": "a language code of two or three lowercase letters, such as en, or the word code or multilingual",
 }
 """What a text should be, by the key."""
 
@@ -65,7 +65,7 @@ def _explain(problem: Any, recipe: type[BaseModel]) -> str:
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
         return f"unknown key {where!r}; {hint}"
     if problem["type"] == "missing":
-        return f"{where!r} is missing"
+        return f"{where!r} is missing: add it"
     given = "" if isinstance(problem["input"], dict) else f" (found {_shown(problem['input'])})"
     return f"{where}: {expected(problem)}{given}" if where else expected(problem)
 

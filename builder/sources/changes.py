@@ -52,7 +52,7 @@ def hash_file(path: Path) -> Seen:
     seen = Seen(before.st_size, before.st_mtime_ns, digest)
     if not seen.is_same(path.stat()):
         raise SourceChangedError(
-            f"{path.name} changes while it is read; wait until it is written, and run the command again"
+            f"{path.name} changed while it was read; wait until it is completely written, and run the command again"
         )
     return seen
 
@@ -118,8 +118,8 @@ class Watch:
         total = sum(seen.size for seen in self._seen.values())
         if total > LONG_BYTES:
             notice(
-                f"reading corpus and teacher again, {total / 1e9:,.0f} GB, to see that they are what they were: about "
-                f"{total / BYTES_PER_SECOND / 60:,.0f} minutes"
+                f"reading corpus and teacher again ({total / 1e9:,.0f} GB, about {total / BYTES_PER_SECOND / 60:,.0f} min) "
+                "to check that they have not changed"
             )
         look = Look([], False, None)
         for path, seen in self._seen.items():
@@ -168,7 +168,7 @@ class Look(NamedTuple):
 
 def _gone(path: Path, what: str, error: OSError) -> SourceChangedError:
     return SourceChangedError(
-        f"{what} {path.name} cannot be read any more ({error.strerror}); finished shards are safe: put it back, and run the same command"
+        f"{what} {path.name} can no longer be read ({error.strerror}); finished shards are safe: restore it, and run the same command"
     )
 
 
@@ -179,6 +179,5 @@ def _changed(path: Path, what: str, seen: Seen, size: int) -> SourceChangedError
         else f"{seen.size:,} bytes then, {size:,} now"
     )
     return SourceChangedError(
-        f"{what} {path.name} has changed since it was hashed for this build ({how}); put back what it was and run the same command, or "
-        "build from what it is now in another directory"
+        f"{what} {path.name} has changed since it was hashed for this build ({how}); restore it and run the same command, or build from the new version in another directory"
     )

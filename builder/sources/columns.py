@@ -96,7 +96,7 @@ def _content(kinds: dict[str, str], *, is_generated: bool) -> dict[str, Any]:
             " with ".join(f"corpus.{key} = {json.dumps(name)}" for key, name in some.items())
             for some in found
         )
-        raise ValueError(f"the corpus has several columns that can be meant; set {listed}")
+        raise ValueError(f"several columns of the corpus could hold the texts; set {listed}")
     return found[0] if found else {"text_column": "text"}
 
 

@@ -20,7 +20,7 @@ _FORMATS: dict[str, CorpusFormat] = {
     ".parquet": "parquet",
     ".csv": "csv",
 }
-KINDS = ".txt, .jsonl, .csv or .parquet (all but the last also with .gz or .zst)"
+KINDS = ".txt, .jsonl, .csv (each also with .gz or .zst) or .parquet"
 
 
 def corpus_files(patterns: tuple[str, ...], base: Path) -> tuple[Path, ...]:
@@ -39,7 +39,7 @@ def corpus_files(patterns: tuple[str, ...], base: Path) -> tuple[Path, ...]:
             found = [path for path in found if path.is_file()]
         if not found:
             raise ValueError(
-                f"corpus.files: nothing matches {pattern!r}{_looked_in(pattern, base)}; check the name, and that the path starts at the recipe"
+                f"corpus.files: nothing matches {pattern!r}{_looked_in(pattern, base)}; check the name (a relative path starts at the recipe's directory)"
             )
         files |= dict.fromkeys(path.resolve() for path in found)
     return tuple(files)
@@ -57,12 +57,14 @@ def _files_below(folder: Path, pattern: str) -> list[Path]:
         if path.is_file() and not any(part[0] == "." for part in path.relative_to(folder).parts)
     ]
     if not found:
-        raise ValueError(f"corpus.files: the folder {pattern!r} holds no file; expected {KINDS}")
+        raise ValueError(
+            f"corpus.files: the folder {pattern!r} contains no files; expected {KINDS}"
+        )
     if others := [path for path in found if _known_format(path) is None]:
         ending = next((f"*{p.suffix}" for p in found if _known_format(p)), "*.txt")
         raise ValueError(
             f"corpus.files: the folder {pattern!r} holds {others[0].name}{f' and {len(others) - 1} more' if len(others) > 1 else ''}, "
-            f"which {'is' if len(others) == 1 else 'are'} not {KINDS}; name the files, as {str(Path(pattern) / '**' / ending)!r}"
+            f"which {'is' if len(others) == 1 else 'are'} not {KINDS}; name the files, such as {str(Path(pattern) / '**' / ending)!r}"
         )
     return found
 
@@ -95,9 +97,9 @@ def existing(base: Path, path: str, key: str, kind: Literal["file", "directory"]
     """
     full = base / expand_home(path)
     if not full.exists():
-        raise ValueError(f"{key}: {path!r} does not exist{_looked_in(path, base)}")
+        raise ValueError(f"{key}: {path!r} does not exist{_looked_in(path, base)}; check the path")
     if full.is_dir() is not (kind == "directory"):
-        raise ValueError(f"{key}: {path!r} is not a {kind}")
+        raise ValueError(f"{key}: {path!r} is not a {kind}; name a {kind}")
     return full.resolve()
 
 
@@ -111,5 +113,5 @@ def expand_home(path: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise ValueError(
-            f"{path!r} is below the home directory of a user that this machine does not have; write the whole path"
+            f"{path!r} is in the home directory of a user that does not exist on this machine; write the full path"
         ) from None

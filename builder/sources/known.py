@@ -109,8 +109,7 @@ def _commit_on_hub(repo: str, revision: str, repo_type: Literal["dataset", "mode
         raise ValueError(f"{repo_type} {repo!r} has no revision {revision!r} on the Hub") from None
     except OfflineModeIsEnabled:
         raise ValueError(
-            f"cannot reach the Hub to resolve {repo_type} {repo}@{revision}, since HF_HUB_OFFLINE is set; unset it, "
-            "give the full commit of what is in the cache, or use local files"
+            f"cannot reach the Hub to resolve {repo_type} {repo}@{revision} because HF_HUB_OFFLINE is set; unset it, give the full commit of a cached copy, or use local files"
         ) from None
     except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         raise ValueError(

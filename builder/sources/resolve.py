@@ -117,7 +117,7 @@ def resolve_corpus(recipe: CorpusRecipe, base: Path, known: KnownSources) -> Cor
         formats = {"lines"}
     if len(formats) > 1:
         raise ValueError(
-            f"corpus.files mixes formats ({', '.join(sorted(formats))}); give files of one format, or .txt beside .jsonl"
+            f"corpus.files mixes formats ({', '.join(sorted(formats))}); give files of one format (only .txt and .jsonl can be mixed)"
         )
     root = files[0].parent
     while not all(path.is_relative_to(root) for path in files):

@@ -46,7 +46,7 @@ def best_attention(
     except Exception as error:  # whatever reading a stranger's file, or running its code, comes to
         if "couldn't connect" in str(error):  # what loads would wait as long for each of its files
             raise ValueError(
-                f"teacher {location}: it is not in the cache, and the Hub cannot be reached to fetch it; check the network, or use "
+                f"teacher {location}: it is not in the cache, and the Hub cannot be reached; check the network, or use "
                 "teacher.path"
             ) from None
         return "sdpa"
@@ -115,7 +115,7 @@ def check_attention(attention: str, model_class: Any) -> None:
     listed = model_class._compatible_flash_implementations
     if listed and attention not in listed:
         raise ValueError(
-            f"{name} runs with {' or '.join(listed)} only, in whose place nothing is run that a recipe cannot pin; leave "
+            f"{name} runs with {' or '.join(listed)} only, which a recipe cannot pin; leave "
             "teacher.attention out"
         )
     if (

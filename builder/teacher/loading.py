@@ -263,18 +263,15 @@ def _explain_load(error: Exception, location: str, commit: str | None) -> str:
     if "trust_remote_code" in message:
         return "it needs code from its repo; set teacher.trust_remote_code and a full commit, if you trust it"
     if "Unrecognized configuration class" in message:
-        return "it is not a causal language model that transformers knows (an encoder or an encoder–decoder?)"
+        return "it is not a causal language model that transformers knows (an encoder or an encoder–decoder?); use a decoder-only model"
     if "model.safetensors" in message:
-        return (
-            "it has no model.safetensors, and other weights are not read, for a pickle file can run code; "
-            "save it again with save_pretrained"
-        )
+        return "it has no model.safetensors, and other formats are not read because pickle files can run code; save the model again with save_pretrained"
     if "Unrecognized model" in message:
-        return "it has no config.json with a model_type that transformers knows; name a directory of save_pretrained"
+        return "it has no config.json with a model_type that transformers knows; name a directory written by save_pretrained"
     if "FlashAttention" in message:
         return f'{message.split(". ")[0][:200].rstrip(".")}; use teacher.attention = "sdpa"'
     if "couldn't connect" in message or "HF_HUB_OFFLINE" in message:
-        return "it is not in the cache, and the Hub cannot be reached to fetch it; check the network, or use teacher.path"
+        return "it is not in the cache, and the Hub cannot be reached; check the network, or use teacher.path"
     if "ignore_mismatched_sizes" in message or "automatic conversion" in message:
         if said:
             return f"its weights are packed by {said.get('quant_method')}, which transformers does not unpack here; use another model"
@@ -293,13 +290,13 @@ def _explain_load(error: Exception, location: str, commit: str | None) -> str:
     if isinstance(error, StrictDataclassError) or "not a valid JSON file" in message:
         return f"its config.json is not valid ({message[:200]}); correct it"
     if not isinstance(error, ValueError | OSError | ImportError | RuntimeError | SafetensorError):
-        return f"it cannot be made of its files ({type(error).__name__}: {message[:200]}); correct them, or download it again"
+        return f"it cannot be loaded from its files ({type(error).__name__}: {message[:200]}); correct them, or download it again"
     if "tiktoken" in message:
-        return "it has no tokenizer.json, and other vocabularies are not read; save it with a fast tokenizer's save_pretrained"
+        return "it has no tokenizer.json, and other vocabulary files are not read; save it with save_pretrained of a fast tokenizer"
     if isinstance(error, SafetensorError):
         return f"its weights are damaged ({message[:100]}); download it again"
     if unknown := re.search("model type `([^`]+)` but Transformers does not recognize", message):
-        return f"transformers {transformers.__version__} has no model of the type {unknown[1]!r}, which its config.json names; install a newer one, or name another teacher"
+        return f"its config.json has model_type {unknown[1]!r}, which transformers {transformers.__version__} does not know; install a newer transformers, or use another teacher"
     return message.split(". ")[0][:300]
 
 
@@ -312,8 +309,8 @@ def _first_device(model: Any) -> torch.device:
     elsewhere = [name for name, place in model.hf_device_map.items() if place in ("cpu", "disk")]
     if elsewhere:
         raise ValueError(
-            f"the GPUs have room for all but {len(elsewhere)} parts of it, such as {elsewhere[0]}, which would be moved there again "
-            "for each batch; use more GPUs (--gpus-per-worker), or a 16-bit teacher.dtype"
+            f"the GPUs have no room for {len(elsewhere)} of its parts, such as {elsewhere[0]}, which would be moved to a GPU again for each batch; use more GPUs"
+            " (--gpus-per-worker), or a 16-bit teacher.dtype"
         )
     device: torch.device = model.get_input_embeddings().weight.device
     return device
@@ -324,5 +321,5 @@ def _check_split(model: Any, size: int) -> None:
     for name in ("num_attention_heads", "num_key_value_heads"):
         if (count := getattr(config, name, None)) and count % size:
             raise ValueError(
-                f"teacher.tensor_parallel is {size}, by which {name} = {count} of the model cannot be divided; choose a divisor"
+                f"teacher.tensor_parallel is {size}, which does not divide the model's {name} = {count}; choose a divisor"
             )

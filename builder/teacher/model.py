@@ -354,7 +354,7 @@ class Teacher:
                 f"{name} is not a causal language model, but an encoder–decoder; use a decoder-only model"
             )
         raise ValueError(
-            f"{name} does not run on a text alone ({problem}); use a model of text, or correct config.json"
+            f"{name} does not run on text alone ({problem}); use a text model, or correct config.json"
         )
 
     def _use_float32(self) -> None:
@@ -412,12 +412,11 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def _check_tokenizer(model: Any, tokenizer: Any) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"{type(tokenizer).__name__} is not a fast tokenizer, which is needed to know each token's place in the text"
+            f"{type(tokenizer).__name__} is not a fast tokenizer, which is needed to know each token's place in the text; save a fast one beside the model"
         )
     embeddings = model.get_input_embeddings().num_embeddings
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= embeddings:
         raise ValueError(
-            f"the tokenizer has ids up to {highest}, but the model knows only {embeddings} tokens; "
-            "this is not the model's own tokenizer"
+            f"the tokenizer has ids up to {highest}, but the model knows only {embeddings} tokens, so it is not the model's own tokenizer; use that"
         )

@@ -110,7 +110,7 @@ def _run(path: Path, weights: Sequence[str]) -> tuple[Any, Any]:
     found = _execute(path, weights)
     if found is None:
         raise ValueError(
-            f"it has no function {FUNCTION}(*weights), which returns a module and its tokenizer"
+            f"it has no function {FUNCTION}(*weights); define one that returns a module and its tokenizer"
         )
     _check_imports(path, before)
     returned = found[0]
@@ -145,7 +145,8 @@ def _said(error: Exception, path: Path | None = None) -> str:
         if path and Path(frame.filename) == path
     ]
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return f"line {lines[-1]}: {text}" if lines else text
+    text = f"line {lines[-1]}: {text}" if lines else text
+    return f"{text}; correct {path.name}" if path else text
 
 
 def _check_imports(path: Path, before: set[str]) -> None:

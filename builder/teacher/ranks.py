@@ -130,7 +130,7 @@ class _Team:
         except torch.OutOfMemoryError:
             # One rank alone cannot go on with a smaller batch.
             raise ValueError(
-                "a batch does not fit the memory of the teacher's devices; choose a smaller sequences.batch_tokens, or a "
+                "a batch does not fit in the memory of the teacher's devices; choose a smaller sequences.batch_tokens, or a "
                 "larger teacher.tensor_parallel"
             ) from None
         except (RuntimeError, OSError):
@@ -168,7 +168,7 @@ class _Team:
         status = process.wait()
         if not self._is_over:
             print(
-                f"error: rank {rank} of the teacher ended with status {status}, perhaps for want of memory; finished shards "
+                f"error: rank {rank} of the teacher ended with status {status}, possibly out of memory; finished shards "
                 "are safe: run the same command to resume",
                 file=sys.stderr,
                 flush=True,
@@ -213,12 +213,12 @@ def _check_devices(device: str, size: int) -> None:
     found = accelerator.type if accelerator else "cpu"
     if not device.startswith(found):
         raise ValueError(
-            f"teacher.tensor_parallel runs on {found} here, for transformers takes an accelerator if there is one; leave out "
+            f"teacher.tensor_parallel runs on {found} here, because transformers uses an accelerator if there is one; leave out "
             f"--device {device}, or hide the accelerator from the program"
         )
     if found == "cuda" and (count := torch.cuda.device_count()) < size:
         raise ValueError(
-            f"teacher.tensor_parallel is {size}, but there are {count} GPUs to use; run where there are {size}"
+            f"teacher.tensor_parallel is {size}, but the number of available GPUs is {count}; run on a machine with {size}"
         )
 
 

@@ -118,8 +118,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
                 continue  # an empty line
             if len(record) != len(names):
                 raise ValueError(
-                    f"line {records.line_num:,} has {len(record)} values, and the first line names {len(names)} columns; a text with a "
-                    "comma stands in quotation marks"
+                    f"line {records.line_num:,} has {len(record)} values, but the first line names {len(names)} columns; put quotation marks around a text with a comma"
                 )
             yield dict(zip(names, record, strict=True))
 

@@ -172,8 +172,8 @@ class Pieces:
         window = self._window(text, start, size, name)
         if not window.is_clean:
             raise ValueError(
-                f"{name} has no place between two tokens at character {start:,}, where it had one before; the corpus or a library "
-                "has changed: start anew in another directory"
+                f"{name} no longer has a token boundary at character {start:,}; the corpus or a library "
+                "has changed: start again in another directory"
             )
         while not window.is_last:
             seams = self._two_seams(window.piece)
@@ -198,8 +198,8 @@ class Pieces:
             content = text.read(begin, None)
         if len(content) > LARGE_WINDOW and not self._told:
             self._told = True
-            why = "that has no place to be cut at" if not self.seams.obstacle else (
-                f"as a whole, for where a text can be cut is not known for {self.seams.obstacle} of this tokenizer"
+            why = "because they contain no place to cut" if not self.seams.obstacle else (
+                f"as a whole, because it is unknown where a text can be cut with {self.seams.obstacle} of this tokenizer"
             )  # fmt: skip
             self._notice(
                 f"{name} is tokenized {len(content):,} characters at a time, {why}: that takes "

@@ -130,8 +130,7 @@ def load(location: str, *, commit: str | None = None, trust_remote_code: bool = 
     name = type(loaded).__name__
     if not getattr(loaded, "is_fast", False):
         raise TokenizerError(
-            f"{name} is not a fast tokenizer, which is needed to know each token's place in the text, and there is no {FILE}; make one "
-            "with the model's own tools"
+            f"{name} is not a fast tokenizer, which is needed to know each token's place in the text, and there is no {FILE}; create one with the model's own tools"
         )
     backend = at_rest(loaded.backend_tokenizer)
     replaced, notices = sha256(backend.to_str()), without_dropout(backend)
@@ -171,7 +170,7 @@ def _by_file(loaded: Any, location: str, commit: str | None, file: Path) -> Any:
     if changes:
         shown = "; ".join(filter(None, [", ".join(changes), example(theirs, ours)]))
         notices.append(
-            f"{CONFIG} describes added tokens otherwise than {FILE} ({shown}); token ids are those of {FILE}"
+            f"{CONFIG} describes added tokens differently from {FILE} ({shown}); token ids are those of {FILE}"
             if is_as_it_is
             else f"transformers loads this tokenizer as {name} with other rules than {FILE} has ({shown}); token ids are those of {FILE}, "
             "which PreTrainedTokenizerFast.from_pretrained reads as it is"

@@ -30,6 +30,7 @@ from builder.dataset.manifest import (
     records_of,
     write_json,
 )
+from builder.dataset.printable import counted
 from builder.dataset.shards import file_sha256, footer_sha256
 from builder.verify.card import check_card
 from builder.verify.documents import Documents
@@ -96,7 +97,7 @@ def verify(
         from builder.verify.recompute import recompute_rows
 
         seed = random.SystemRandom().randrange(2**32) if seed is None else seed
-        told(f"recomputing {min(recompute, report.rows)} rows")
+        told(f"recomputing {counted(min(recompute, report.rows), 'row')}")
         report.recomputed, problems = recompute_rows(
             directory,
             manifest,

@@ -116,7 +116,9 @@ def choose(
         count = min(count, total)
         return [total * i // count for i in range(count)]
     if start >= sum(sizes):
-        raise ValueError(f"the dataset has rows 0 to {sum(sizes) - 1}, not {start}")
+        raise ValueError(
+            f"the dataset has rows 0 to {sum(sizes) - 1}, not {start}; choose one of these"
+        )
     return list(range(start, min(start + count, sum(sizes))))
 
 

@@ -68,12 +68,14 @@ def export(
     tail = _check_tail(data, to, tail)
     if length is not None and (length < 2 or to == "axolotl"):
         raise ValueError(
-            "axolotl's rows are whole sequences, which it packs by itself; leave length out"
+            "axolotl takes whole sequences and packs them by itself; leave length out"
             if to == "axolotl"
             else f"length is {length}, expected 2 or more"
         )
     if packed and to != "distillkit":
-        raise ValueError(f"packed is for DistillKit alone, and this is for {to}; leave packed out")
+        raise ValueError(
+            f"packed is only for DistillKit, and this is an export to {to}; leave packed out"
+        )
     length = length or int(data.manifest["recipe"]["sequences"]["max_length"])
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

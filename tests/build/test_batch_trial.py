@@ -79,7 +79,7 @@ def test_what_is_said_before_there_is_a_device(make_recipe, tmp_path, cli):
     recipe = make_recipe(sequences=AUTO)
     status, out, _ = cli("plan", recipe, "--tokens", 1e9)
     assert status == 0
-    assert 'batch_tokens = "auto" is settled when the build begins' in out
+    assert 'batch_tokens = "auto" is chosen when the build begins' in out
     status, out, _ = cli("build", recipe, "-o", tmp_path / "out", "--dry-run")
     assert status == 0
     assert 'batch_tokens = "auto"' in out

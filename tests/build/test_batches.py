@@ -1,5 +1,6 @@
 """What a row is does not depend on its batch: LongRoPE teachers, read and written; and a build notices a teacher that nobody foresaw."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,7 +139,10 @@ def test_what_a_longrope_teacher_writes_stays_on_one_side_of_the_border(
     totals = read_manifest(tmp_path / "out")["totals"]["completions"]
     assert totals["prompts_too_long"] == 3
     (line,) = notices
-    assert "its completion would go beyond 40, where this teacher begins to read" in line
+    assert (
+        "its completion would go beyond position 40, where this teacher changes how it reads"
+        in line
+    )
     assert "such documents are skipped and counted" in line
     if dtype == "float32":
         for row in rows:
@@ -241,8 +245,12 @@ def test_a_build_stops_where_a_row_depends_on_its_batch(
     assert status == 1
     assert out == ""
     (line,) = [line for line in err.splitlines() if "error" in line]
-    assert "document '17' (chunk 0): in a batch with sequences of up to 90 tokens, its 17" in line
-    assert "nats on average (noise: " in line
+    assert (
+        "document '17' (chunk 0): its log-probabilities in a batch differ from those alone by "
+        in line
+    )
+    assert " nats on average (noise: " in line
+    assert re.search(r"; 17\d* tokens, beside sequences of up to 90\); set", line)
     assert "set sequences.batch_tokens = 1" in line
     assert not list((tmp_path / "out" / "data").glob("*.parquet"))
     remedy = make_recipe(
@@ -262,7 +270,7 @@ def test_a_build_of_completions_stops_there_too(make_recipe, tmp_path, longrope_
         generation="max_new_tokens = 12",
         output="completions_only = true",
     )
-    with pytest.raises(ValueError, match=r"in a batch with sequences of up to \d+ tokens, its"):
+    with pytest.raises(ValueError, match=r"in a batch differ .* beside sequences of up to \d+"):
         run(recipe, tmp_path / "out")
 
 
@@ -296,8 +304,8 @@ def test_a_teacher_whose_head_cannot_run_alone_is_right_and_its_price_is_said(
     recipe = make_recipe(teacher=longrope_dir, sequences="max_length = 128\nbatch_tokens = 4096")
     run(recipe, tmp_path / "out", notice=notices.append)
     assert notices == [
-        "Phi3ForCausalLM does not come apart into a body and a head: each sequence runs through the whole model by itself, whatever "
-        "the batch_tokens, and its logits take 0.00023 GB for one of sequences.max_length = 128"
+        "Phi3ForCausalLM cannot be split into a body and a head: each sequence runs through the whole model by itself, whatever batch_tokens is, and its logits take"
+        " 0.00023 GB at sequences.max_length = 128"
     ]
     for row in read_rows(tmp_path / "out"):
         assert_is_what_the_model_says_alone(longrope, row, next_token=0)

@@ -219,7 +219,7 @@ def test_info_says_what_completions_there_are(cli, pair, chat_teacher):
     assert at[0] == at[1] != ""
     status, _, err = cli("info", pair["kept"], *where, "--position", 0)
     assert status == 1
-    assert f"keeps no alternatives at position 0, for what follows is not the completion's; choose a position before a completion's token, the first of which is {first}" in err  # fmt: skip
+    assert f"stores no distribution at position 0, because the next token is not part of a completion; choose a position before a completion's token, the first of which is {first}" in err  # fmt: skip
 
 
 # Verification
@@ -487,7 +487,7 @@ def test_a_last_chat_that_makes_no_row_makes_no_empty_shard(recipe_of, tmp_path)
     ("changes", "message"),
     [
         ({"corpus": 'text_column = "body"'}, r"give text_column .* or messages_column .*, not both"),
-        ({"sequences": 'eos = "always"'}, r"sequences\.eos means nothing with corpus\.messages_column"),
+        ({"sequences": 'eos = "always"'}, r"sequences\.eos has no effect with corpus\.messages_column"),
         ({"sequences": 'chat_template = "nothing.jinja"'}, r"sequences\.chat_template: 'nothing\.jinja' does not exist"),
         ({"sequences": 'chat_template = "latin.jinja"'}, r"'latin\.jinja' is not UTF-8 text"),
         ({"sequences": 'chat_template = "broken.jinja"'}, r"the chat template is not valid"),
@@ -504,10 +504,10 @@ def test_a_recipe_that_cannot_be_is_refused(changes, message, recipe_of, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"output": "completions_only = true"}, r"completions_only needs completions: of a corpus of chats"),
-        ({"sequences": 'chat_template_date = "2026-01-31"'}, r"chat_template_date means something only with corpus\.messages_column"),
-        ({"sequences": 'learn = "last"'}, r"learn means something only with corpus\.messages_column"),
-        ({"sequences": 'drop_unwritten = ["name"]'}, r"drop_unwritten means something only with corpus\.messages_column"),
+        ({"output": "completions_only = true"}, r"completions_only needs completions; set corpus\.messages_column for a corpus of chats"),
+        ({"sequences": 'chat_template_date = "2026-01-31"'}, r"chat_template_date is valid only with corpus\.messages_column"),
+        ({"sequences": 'learn = "last"'}, r"learn is valid only with corpus\.messages_column"),
+        ({"sequences": 'drop_unwritten = ["name"]'}, r"drop_unwritten is valid only with corpus\.messages_column"),
     ],
 )  # fmt: skip
 def test_what_needs_chats_is_refused_without(changes, message, make_recipe, tmp_path):

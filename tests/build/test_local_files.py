@@ -108,21 +108,25 @@ def test_a_mixed_build_that_stops_goes_on_where_it_was(built, folder, make_recip
 def test_a_folder_with_something_else_says_how_to_name_the_rest(built, folder):
     (folder / "photo.png").write_bytes(b"png")
     said = built('files = "texts"')
-    assert "the folder 'texts' holds photo.png, which is not .txt, .jsonl, .csv or .parquet" in said
-    assert "name the files, as 'texts/**/*.txt'" in said
+    assert (
+        "the folder 'texts' holds photo.png, which is not .txt, .jsonl, .csv (each also with .gz or .zst) or .parquet"
+        in said
+    )
+    assert "name the files, such as 'texts/**/*.txt'" in said
     found = built('files = ["texts/**/*.txt", "texts/**/*.gz"]')
     assert list(found.values()) == [A, C]
 
 
 def test_an_empty_folder_is_said(built, tmp_path):
     (tmp_path / "none").mkdir()
-    assert "the folder 'none' holds no file; expected .txt, .jsonl" in built('files = "none"')
+    assert "the folder 'none' contains no files; expected .txt, .jsonl" in built('files = "none"')
 
 
 def test_other_formats_do_not_mix(built, folder):
     (folder / "d.csv").write_text("text\nx\n")
-    assert "mixes formats (csv, json, text); give files of one format, or .txt" in built(
-        'files = "texts"'
+    assert (
+        "mixes formats (csv, json, text); give files of one format (only .txt and .jsonl can be mixed)"
+        in built('files = "texts"')
     )
 
 
@@ -163,7 +167,7 @@ def test_csv_without_the_column_or_damaged_is_one_line(built, tmp_path):
         path.write_text(text)
         said = built('files = "a.csv"')
         assert "corpus file a.csv cannot be read (line" in said
-        assert "a text with a comma stands in quotation marks" in said
+        assert "put quotation marks around a text with a comma" in said
     path.write_text("text,text\n1,2\n")
     assert "names a column twice: text, text" in built('files = "a.csv"')
 

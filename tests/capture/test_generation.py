@@ -427,7 +427,7 @@ def test_prompts_that_leave_no_room_are_skipped_counted_and_named_once(make_reci
     run(recipe, tmp_path / "out", notice=notices.append)
     assert len(notices) == 1
     assert "document 'long-0' has" in notices[0]
-    assert "a prompt has 40 at most: such documents are skipped and counted" in notices[0]
+    assert "a prompt can have at most 40: such documents are skipped and counted" in notices[0]
     assert list(written(tmp_path / "out")) == [f"p-{i}" for i in range(6)]
     totals = read_manifest(tmp_path / "out")["totals"]
     assert totals["completions"]["prompts_too_long"] == 3
@@ -748,12 +748,15 @@ def test_a_recipe_without_it_is_the_same_as_ever(make_recipe):
             r"generation\.temperature: expected at least 0",
         ),
         ({"generation": f"{DRAWN}\ntemperature = 0.001"}, r"expected at least 0\.01, or 0 for"),
-        ({"generation": f"{GREEDY}\nseed = 1"}, "seed means something only where tokens are drawn"),
-        ({"generation": f"{GREEDY}\ntop_p = 0.9"}, "top_p means something only where tokens"),
-        ({"generation": f"{GREEDY}\nsamples = 2"}, "samples means something only where tokens"),
+        (
+            {"generation": f"{GREEDY}\nseed = 1"},
+            "seed applies only to sampling, but temperature is 0",
+        ),
+        ({"generation": f"{GREEDY}\ntop_p = 0.9"}, "top_p applies only to sampling"),
+        ({"generation": f"{GREEDY}\nsamples = 2"}, "samples applies only to sampling"),
         (
             {"generation": DRAWN, "sequences": 'long_documents = "truncate"'},
-            r"sequences\.long_documents is 'truncate', but prompts are neither cut nor ended",
+            r"sequences\.long_documents is 'truncate', but prompts are neither truncated nor ended with a token",
         ),
         (
             {"generation": DRAWN, "sequences": 'eos = "always"'},

@@ -239,16 +239,19 @@ def test_draws_depend_on_seed_and_document_and_not_on_how_the_work_is_cut(
         ('top_k = "all"\ntail_samples = 4', r"leaves no tail to draw from; leave out tail_samples"),
         (
             "tail_samples = 0\nseed = 1",
-            "seed means something only with tail_samples or validation; leave it out",
+            "seed is valid only with tail_samples or validation; leave it out",
         ),
         (
             "tail_samples = 0\ntail_logprobs = false",
-            "tail_logprobs = false means something only with tail_samples; leave it out",
+            "tail_logprobs = false is valid only with tail_samples; leave it out",
         ),
-        ('top_k = "all"\ntail_logprobs = false', "means something only with tail_samples"),
+        ('top_k = "all"\ntail_logprobs = false', "is only valid with tail_samples"),
         ("tail_logprobs = 0", r"output\.tail_logprobs: expected true or false"),
-        ("temperatures = [2, 2.0]", r"temperatures are \[2\.0, 2\.0\], expected different ones"),
-        ("temperatures = [1.0]", r"and not 1, which is always stored"),
+        (
+            "temperatures = [2, 2.0]",
+            r"temperatures are \[2\.0, 2\.0\], expected distinct values other than 1",
+        ),
+        ("temperatures = [1.0]", r"other than 1, which is always stored"),
         (
             "temperatures = [0.05]",
             r"temperatures\.0: expected at least 0\.1",
@@ -275,9 +278,7 @@ def test_a_build_that_cannot_be_is_refused_before_it_starts(make_recipe, tmp_pat
     from builder.teacher.model import Teacher
 
     monkeypatch.setattr(Teacher, "_probe", lambda self: (TINY_VOCAB_SIZE, False))
-    with pytest.raises(
-        ValueError, match="LlamaForCausalLM does not come apart into a body and a head"
-    ):
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot be split into a body and a head"):
         run(make_recipe(output="hidden_states = true"), tmp_path / "whole")
     assert not list(tmp_path.glob("*/data/*"))
 

@@ -96,7 +96,7 @@ def test_a_size_that_does_not_fit_is_not_taken_and_ends_the_trial(teacher, secon
     assert (ran, asked) == ([16, 64], [16, 64, 256])
     assert found.batch_tokens == 64
     assert found.rates[256] is None
-    assert "256: does not fit the memory" in str(found)
+    assert "256: does not fit in memory" in str(found)
     monkeypatch.setattr(teacher, "rounded", lambda ids: cramped([[0] * 100]))
     nothing = try_sizes(teacher, sequences(2000), layout=LAYOUT, sizes=SIZES)
     assert nothing.batch_tokens == 64  # the build halves, or says what does not fit

@@ -139,7 +139,7 @@ def test_no_arguments_print_the_help(cli):
         (["info", "{empty}"], r"has no manifest\.json: it is not a logit dataset"),
 
         (["info", "{built}", "--row", "999"], r"has rows 0 to \d+, not 999"),
-        (["info", "{built}", "--row", "0"], r"'tiny' does not exist .* name it with --teacher PATH"),
+        (["info", "{built}", "--row", "0"], r"'tiny' does not exist .*; check the path, or give it with --teacher PATH"),
     ],
 )  # fmt: skip
 def test_a_failure_is_status_1_and_one_line(cli, tmp_path, built, arguments, message):

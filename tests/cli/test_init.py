@@ -83,10 +83,13 @@ def test_sources_on_the_hub_are_taken_by_name(init, tmp_path):
 
 
 WRONG = {
-    "nothing": ([], "say what to read with --corpus"),
+    "nothing": ([], "name the corpus, such as --corpus"),
     "no such file": (["--corpus", "none.jsonl"], "nothing matches"),
     "no texts": (["--corpus", "numbers.jsonl"], r"no column of texts (columns: x)"),
-    "no chats": (["--corpus", "texts.jsonl", "--chat"], "no column holds lists of messages"),
+    "no chats": (
+        ["--corpus", "texts.jsonl", "--chat"],
+        "--chat needs a column with lists of messages, but the corpus has none",
+    ),
     "no teacher": (["--corpus", "texts.jsonl", "--teacher", "nowhere"], "is neither a directory"),
     "not JSON": (["--corpus", "bad.jsonl"], "bad.jsonl is not JSON lines"),
     "chats of .txt": (["--corpus", "a.txt", "--chat"], "name .jsonl or .parquet files"),

@@ -53,7 +53,7 @@ def test_a_total_that_is_passed_is_not_shown(fast, capsys):
 def test_without_a_total_there_is_a_rate_and_no_time_left(fast, capsys):
     with progress("verify", None) as shown:
         shown.update(1)
-        assert "left" not in wait_for(capsys, r"^verify: 1 tokens, [\d,]+ tokens/s, after 0 s$")
+        assert "left" not in wait_for(capsys, r"^verify: 1 token, [\d,]+ tokens/s, after 0 s$")
 
 
 def test_what_is_short_and_what_is_quiet_writes_nothing(fast, capsys, monkeypatch):

@@ -39,28 +39,28 @@ def assert_says(result: tuple[int, str, str], base: Path, message: str, status: 
 
 SYNTAX: dict[str, str] = {
     "name = tiny": 'DIR/r.toml line 2, column 8 is not valid TOML: `name = tiny`; put text in quotes, such as "x"',
-    'name = "tiny': 'DIR/r.toml line 2, column 13 is not valid TOML: `name = "tiny`; close the text with a quote in the same line',
-    'name: "tiny"': 'DIR/r.toml line 2, column 5 is not valid TOML: `name: "tiny"`; write = in place of the colon',
+    'name = "tiny': 'DIR/r.toml line 2, column 13 is not valid TOML: `name = "tiny`; close the text with a quote on the same line',
+    'name: "tiny"': 'DIR/r.toml line 2, column 5 is not valid TOML: `name: "tiny"`; write = instead of the colon',
     'name "tiny"': 'DIR/r.toml line 2, column 6 is not valid TOML: `name "tiny"`; write a key and its value as key = value',
     "name =": "DIR/r.toml line 2, column 7 is not valid TOML: `name =`; give the key a value, or leave it out",
-    "text = True": "DIR/r.toml line 2, column 8 is not valid TOML: `text = True`; write true and false in small letters",
+    "text = True": "DIR/r.toml line 2, column 8 is not valid TOML: `text = True`; write true and false in lowercase",
     "text = null": "DIR/r.toml line 2, column 8 is not valid TOML: `text = null`; TOML has no null: leave the key out",
     "name = “tiny”": "DIR/r.toml line 2, column 8 is not valid TOML: `name = “tiny”`; put text in straight quotes",
     "a = .5": "DIR/r.toml line 2, column 5 is not valid TOML: `a = .5`; write a number as 0.5 or 1_000",
     "a = 5.": "DIR/r.toml line 2, column 6 is not valid TOML: `a = 5.`; write a number as 0.5 or 1_000, and text in quotes",
     "a = 1,024": "DIR/r.toml line 2, column 6 is not valid TOML: `a = 1,024`; write a number without commas, such as 1_000_000",
-    'a = "x"\na = "y"': 'DIR/r.toml line 3, column 8 is not valid TOML: `a = "y"`; this key or section is there twice, leave one out',
-    "[corpus]\n[teacher]\n[corpus]\n": "DIR/r.toml line 4, column 8 is not valid TOML: `[corpus]`; this key or section is there twice, leave one out",
-    'path = "C:\\users\\me"': 'DIR/r.toml line 2, column 13 is not valid TOML: `path = "C:\\users\\me"`; write a path with / in place of each backslash',
-    'path = "C:\\models"': 'DIR/r.toml line 2, column 13 is not valid TOML: `path = "C:\\models"`; write a path with / in place of each backslash',
-    'files = ["a.txt" "b.txt"]': 'DIR/r.toml line 2, column 18 is not valid TOML: `files = ["a.txt" "b.txt"]`; put commas between the values of the list, and ] behind them',
+    'a = "x"\na = "y"': 'DIR/r.toml line 3, column 8 is not valid TOML: `a = "y"`; this key or section appears twice; remove one',
+    "[corpus]\n[teacher]\n[corpus]\n": "DIR/r.toml line 4, column 8 is not valid TOML: `[corpus]`; this key or section appears twice; remove one",
+    'path = "C:\\users\\me"': 'DIR/r.toml line 2, column 13 is not valid TOML: `path = "C:\\users\\me"`; write the path with / instead of backslashes',
+    'path = "C:\\models"': 'DIR/r.toml line 2, column 13 is not valid TOML: `path = "C:\\models"`; write the path with / instead of backslashes',
+    'files = ["a.txt" "b.txt"]': 'DIR/r.toml line 2, column 18 is not valid TOML: `files = ["a.txt" "b.txt"]`; put commas between the values of the list, and ] after them',
     'files = ["a.txt",': 'DIR/r.toml line 2, column 18 is not valid TOML: `files = ["a.txt",`; close the list with ]',
-    "kwargs = { a = 1": "DIR/r.toml line 2, column 17 is not valid TOML: `kwargs = { a = 1`; close the table with } in the same line",
+    "kwargs = { a = 1": "DIR/r.toml line 2, column 17 is not valid TOML: `kwargs = { a = 1`; close the table with } on the same line",
     "[corpus\nrepo = 1": "DIR/r.toml line 2, column 8 is not valid TOML: `[corpus`; write a section as [name]",
     "= 3": "DIR/r.toml line 2, column 1 is not valid TOML: `= 3`; write key = value, or [section]",
     'name = "a" "b"': 'DIR/r.toml line 2, column 12 is not valid TOML: `name = "a" "b"`; write one key = value per line, and text in one pair of quotes',
     "max length = 3": "DIR/r.toml line 2, column 5 is not valid TOML: `max length = 3`; write a key and its value as key = value",
-    'name = "two\nlines"': 'DIR/r.toml line 2, column 12 is not valid TOML: `name = "two`; close the text with a quote in the same line',
+    'name = "two\nlines"': 'DIR/r.toml line 2, column 12 is not valid TOML: `name = "two`; close the text with a quote on the same line',
 }
 
 
@@ -89,7 +89,7 @@ VALUES: dict[tuple[str, str], str] = {
     (
         "corpus",
         "split = 'test'",
-    ): "DIR/recipe.toml: corpus: split means something only with repo; leave it out",
+    ): "DIR/recipe.toml: corpus: split is valid only with repo; leave it out",
     (
         "corpus",
         "text_unit = 'paragraph'",
@@ -109,11 +109,11 @@ VALUES: dict[tuple[str, str], str] = {
     (
         "corpus",
         "license = 'CC BY 4.0'",
-    ): 'DIR/recipe.toml: corpus.license: expected an identifier of a licence, such as apache-2.0 or cc-by-sa-4.0 (found "CC BY 4.0")',
+    ): 'DIR/recipe.toml: corpus.license: expected a licence identifier, such as apache-2.0 or cc-by-sa-4.0 (found "CC BY 4.0")',
     (
         "corpus",
         "language = ['english']",
-    ): 'DIR/recipe.toml: corpus.language.0: expected a code of two or three small letters, such as en, or code, or multilingual (found "english")',
+    ): 'DIR/recipe.toml: corpus.language.0: expected a language code of two or three lowercase letters, such as en, or the word code or multilingual (found "english")',
     (
         "corpus",
         "language = 'en'",
@@ -129,7 +129,7 @@ VALUES: dict[tuple[str, str], str] = {
     (
         "corpus",
         "tools_column = true",
-    ): "DIR/recipe.toml: corpus.tools_column: expected a column's name, or false where there is none (found true)",
+    ): "DIR/recipe.toml: corpus.tools_column: expected a column name, or false if there is none (found true)",
     (
         "teacher",
         "model = 'x'",
@@ -157,7 +157,7 @@ VALUES: dict[tuple[str, str], str] = {
     (
         "teacher",
         "attention = 'own'",
-    ): "DIR/recipe.toml: teacher: attention = 'own' means something only with python; leave it out",
+    ): "DIR/recipe.toml: teacher: attention = 'own' is valid only with python; leave it out",
     (
         "teacher",
         "device_map = 'balanced'",
@@ -173,11 +173,11 @@ VALUES: dict[tuple[str, str], str] = {
     (
         "teacher",
         "tokenizer = 'x'",
-    ): "DIR/recipe.toml: teacher: tokenizer means something only with gguf; leave it out",
+    ): "DIR/recipe.toml: teacher: tokenizer is valid only with gguf; leave it out",
     (
         "teacher",
         "weights = ['x.pt']",
-    ): "DIR/recipe.toml: teacher: weights means something only with python; leave it out",
+    ): "DIR/recipe.toml: teacher: weights is valid only with python; leave it out",
     (
         "sequences",
         "max_length = 4",
@@ -205,7 +205,7 @@ VALUES: dict[tuple[str, str], str] = {
     (
         "sequences",
         "learn = 'last'",
-    ): "sequences.learn means something only with corpus.messages_column; leave it out",
+    ): "sequences.learn is valid only with corpus.messages_column; leave it out",
     (
         "sequences",
         "chat_template_kwargs = 'x'",
@@ -218,7 +218,10 @@ VALUES: dict[tuple[str, str], str] = {
         "sequences",
         "batch_tokens = 0",
     ): 'DIR/recipe.toml: sequences.batch_tokens: expected a whole number of at least 1, or "auto" (found 0)',
-    ("generation", "temperature = 1.0"): "DIR/recipe.toml: 'generation.max_new_tokens' is missing",
+    (
+        "generation",
+        "temperature = 1.0",
+    ): "DIR/recipe.toml: 'generation.max_new_tokens' is missing: add it",
     (
         "generation",
         "max_new_tokens = 64",
@@ -230,7 +233,7 @@ VALUES: dict[tuple[str, str], str] = {
     (
         "generation",
         "max_new_tokens = 8\ntemperature = 0\ntop_p = 0.9",
-    ): "DIR/recipe.toml: generation: top_p means something only where tokens are drawn, and temperature is 0; leave it out",
+    ): "DIR/recipe.toml: generation: top_p applies only to sampling, but temperature is 0; leave it out, or raise temperature",
     (
         "generation",
         "max_new_tokens = 8\ntop_p = 0.0",
@@ -264,7 +267,7 @@ VALUES: dict[tuple[str, str], str] = {
     (
         "output",
         "completions_only = true",
-    ): "output.completions_only needs completions: of a corpus of chats (give corpus.messages_column), or by the teacher (give [generation])",
+    ): "output.completions_only needs completions; set corpus.messages_column for a corpus of chats, or add [generation] to let the teacher write them",
     (
         "output",
         "temperatures = [nan]",
@@ -298,7 +301,7 @@ CORPORA: dict[tuple[str, bytes], str] = {
     (
         "c.jsonl",
         b'{"id": "a", "txt": "x"}\n',
-    ): "corpus file c.jsonl has no column 'text', did you mean 'txt'? its columns are id, txt; set corpus.text_column, corpus.messages_column or corpus.id_column to one of them",
+    ): "corpus file c.jsonl has no column 'text'; its columns are id, txt (did you mean 'txt'?); set corpus.text_column, corpus.messages_column or corpus.id_column to one of them",
     (
         "c.jsonl",
         b'{"id": "a", "text": "x"}\n{"id": "b" "text": "y"}\n',
@@ -318,15 +321,15 @@ CORPORA: dict[tuple[str, bytes], str] = {
     (
         "c.jsonl",
         b'{"id": 1.5, "text": "x"}\n',
-    ): "corpus file c.jsonl line 1: column 'id' holds a number with a fraction, expected text or a whole number; set corpus.id_column to another column, or leave it out to have hashes of the text as ids",
+    ): "corpus file c.jsonl line 1: column 'id' holds a number with a fraction, expected text or a whole number; set corpus.id_column to another column, or leave it out to use hashes of the text as ids",
     (
         "c.jsonl",
         b'{"id": "a", "text": "\\ud800"}\n',
-    ): "corpus file c.jsonl line 1: holds '\\ud800', half of a surrogate pair, which is no character; replace it in the corpus (by \\ufffd, for instance)",
+    ): "corpus file c.jsonl line 1: holds '\\ud800', half of a surrogate pair, which is not a character; replace it in the corpus, for example with \\ufffd",
     (
         "c.jsonl",
         b'{"id": "a", "text": "caf\xe9"}\n',
-    ): 'corpus file c.jsonl is not valid UTF-8 (byte 0xe9 after …\'": "a", "text": "caf\'); convert it, or leave it out',
+    ): 'corpus file c.jsonl is not valid UTF-8 (byte 0xe9 after …\'": "a", "text": "caf\'); convert the file to UTF-8, or leave it out',
     (
         "c.jsonl",
         b"{'id': 'a', 'text': 'x'}\n",
@@ -346,23 +349,23 @@ CORPORA: dict[tuple[str, bytes], str] = {
     (
         "c.json",
         b'[{"text": "x"}]',
-    ): "corpus.files: cannot tell the format of 'c.json'; expected .txt, .jsonl, .csv or .parquet (all but the last also with .gz or .zst)",
+    ): "corpus.files: cannot tell the format of 'c.json'; expected .txt, .jsonl, .csv (each also with .gz or .zst) or .parquet",
     (
         "c.jsonl.gz",
         b"not gzip",
-    ): "corpus file c.jsonl.gz cannot be read (Not a gzipped file (b'no')); mend it or leave it out",
+    ): "corpus file c.jsonl.gz cannot be read (Not a gzipped file (b'no')); repair it, or leave it out",
     (
         "c.jsonl.gz",
         gzip.compress(b'{"id": "a", "text": "x"}\n' * 99)[:-9],
-    ): "corpus file c.jsonl.gz cannot be read (Compressed file ended before the end-of-stream marker was reached); mend it or leave it out",
+    ): "corpus file c.jsonl.gz cannot be read (Compressed file ended before the end-of-stream marker was reached); repair it, or leave it out",
     (
         "c.jsonl.zst",
         b"not zstd",
-    ): "corpus file c.jsonl.zst cannot be read (zstd decompressor error: Unknown frame descriptor); mend it or leave it out",
+    ): "corpus file c.jsonl.zst cannot be read (zstd decompressor error: Unknown frame descriptor); repair it, or leave it out",
     (
         "c.parquet",
         b"not parquet",
-    ): "corpus file c.parquet cannot be read (Parquet magic bytes not found in footer. Either the file is corrupted or this is not a parquet file.); mend it or leave it out",
+    ): "corpus file c.parquet cannot be read (Parquet magic bytes not found in footer. Either the file is corrupted or this is not a parquet file.); repair it, or leave it out",
     (
         "c.parquet",
         parquet([{"id": "a", "content": "x"}]),
@@ -374,19 +377,19 @@ CORPORA: dict[tuple[str, bytes], str] = {
     (
         "c.csv",
         b"id,text\na,b,c\n",
-    ): "corpus file c.csv cannot be read (line 2 has 3 values, and the first line names 2 columns; a text with a comma stands in quotation marks); mend it or leave it out",
+    ): "corpus file c.csv cannot be read (line 2 has 3 values, but the first line names 2 columns; put quotation marks around a text with a comma); repair it, or leave it out",
     (
         "c.csv",
         b"id,txt\na,b\n",
-    ): "corpus file c.csv has no column 'text', did you mean 'txt'? its columns are id, txt; set corpus.text_column, corpus.messages_column or corpus.id_column to one of them",
+    ): "corpus file c.csv has no column 'text'; its columns are id, txt (did you mean 'txt'?); set corpus.text_column, corpus.messages_column or corpus.id_column to one of them",
     (
         "c.csv",
         b'id,text\na,"b\n',
-    ): "corpus file c.csv cannot be read (unexpected end of data); mend it or leave it out",
+    ): "corpus file c.csv cannot be read (unexpected end of data); repair it, or leave it out",
     (
         "c.pdf",
         b"%PDF",
-    ): "corpus.files: cannot tell the format of 'c.pdf'; expected .txt, .jsonl, .csv or .parquet (all but the last also with .gz or .zst)",
+    ): "corpus.files: cannot tell the format of 'c.pdf'; expected .txt, .jsonl, .csv (each also with .gz or .zst) or .parquet",
 }
 
 
@@ -398,11 +401,11 @@ def test_a_corpus_that_cannot_be_read(cli, make_recipe, tmp_path, name, content)
 
 
 PATTERNS: dict[str, str] = {
-    "none-*.txt": "corpus.files: nothing matches 'none-*.txt' (looked in DIR); check the name, and that the path starts at the recipe",
-    "folder": "corpus.files: the folder 'folder' holds b.docx, which is not .txt, .jsonl, .csv or .parquet (all but the last also with .gz or .zst); name the files, as 'folder/**/*.txt'",
-    "empty": "corpus.files: the folder 'empty' holds no file; expected .txt, .jsonl, .csv or .parquet (all but the last also with .gz or .zst)",
-    "~nobody-here/a.txt": "'~nobody-here/a.txt' is below the home directory of a user that this machine does not have; write the whole path",
-    'corpus.jsonl", "a.parquet': "corpus.files mixes formats (json, parquet); give files of one format, or .txt beside .jsonl",
+    "none-*.txt": "corpus.files: nothing matches 'none-*.txt' (looked in DIR); check the name (a relative path starts at the recipe's directory)",
+    "folder": "corpus.files: the folder 'folder' holds b.docx, which is not .txt, .jsonl, .csv (each also with .gz or .zst) or .parquet; name the files, such as 'folder/**/*.txt'",
+    "empty": "corpus.files: the folder 'empty' contains no files; expected .txt, .jsonl, .csv (each also with .gz or .zst) or .parquet",
+    "~nobody-here/a.txt": "'~nobody-here/a.txt' is in the home directory of a user that does not exist on this machine; write the full path",
+    'corpus.jsonl", "a.parquet': "corpus.files mixes formats (json, parquet); give files of one format (only .txt and .jsonl can be mixed)",
 }
 
 
@@ -429,18 +432,21 @@ def with_file(name: str, content: str) -> Callable[[Path], None]:
 
 
 TEACHERS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no directory": (shutil.rmtree, "teacher.path: 'teacher' does not exist (looked in DIR)"),
+    "no directory": (
+        shutil.rmtree,
+        "teacher.path: 'teacher' does not exist (looked in DIR); check the path",
+    ),
     "no config": (
         without("config.json"),
-        "teacher: it has no config.json with a model_type that transformers knows; name a directory of save_pretrained",
+        "teacher: it has no config.json with a model_type that transformers knows; name a directory written by save_pretrained",
     ),
     "no weights": (
         without("model.safetensors"),
-        "teacher: it has no model.safetensors, and other weights are not read, for a pickle file can run code; save it again with save_pretrained",
+        "teacher: it has no model.safetensors, and other formats are not read because pickle files can run code; save the model again with save_pretrained",
     ),
     "no tokenizer": (
         without("tokenizer.json"),
-        "teacher: it has no tokenizer.json, and other vocabularies are not read; save it with a fast tokenizer's save_pretrained",
+        "teacher: it has no tokenizer.json, and other vocabulary files are not read; save it with save_pretrained of a fast tokenizer",
     ),
     "damaged config": (
         with_file("config.json", "{"),
@@ -448,7 +454,7 @@ TEACHERS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "unknown type": (
         with_file("config.json", '{"model_type": "mine"}'),
-        "teacher: transformers 5.24.0 has no model of the type 'mine', which its config.json names; install a newer one, or name another teacher",
+        "teacher: its config.json has model_type 'mine', which transformers 5.24.0 does not know; install a newer transformers, or use another teacher",
     ),
     "damaged tokenizer": (
         with_file("tokenizer.json", "{"),
@@ -460,7 +466,7 @@ TEACHERS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "an adapter": (
         with_file("adapter_config.json", '{"base_model_name_or_path": "a/b"}'),
-        'teacher: its adapter_config.json makes it an adapter, which is not the teacher without its base; merge them with PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("a/b"), "ADAPTER").merge_and_unload().save_pretrained("merged"), and name that directory as teacher.path, or remove adapter_config.json if the model beside it is the teacher',
+        'teacher: its adapter_config.json makes it an adapter, which is not a teacher without its base model; merge the two with PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("a/b"), "ADAPTER").merge_and_unload().save_pretrained("merged"), and set teacher.path to that directory, or remove adapter_config.json if the model beside it is the teacher',
     ),
 }
 
@@ -475,17 +481,17 @@ def test_a_directory_that_is_no_teacher(cli, make_recipe, tiny_teacher_dir, tmp_
 
 
 OTHERS: dict[str, str] = {
-    'gguf = "none.gguf"': "teacher.gguf: 'none.gguf' does not exist (looked in DIR)",
+    'gguf = "none.gguf"': "teacher.gguf: 'none.gguf' does not exist (looked in DIR); check the path",
     'gguf = "corpus.jsonl"': "teacher.gguf: 'corpus.jsonl' is not a .gguf file; name one, or a directory as teacher.path",
-    'path = "corpus.jsonl"': "teacher.path: 'corpus.jsonl' is not a directory",
-    'python = "none.py"': "teacher.python: 'none.py' does not exist (looked in DIR)",
+    'path = "corpus.jsonl"': "teacher.path: 'corpus.jsonl' is not a directory; name a directory",
+    'python = "none.py"': "teacher.python: 'none.py' does not exist (looked in DIR); check the path",
     'python = "corpus.jsonl"': "teacher.python: 'corpus.jsonl' is not a .py file; name one with a function load_teacher",
-    'python = "empty.py"': "teacher empty.py: it has no function load_teacher(*weights), which returns a module and its tokenizer",
-    'python = "wrong.py"': "teacher wrong.py: SyntaxError: invalid syntax (wrong.py, line 1)",
-    'python = "raises.py"': "teacher raises.py: line 2: ZeroDivisionError: division by zero",
-    'repo = "just-a-name"\nrevision = "0000000000000000000000000000000000000000"': "teacher just-a-name: it is not in the cache, and the Hub cannot be reached to fetch it; check the network, or use teacher.path",
+    'python = "empty.py"': "teacher empty.py: it has no function load_teacher(*weights); define one that returns a module and its tokenizer",
+    'python = "wrong.py"': "teacher wrong.py: SyntaxError: invalid syntax (wrong.py, line 1); correct wrong.py",
+    'python = "raises.py"': "teacher raises.py: line 2: ZeroDivisionError: division by zero; correct raises.py",
+    'repo = "just-a-name"\nrevision = "0000000000000000000000000000000000000000"': "teacher just-a-name: it is not in the cache, and the Hub cannot be reached; check the network, or use teacher.path",
     'repo = "not/a/name"': "'not/a/name' is not a Hub model name; expected ORG/NAME",
-    'repo = "org/none"': "cannot reach the Hub to resolve model org/none@main, since HF_HUB_OFFLINE is set; unset it, give the full commit of what is in the cache, or use local files",
+    'repo = "org/none"': "cannot reach the Hub to resolve model org/none@main because HF_HUB_OFFLINE is set; unset it, give the full commit of a cached copy, or use local files",
 }
 
 
@@ -517,11 +523,11 @@ CALLS: dict[str, tuple[int, str]] = {
     ),
     "build DIR/recipe.toml -o DIR/out --tag v1.0.0": (
         2,
-        "--discard-local, --tag, --private and --message mean something only with --publish-to; add it, or leave them out",
+        "--discard-local, --tag, --private and --message need --publish-to; add it, or leave them out",
     ),
     "build DIR/recipe.toml -o DIR/out --json": (
         2,
-        "--json means something only with --dry-run; add it, or leave --json out",
+        "--json needs --dry-run; add it, or leave --json out",
     ),
     "build DIR/recipe.toml DIR/out": (
         2,
@@ -545,15 +551,15 @@ CALLS: dict[str, tuple[int, str]] = {
     ),
     "build DIR/recipe.toml -o DIR/out --publish-to name": (
         1,
-        "'name' is not a name on the Hub; expected ORG/NAME",
+        "'name' is not a Hub dataset name; expected ORG/NAME",
     ),
     "build DIR/recipe.toml -o DIR/out --publish-to org/name --tag 1": (
         1,
-        "the recipe does not state corpus.license and teacher.license, without which nobody may use the dataset; add them to the recipe and run the build command again, which only rewrites the description",
+        "the recipe does not state corpus.license and teacher.license, and nobody may use a dataset without a licence; add them to the recipe and run the build command again (it rewrites only the description)",
     ),
     "plan DIR/recipe.toml": (
         1,
-        "the recipe has no corpus.max_tokens; say how many with --tokens 1e9",
+        "the recipe has no corpus.max_tokens; give the number of tokens, such as --tokens 1e9",
     ),
     "plan DIR/recipe.toml --tokens many": (
         2,
@@ -569,7 +575,7 @@ CALLS: dict[str, tuple[int, str]] = {
     ),
     "init DIR/new": (
         2,
-        "say what to read with --corpus, such as --corpus 'texts/*.txt' or --corpus ORG/NAME",
+        "name the corpus, such as --corpus 'texts/*.txt' or --corpus ORG/NAME",
     ),
     "init DIR --corpus DIR/corpus.jsonl": (
         1,
@@ -577,7 +583,7 @@ CALLS: dict[str, tuple[int, str]] = {
     ),
     "init DIR/new --corpus DIR/none.txt": (
         1,
-        "corpus.files: nothing matches 'DIR/none.txt'; check the name, and that the path starts at the recipe",
+        "corpus.files: nothing matches 'DIR/none.txt'; check the name (a relative path starts at the recipe's directory)",
     ),
     "init DIR/new --corpus DIR/corpus.jsonl --teacher none": (
         1,
@@ -585,7 +591,7 @@ CALLS: dict[str, tuple[int, str]] = {
     ),
     "init DIR/new --corpus DIR/corpus.jsonl --chat": (
         1,
-        "--chat, but no column holds lists of messages (columns: id, text)",
+        "--chat needs a column with lists of messages, but the corpus has none (columns: id, text); name other files, or leave out --chat",
     ),
     "verify DIR": (
         1,
@@ -598,23 +604,23 @@ CALLS: dict[str, tuple[int, str]] = {
     ),
     "verify BUILT --recompute 2": (
         1,
-        "teacher.path: 'tiny' does not exist (looked in .); name it with --teacher PATH",
+        "teacher.path: 'tiny' does not exist (looked in .); check the path, or give it with --teacher PATH",
     ),
     "verify BUILT --recompute 2 --teacher DIR/none": (
         1,
-        "teacher.path: 'DIR/none' does not exist; name it with --teacher PATH",
+        "teacher.path: 'DIR/none' does not exist; check the path, or give it with --teacher PATH",
     ),
     "verify BUILT --recompute -1": (
         2,
         "--recompute: expected at least 0; see logit-dataset verify --help",
     ),
     "info": (2, "Missing argument 'dataset'; see logit-dataset info --help"),
-    "info BUILT --row 9999": (1, "BUILT has rows 0 to 42, not 9999"),
+    "info BUILT --row 9999": (1, "BUILT has rows 0 to 42, not 9999; choose one of these"),
     "info BUILT --row 0 --position 9999 --teacher TEACHER": (
         1,
-        "row 0 has positions 0 to 25, not 9999",
+        "row 0 has positions 0 to 25, not 9999; choose one of these",
     ),
-    "info BUILT --position 3": (2, "--position needs --row; say of which row, such as --row 0"),
+    "info BUILT --position 3": (2, "--position needs --row; name the row, such as --row 0"),
     "info BUILT --row 0 --json": (
         2,
         "--json prints the summary, and --row one row; leave one out (load_dataset reads rows)",
@@ -622,7 +628,7 @@ CALLS: dict[str, tuple[int, str]] = {
     "info BUILT --row -1": (2, "--row: expected at least 0; see logit-dataset info --help"),
     "view BUILT --output DIR/page.txt": (
         2,
-        "--output DIR/page.txt is no page; give it a name that ends in .html",
+        "--output DIR/page.txt is not an HTML file; use a name that ends in .html",
     ),
     "view BUILT --rows 0 --output DIR/page.html": (
         2,
@@ -630,7 +636,7 @@ CALLS: dict[str, tuple[int, str]] = {
     ),
     "view BUILT --start 9999 --teacher TEACHER --output DIR/page.html": (
         1,
-        "the dataset has rows 0 to 42, not 9999",
+        "the dataset has rows 0 to 42, not 9999; choose one of these",
     ),
     "card DIR": (
         1,
@@ -647,24 +653,24 @@ CALLS: dict[str, tuple[int, str]] = {
     ),
     "export BUILT --to axolotl --output DIR/x --packed": (
         1,
-        "packed is for DistillKit alone, and this is for axolotl; leave packed out",
+        "packed is only for DistillKit, and this is an export to axolotl; leave packed out",
     ),
     "export BUILT --to axolotl --output DIR/x --tail draws --length 8": (
         1,
-        "axolotl's rows are whole sequences, which it packs by itself; leave length out",
+        "axolotl takes whole sequences and packs them by itself; leave length out",
     ),
-    "publish name BUILT": (1, "'name' is not a name on the Hub; expected ORG/NAME"),
+    "publish name BUILT": (1, "'name' is not a Hub dataset name; expected ORG/NAME"),
     "publish org/name DIR": (
         1,
         "DIR has no manifest.json: it is not a logit dataset; name the directory of a finished build",
     ),
     "publish org/name BUILT --tag 1.0": (
         1,
-        "the recipe does not state corpus.license and teacher.license, without which nobody may use the dataset; add them to the recipe and run the build command again, which only rewrites the description",
+        "the recipe does not state corpus.license and teacher.license, and nobody may use a dataset without a licence; add them to the recipe and run the build command again (it rewrites only the description)",
     ),
     "publish org/name BUILT --yes": (
         1,
-        "the recipe does not state corpus.license and teacher.license, without which nobody may use the dataset; add them to the recipe and run the build command again, which only rewrites the description",
+        "the recipe does not state corpus.license and teacher.license, and nobody may use a dataset without a licence; add them to the recipe and run the build command again (it rewrites only the description)",
     ),
     "publish BUILT org/name": (2, "BUILT is a directory; give ORG/NAME first, then the directory"),
     "publsh org/name BUILT": (
@@ -705,7 +711,7 @@ HUB: dict[str, tuple[int, str]] = {
     ),
     "publish org/name OUT --yes --recompute 1": (
         1,
-        "teacher.path: 'tiny' does not exist (looked in .); name it with --teacher PATH",
+        "teacher.path: 'tiny' does not exist (looked in .); check the path, or give it with --teacher PATH",
     ),
     "info org/none": (
         1,
@@ -778,7 +784,7 @@ DATASETS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a later schema": (
         with_manifest(schema_version="9.0.0"),
-        "DIR/set/manifest.json has schema version 9.0.0, this program reads 1.2.0; install the version of logit-dataset that built it",
+        "DIR/set/manifest.json has schema version 9.0.0, but this program reads 1.2.0; install the version of logit-dataset that built it",
     ),
     "totals of another type": (
         with_manifest(totals=3),

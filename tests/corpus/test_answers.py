@@ -249,7 +249,9 @@ def test_an_answer_that_thought_though_it_was_asked_not_to_is_refused(tokenizer)
     (row,) = rows_of(tokenizer, source, CHATS["one turn"], learn="last", options=options)
     assert said(row) == "Hello.<|im_end|>"
     for messages in (REASONED["reasoning"], INLINE["reasoning in the answer"]):
-        with pytest.raises(ValueError, match="does not write message 1 behind what it asks"):
+        with pytest.raises(
+            ValueError, match="does not write message 1 right after its generation prompt"
+        ):
             rows_of(tokenizer, source, messages, learn="last", options=options)
 
 
@@ -298,7 +300,7 @@ def test_what_cannot_be_told_of_a_last_answer_is_refused(tokenizer):
     assert said(row) == "Hello.<eot>", "it is what ends a simple answer, too"
     moves = CHATML.replace("<|im_start|>' +", "<|im_start|>' + (messages | length | string) +")
     with pytest.raises(
-        ValueError, match=r"does not write message 1 behind what it asks the assistant with"
+        ValueError, match=r"does not write message 1 right after its generation prompt"
     ):
         rows_of(tokenizer, moves, CHATS["one turn"], learn="last")
 
@@ -332,5 +334,5 @@ def test_where_a_content_cannot_be_found_again_nothing_is_supposed_of_it(tokeniz
     for source in (upper, picky):
         with_header = source.replace("{{ (m", "{{ ('<header>' if m.role != 'user' else '') + (m")
         with_header = with_header.replace("{{ m", "{{ ('<header>' if m.role != 'user' else '') + m")
-        with pytest.raises(ValueError, match="it cannot be told what ends an answer"):
+        with pytest.raises(ValueError, match="the end of an answer cannot be identified"):
             rows_of(tokenizer, with_header + asks, CHATS["one turn"], learn="last")

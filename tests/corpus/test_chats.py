@@ -272,21 +272,21 @@ REFUSED = {
     "an earlier answer is changed": (
         THINKING,
         [A, {"role": "assistant", "content": "<think>x</think>y"}, A, B],
-        r"writes message 1 differently when the conversation goes on \('<think>x</think>y.*give a template that marks",
+        r"changes message 1 when the conversation continues \('<think>x</think>y.*give a template that marks",
     ),
     "a last word": (
         CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}"),
         MESSAGES[:2],
-        r"ends the last answer differently when the conversation goes on \('eos>' and '\|im_start\|>user",
+        r"ends the last answer differently when the conversation continues \('eos>' and '\|im_start\|>user",
     ),
     "no generation prompt": (NO_PROMPT, MESSAGES, r"has no generation prompt, and writes more before message 1"),
     "another prompt": (
         CHATML.replace("assistant\n", "assistant\n<think>"),
         MESSAGES,
-        r"does not write message 1 behind what it asks the assistant with \('<think>' and 'A fox",
+        r"does not write message 1 right after its generation prompt \('<think>' and 'A fox",
     ),
     "today": ("{{ strftime_now('%d %b %Y') }}" + CHATML, MESSAGES, r"writes today's date.*a template with a fixed date"),
-    "it refuses": ("{{ raise_exception('roles must alternate') }}", MESSAGES, r"refuses it \(roles must alternate\); mend"),
+    "it refuses": ("{{ raise_exception('roles must alternate') }}", MESSAGES, r"refuses it \(roles must alternate\); fix the corpus"),
     "it fails": ("{{ messages[0]['content'] + 1 }}", MESSAGES, r"the chat template refuses it \(can only concatenate str"),
     "nothing is marked": ("{{ 'a' }}{% generation %}{% endgeneration %}", MESSAGES, r"marks no token as the assistant's"),
     "a special token is changed": (
@@ -297,7 +297,7 @@ REFUSED = {
     "private characters": (
         CHATML,
         [A, {"role": "assistant", "content": "<|im_end|> \U000f0000"}],
-        r"holds private characters beside what looks like a special token",
+        r"holds private-use characters and text that looks like a special token",
     ),
 }  # fmt: skip
 

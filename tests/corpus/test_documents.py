@@ -276,10 +276,10 @@ def test_a_column_that_only_later_rows_lack_counts_as_blank(tmp_path):
     [
         (["none-*.txt"], r"nothing matches 'none-\*\.txt' \(looked in .*\)"),
         (["a.txt", "a.csv"], r"mixes formats \(csv, text\); give files of one format"),
-        (["a.tsv"], r"cannot tell the format of 'a\.tsv'; expected \.txt, \.jsonl, \.csv or"),
+        (["a.tsv"], r"cannot tell the format of 'a\.tsv'; expected \.txt, \.jsonl, \.csv \("),
         (["a.parquet.gz"], r"cannot tell the format of 'a\.parquet\.gz'"),
         (["a.gz"], r"cannot tell the format of 'a\.gz'"),
-        (["folder"], r"the folder 'folder' holds no file"),
+        (["folder"], r"the folder 'folder' contains no files"),
     ],
 )
 def test_files_that_cannot_be_a_corpus_are_refused(tmp_path, files, message):

@@ -69,16 +69,16 @@ def test_options_are_the_recipe_s_and_a_chat_s_own_come_first(tokenizer):
 
 
 def test_options_that_a_template_does_not_ask_for_are_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"sets 'enable_thought', which the chat template does not ask for; it asks for .*enable_thinking"):  # fmt: skip
+    with pytest.raises(ValueError, match=r"sets 'enable_thought', which the chat template does not use; it uses .*enable_thinking"):  # fmt: skip
         ChatTemplate(tokenizer, THINKS_FIRST, options={"enable_thought": False})
-    with pytest.raises(ValueError, match=r"sets 'messages', which is not a recipe's to set"):
+    with pytest.raises(ValueError, match=r"sets 'messages', which a recipe must not set"):
         ChatTemplate(tokenizer, THINKS_FIRST, options={"messages": []})
     document = Document(id="x", messages=CHATS["one turn"], options={"deep": True})
-    with pytest.raises(ValueError, match=r"document 'x': .*does not ask for 'deep'.*drop_unwritten = \[\"deep\"\]"):  # fmt: skip
+    with pytest.raises(ValueError, match=r"document 'x': .*does not use 'deep'.*drop_unwritten = \[\"deep\"\]"):  # fmt: skip
         ChatTemplate(tokenizer, CHATML)(document)
     for name in ("messages", "add_generation_prompt", "strftime_now"):
         odd = Document(id="x", messages=CHATS["one turn"], options={name: True})
-        with pytest.raises(ValueError, match=rf"sets '{name}' for its template, which is not its to set"):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"sets '{name}' for its template, which a chat must not set"):  # fmt: skip
             ChatTemplate(tokenizer, CHATML, let_go=["*"])(odd)
     found = ChatTemplate(tokenizer, CHATML, let_go=["deep"])(document)
     assert found.notes == ("deep left out",)
@@ -146,7 +146,7 @@ def test_a_template_that_makes_a_gigabyte_is_one_line(tokenizer, case):
     started = time.monotonic()
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match=r"makes more than 20 times what the chat holds, and 1,000,000 characters|is not valid") as caught:  # fmt: skip
+        with pytest.raises(ValueError, match=r"makes more than 20 times what the chat holds plus 1,000,000 characters|is not valid") as caught:  # fmt: skip
             ChatTemplate(tokenizer, TOO_MUCH[case] + CHATML)(Document(id="x", messages=messages))
         peak = tracemalloc.get_traced_memory()[1]
     finally:

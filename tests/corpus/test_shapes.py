@@ -84,7 +84,7 @@ WRONG = {
     "no answer at all": ([{"role": "assistant", "text": "x"}], r"message 0 has no content, expected text"),
     "no question": ([{"role": "user", "content": None}], r"message 0 has no content, expected text"),
     "a number as content": ([{"role": "user", "content": 3}], r"message 0 has a number as its content"),
-    "an image": ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], r"a part of content with the type 'image', expected text"),
+    "an image": ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], r"a part of content with the type 'image', expected only text"),
     "a part without a type": ([{"role": "user", "content": [{"text": "x"}]}], r"a part of content with no type"),
     "a part that is text": ([{"role": "user", "content": ["x"]}], r"a part of content with no type"),
     "more in a part": ([{"role": "user", "content": [{"type": "text", "text": "x", "cache": 1}]}], r"with type, text, cache, expected type and text"),
@@ -163,7 +163,7 @@ def test_tools_and_options_may_be_json_text():
 @pytest.mark.parametrize(
     ("read", "value", "message"),
     [
-        (lambda v: read_objects(v, "tools"), "a tool", r"holds text that is no JSON, expected a list of tools, each an object"),
+        (lambda v: read_objects(v, "tools"), "a tool", r"holds text that is not JSON, expected a list of tools, each an object"),
         (lambda v: read_objects(v, "documents"), ["a"], r"holds a list, expected a list of documents"),
         (lambda v: read_objects(v, "tools"), {"a": 1}, r"holds an object, expected a list of tools"),
         (read_options, ["a"], r"holds a list, expected an object with variables of the template"),

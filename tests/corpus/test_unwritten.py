@@ -124,7 +124,7 @@ def test_what_a_template_leaves_out_is_refused_or_let_go(tokenizer, case):
 
 def test_tools_that_a_template_leaves_out_are_refused_or_let_go(tokenizer):
     for messages in ([USER, ANSWER], [{"role": "system", "content": "Be brief"}, USER, ANSWER]):
-        with pytest.raises(ValueError, match=r"does not write the tools of the chat, number 0, so that the teacher would not see it"):  # fmt: skip
+        with pytest.raises(ValueError, match=r"does not write the tools of the chat, number 0, so the teacher would not see it"):  # fmt: skip
             tokens(tokenizer, CHATML, messages, tools=TOOLS)
         found = tokens(tokenizer, CHATML, messages, tools=TOOLS, let_go=["tools"])
         assert found.notes == ("tools left out",)

@@ -193,8 +193,14 @@ GOOD = make_manifest(PLAN, TEACHER, RECORDS)
         (json.dumps({"schema_version": SCHEMA_VERSION}), r"is damaged \(no 'fingerprint'\)"),
         (json.dumps(GOOD | {"shards": []}), r"is damaged \(no shards\)"),
         (json.dumps(GOOD | {"totals": {}}), r"is damaged \(no 'totals\.documents'\)"),
-        (json.dumps(GOOD | {"schema_version": "2.0.0"}), "has schema version 2.0.0, this program"),
-        (json.dumps(GOOD | {"schema_version": 2}), "has schema version 2, this program reads 1"),
+        (
+            json.dumps(GOOD | {"schema_version": "2.0.0"}),
+            "has schema version 2.0.0, but this program",
+        ),
+        (
+            json.dumps(GOOD | {"schema_version": 2}),
+            "has schema version 2, but this program reads 1",
+        ),
         (json.dumps(GOOD)[:-9], "is damaged"),
         ("[" * 100_000 + "]" * 100_000, r"is damaged \(its values are nested too deeply\)"),
         (json.dumps(GOOD | {"new": "\ud800"}), r"is damaged \(it holds half of a surrogate pair"),

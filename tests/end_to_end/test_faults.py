@@ -57,13 +57,15 @@ def parquet(table: pa.Table) -> bytes:
 GOOD = {"id": "a", "text": "all is well"}
 LONG = jsonl(*({"id": str(i), "text": f"{i * i} " * 50} for i in range(500)))
 LATIN_1 = '{"id": "a", "text": "café"}\n'.encode("latin-1")
-NOT_UTF_8 = r"is not valid UTF-8 \(byte 0xe9 after .*'\); convert it, or leave it out"
-NO_TEXT = r"the corpus has no text \(%d null, empty or blank documents\); check corpus.text_column"
+NOT_UTF_8 = (
+    r"is not valid UTF-8 \(byte 0xe9 after .*'\); convert the file to UTF-8, or leave it out"
+)
+NO_TEXT = r"the corpus has no text \(%d null, empty or blank documents?\); check corpus.text_column"
 OTHER_ID = (
     r"expected text or a whole number; set corpus.id_column to another column, or leave it out"
 )
-CUT = r"cannot be read \(Compressed file ended before .*\); mend it or leave it out"
-NO_FORMAT = r"cannot tell the format of 'c\.%s'; expected \.txt, \.jsonl, \.csv or \.parquet"
+CUT = r"cannot be read \(Compressed file ended before .*\); repair it, or leave it out"
+NO_FORMAT = r"cannot tell the format of 'c\.%s'; expected \.txt, \.jsonl, \.csv \(each also with \.gz or \.zst\) or \.parquet"
 
 CORPORA: dict[str, tuple[str, bytes | None, str]] = {
     "absent": ("c.jsonl", None, r"corpus\.files: nothing matches 'c\.jsonl' \(looked in "),
@@ -98,7 +100,7 @@ CORPORA: dict[str, tuple[str, bytes | None, str]] = {
     "bytes": ("c.parquet", parquet(pa.table({"text": [b"x"]})), r"holds bytes, expected text"),
     "an id that is an object": ("c.jsonl", jsonl({"id": {}, "text": "x"}), f"holds an object, {OTHER_ID}"),
     "an id that is true": ("c.jsonl", jsonl({"id": True, "text": "x"}), f"holds true or false, {OTHER_ID}"),
-    "latin-1, text": ("c.txt", "café".encode("latin-1"), r"byte 0xe9 after …'caf'.*convert it"),
+    "latin-1, text": ("c.txt", "café".encode("latin-1"), r"byte 0xe9 after …'caf'.*convert the file to UTF-8"),
     "latin-1": ("c.jsonl", jsonl(GOOD) + LATIN_1, NOT_UTF_8),
     "latin-1, late": ("c.jsonl", LONG + LATIN_1, NOT_UTF_8),
     "latin-1, compressed": ("c.jsonl.gz", gzip.compress(LATIN_1), NOT_UTF_8),
@@ -120,13 +122,13 @@ CORPORA: dict[str, tuple[str, bytes | None, str]] = {
         r"file c\.jsonl line 2: holds '\\ud800', half of a surrogate pair.*; replace it",
     ),
     "half a character in an id": ("c.jsonl", jsonl({"id": "\udc00", "text": "x"}), r"line 1: holds '\\udc00'"),
-    "no Parquet": ("c.parquet", b"hello" * 9, r"file c\.parquet cannot be read \(Parquet magic bytes .*\); mend it"),
+    "no Parquet": ("c.parquet", b"hello" * 9, r"file c\.parquet cannot be read \(Parquet magic bytes .*\); repair it"),
     "cut Parquet": ("c.parquet", parquet(pa.table({"text": ["x"]}))[:-9], r"file c\.parquet cannot be read \("),
     "an empty Parquet": ("c.parquet", b"", r"file c\.parquet cannot be read \(Parquet file size is 0 bytes\)"),
     "no gzip": ("c.jsonl.gz", jsonl(GOOD), r"file c\.jsonl\.gz cannot be read \(Not a gzipped file"),
     "cut gzip": ("c.jsonl.gz", gzip.compress(LONG)[:-99], CUT),
     "cut gzip, text": ("c.txt.gz", gzip.compress(LONG)[:-99], CUT),
-    "no zstd": ("c.jsonl.zst", jsonl(GOOD), r"file c\.jsonl\.zst cannot be read \(.*; mend it"),
+    "no zstd": ("c.jsonl.zst", jsonl(GOOD), r"file c\.jsonl\.zst cannot be read \(.*; repair it"),
 }  # fmt: skip
 
 
@@ -176,12 +178,12 @@ RECIPES: dict[str, tuple[Callable[[str], str | bytes | None], str]] = {
     "absent": (lambda _: None, r"no recipe at \S+/recipe\.toml; name a \.toml file"),
     "not TOML": (lambda _: "name = \n", r"line 1, column 8 is not valid TOML: "),
     "not text": (lambda _: b"\xff\xfe", r"line 1 is not UTF-8 .byte 0xff"),
-    "nothing": (lambda _: "", r"'name' is missing; 'corpus' is missing; 'teacher' is missing"),
+    "nothing": (lambda _: "", r"'name' is missing: add it; 'corpus' is missing: add it; 'teacher' is missing: add it"),
     "a misspelt key": (instead("top_k", "topk"), r"unknown key 'output\.topk'; did you mean 'top_k'\?"),
     "an unknown key": (with_line("output", "zzz = 1"), r"unknown key 'output\.zzz'; known keys: top_k, tail_samples, tail_logprobs, "),
     "a misspelt section": (
         instead(r"\[corpus\]", "[korpus]"),
-        r"'corpus' is missing; unknown key 'korpus'; did you mean 'corpus'\?",
+        r"'corpus' is missing: add it; unknown key 'korpus'; did you mean 'corpus'\?",
     ),
     "a missing section": (instead(r"\[teacher\](.|\n)*(?=\n\[s)", ""), r"'teacher' is missing"),
     "another type": (instead("top_k = 20", 'top_k = "20"'), r"output\.top_k: expected a whole number of at least 1, or \"all\" \(found \"20\"\)"),
@@ -191,9 +193,9 @@ RECIPES: dict[str, tuple[Callable[[str], str | bytes | None], str]] = {
         instead("float32", "fp32"),
         r"teacher\.dtype: expected 'float32', 'bfloat16' or 'float16' \(found \"fp32\"\)",
     ),
-    "a name with a path": (instead('"tiny"', '"../tiny"'), r"name: expected a name as the Hub takes it"),
+    "a name with a path": (instead('"tiny"', '"../tiny"'), r"name: expected at most 96 letters, digits"),
     "two sources": (with_line("corpus", 'repo = "a/b"'), r"exactly one of repo, files, embedded \(found repo and files\)"),
-    "two sections alike": (lambda text: f"{text}[output]\n", r"is not valid TOML: .*is there twice"),
+    "two sections alike": (lambda text: f"{text}[output]\n", r"is not valid TOML: .*appears twice"),
     "code from a branch": (
         instead("^path = .*", 'repo = "a/b"\ntrust_remote_code = true'),
         r"trust_remote_code runs code from the repo, so revision must be a full 40-digit commit, not 'main'",
@@ -204,22 +206,22 @@ RECIPES: dict[str, tuple[Callable[[str], str | bytes | None], str]] = {
     ),
     "more partitions than documents": (
         lambda text: with_line("output", "partitions = 3")(with_line("corpus", "max_documents = 2")(text)),
-        r"recipe\.toml: output\.partitions is 3, which is more than",
+        r"recipe\.toml: output\.partitions is 3, but the corpus's limit is smaller",
     ),
     "more partitions than files": (
         with_line("output", "partitions = 3"),
-        r"output\.partitions is 3, but the corpus has fewer files \(1\) to divide; choose 1 at most",
+        r"output\.partitions is 3, but the corpus has fewer files \(1\); choose at most 1 partitions",
     ),
     "mixed formats": (
         instead(r"\[(\".*\")\]", '["*.jsonl", "*.csv"]'),
-        r"corpus\.files mixes formats \(csv, json\); give files of one format, or \.txt beside \.jsonl",
+        r"corpus\.files mixes formats \(csv, json\); give files of one format \(only \.txt and \.jsonl can be mixed\)",
     ),
     "no such teacher": (instead("^path = .*", 'path = "none"'), r"teacher\.path: 'none' does not exist \(looked in "),
     "a teacher that is a file": (instead("^path = .*", 'path = "x.txt"'), r"teacher\.path: 'x\.txt' is not a directory"),
     "a GGUF that is a directory": (instead("^path = .*", 'gguf = "."'), r"teacher\.gguf: '\.' is not a file"),
     "a GGUF that is none": (
         instead("^path = .*", 'gguf = "bad.gguf"'),
-        r"teacher bad\.gguf: it is no whole GGUF file \(.*\); download it again",
+        r"teacher bad\.gguf: it is not a complete GGUF file \(.*\); download it again",
     ),
     "more than the vocabulary": (
         instead("top_k = 20", "top_k = 449"),
@@ -232,11 +234,11 @@ RECIPES: dict[str, tuple[Callable[[str], str | bytes | None], str]] = {
     "a token that there is not": (with_line("sequences", 'bos = "always"'), r"sequences\.bos is 'always', but .* no bos token"),
     "a teacher from afar": (
         instead("^path = .*", f'repo = "a/b"\nrevision = "{COMMIT}"'),
-        r"teacher a/b: it is not in the cache, and the Hub cannot be reached to fetch it; check the network, or ",
+        r"teacher a/b: it is not in the cache, and the Hub cannot be reached; check the network, or ",
     ),
     "a corpus from afar": (
         instead("^files = .*", f'repo = "a/b"\nrevision = "{COMMIT}"'),
-        r"corpus a/b@00000000: it is not in the cache, and the Hub cannot be reached to fetch it; check the network, or ",
+        r"corpus a/b@00000000: it is not in the cache, and the Hub cannot be reached; check the network, or ",
     ),
 }  # fmt: skip
 
@@ -284,7 +286,7 @@ TEACHERS: dict[str, tuple[Callable[[Path, object], object], str]] = {
     ),
     "no weights": (
         lambda teacher, _: (teacher / "model.safetensors").rename(teacher / "pytorch_model.bin"),
-        r"teacher bad: it has no model\.safetensors, and other weights are not read, .*; save it again",
+        r"teacher bad: it has no model\.safetensors, and other formats are not read .*; save the model again",
     ),
     "no configuration": (lambda teacher, _: (teacher / "config.json").unlink(), r"teacher bad: it has no config\.json with a model_type .*; name a directory"),
 }  # fmt: skip
@@ -380,7 +382,7 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another JSON": (lambda d: (d / "manifest.json").write_text("{}"), DAMAGED % "no 'schema_version'"),
     "newer": (
         edit(lambda m: m.update(schema_version="2.0.0", recipe="of another shape")),
-        r"has schema version 2\.0\.0, this program reads 1\.\d+\.\d+; install the version of logit-dataset that built it",
+        r"has schema version 2\.0\.0, but this program reads 1\.\d+\.\d+; install the version of logit-dataset that built it",
     ),
     "without shards": (edit(lambda m: m.update(shards=[])), DAMAGED % "no shards"),
     "with half a record": (edit(lambda m: m["shards"][0].pop("rows")), DAMAGED % r"not a shard record: no 'shards\[0\]\.rows'"),
@@ -404,7 +406,10 @@ def test_a_directory_that_is_no_dataset_is_one_line(cli, built, tmp_path, damage
     [
         (["--row", 10_000], r"has rows 0 to \d\d, not 10000"),
         (["--row", 0, "--position", 64], r"row 0 has positions 0 to \d\d, not 64"),
-        (["--row", 0], r"teacher\.path: 'tiny' does not exist .*; name it with --teacher PATH"),
+        (
+            ["--row", 0],
+            r"teacher\.path: 'tiny' does not exist .*; check the path, or give it with --teacher PATH",
+        ),
     ],
 )
 def test_a_row_that_there_is_not_is_one_line(cli, built, options, message):
@@ -454,11 +459,11 @@ def test_damaged_state_of_a_build_is_named(cli, make_recipe, tmp_path):
     plan, record = (output / ".build" / name for name in ("plan.json", "records/000-00001.json"))
     content = plan.read_bytes()
     plan.write_bytes(content[:99])
-    message = r"\.build/plan\.json is damaged \(.*\); build anew in another directory"
+    message = r"\.build/plan\.json is damaged \(.*\); start again in another directory"
     assert_one_line(*cli("build", recipe, "--output", output), message)
     plan.write_bytes(content)
     record.write_bytes(record.read_bytes()[:99])
-    message = r"records/000-00001\.json is damaged \(.*\); delete it, and its shard is built again"
+    message = r"records/000-00001\.json is damaged \(.*\); delete it to rebuild its shard"
     assert_one_line(*cli("build", recipe, "--output", output), message)
     record.unlink()
     assert cli("build", recipe, "--output", output)[0] == 0

@@ -200,7 +200,7 @@ def test_limits_are_shared_by_the_splits(tiny_teacher_dir, tmp_path, cli):
         ("validation = -0.1", "", "output.validation: expected more than 0 (found -0.1)"),
         ('validation = "1%"', "", 'output.validation: expected a number (found "1%")'),
         ("validation = 0.01", "max_documents = 20", "output.validation = 0.01 of the corpus's limit is 0, which leaves nothing to hold out; choose a larger max_documents or max_tokens, or leave out validation"),
-        ("validation = 0.1\npartitions = 4", "max_documents = 30", "output.partitions is 4, which is more than the corpus's limit of the split validation can be divided into"),
+        ("validation = 0.1\npartitions = 4", "max_documents = 30", "output.partitions is 4, but the corpus's limit of the split validation is smaller; choose fewer partitions"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line(cli, make_recipe, tmp_path, output, corpus, message):

@@ -468,7 +468,7 @@ def test_offline_a_build_says_what_is_needed(cli, hub_recipe, tmp_path):
     assert (status, out) == (1, "")
     assert (
         err
-        == "error: cannot reach the Hub to resolve dataset org/corpus@main, since HF_HUB_OFFLINE is set; unset it, give the full commit of what is in the cache, or use local files\n"
+        == "error: cannot reach the Hub to resolve dataset org/corpus@main because HF_HUB_OFFLINE is set; unset it, give the full commit of a cached copy, or use local files\n"
     )
 
 

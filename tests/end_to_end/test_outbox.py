@@ -293,7 +293,7 @@ def test_a_new_licence_or_description_is_a_new_version(hub, deliver, recipe, tmp
     described = tmp_path / "described.toml"
     text = re.sub(r'license = "[^"]*"', 'license = "cc-by-sa-4.0"', text)
     described.write_text(text.replace('"corpus.jsonl"', f'"{recipe.parent}/corpus.jsonl"'))
-    message = r"org/set v1\.0\.0 has the same data, and only the description differs \(.*description: null.*; run this where"
+    message = r"org/set v1\.0\.0 has the same data, and only the description differs \(.*description: null.*; run this command"
     assert_one_line(deliver(tmp_path / "new", recipe=described), message)
     assert not (tmp_path / "new").exists()
     result = deliver(tmp_path / "out", recipe=described)
@@ -354,7 +354,7 @@ def test_a_branch_that_is_left_over_is_no_hindrance(hub, deliver, tiny_teacher_d
     refuse = happening("removal of the branch", Refusal(403, {}))
     hub.faults.append(refuse)
     result = deliver(tmp_path / "small", recipe=small)
-    assert f"branch {BRANCH} of org/set is left over, and does no harm" in result.stderr
+    assert f"branch {BRANCH} of org/set could not be deleted, which does no harm" in result.stderr
     assert ".build/plan.json" in on_branch(hub)
     result = deliver(tmp_path / "large", recipe=large)
     assert "org/set v1.1.0 is published" in result.stdout, result.stderr
@@ -393,7 +393,7 @@ def test_a_tag_that_is_too_small_is_refused_before_anything_is_computed(
     assert list(hub.repos["dataset", "org/set"].branches) == ["main"]
     result = deliver(tmp_path / "3", "--tag", "v1.0.1", "--max-shards", 0, recipe=more)
     assert result.returncode == 0
-    assert "v1.0.1 will do only if the data are those of v1.0.0; if rows are added, it has to be --tag v1.1.0" in result.stderr  # fmt: skip
+    assert "--tag v1.0.1 is right only if the data are those of v1.0.0; if the build adds rows, use --tag v1.1.0" in result.stderr  # fmt: skip
     (more.parent / "corpus.jsonl").write_text((more.parent / "corpus.jsonl").read_text() + "\n")
     result = deliver(tmp_path / "4", "--tag", "v1.1.0", recipe=more)
     assert_one_line(result, r"v1\.1\.0 is too small a step .*corpus\.files.*--tag v2\.0\.0")
@@ -420,7 +420,7 @@ main()
     ("limits", "message", "sent"),
     [
         ([("storage", "MAX_FILES", 3), ("outbox", "MAX_FILES", 3)], r"data/train-000-00003\.parquet is one more than the 3 files that the Hub takes; begin anew with a larger output\.shard_tokens", 3),
-        ([("storage", "MAX_FILE_BYTES", 1000)], r"the Hub takes files of up to 0 GB, not 17\.2 kB: output\.shard_tokens has to be 11 or less", 0),
+        ([("storage", "MAX_FILE_BYTES", 1000)], r"the Hub takes files of up to 0 GB, not 17\.2 kB: output\.shard_tokens must be 11 or less", 0),
         ([("outbox", "MAX_FILE_BYTES", 1000)], r"data/train-000-00000\.parquet has 0\.0 GB, and the Hub takes files of up to 0 GB; begin anew with a smaller", 0),
     ],
 )  # fmt: skip
@@ -432,7 +432,7 @@ def test_what_the_hub_does_not_take_is_not_built_for_weeks(
     names = f"ARGUMENTS, LIMITS = {[str(a) for a in arguments]!r}, {limits}"
     result = client.python(f"{names}\n{LIMITED}")
     assert_one_line(result, message)
-    assert ("by an estimate from the first documents: the Hub takes 3 files, not " in result.stderr) == (sent == 3)  # fmt: skip
+    assert ("estimated from the first documents: the Hub takes 3 files, not " in result.stderr) == (sent == 3)  # fmt: skip
     assert len(hub.arrived) <= sent
     begun = tmp_path / "out" / ".build" / "teacher.json"
     assert begun.exists() == (limits[-1][0] == "outbox")
@@ -455,7 +455,7 @@ cli.main()
 """
     result = client.python(code)
     assert result.returncode == 0, result.stderr
-    assert f"how large the dataset will be cannot be estimated ({why})" in result.stderr
+    assert f"the size of the dataset cannot be estimated ({why})" in result.stderr
     assert len(records_on_branch(hub)) == 1
 
 
@@ -466,10 +466,10 @@ def test_what_would_fail_in_the_end_fails_at_once(
     unlicensed = write_recipe(tmp_path / "unlicensed", tiny_teacher_dir, corpus="")
     refusals = [
         (deliver(output, recipe=unlicensed), r"the recipe does not state corpus\.license"),
-        (deliver(output, repo="somewhere"), "'somewhere' is not a name on the Hub"),
+        (deliver(output, repo="somewhere"), "'somewhere' is not a Hub dataset name"),
         (deliver(output, "--tag", "1.0"), r"'1\.0' is not a version like v1\.2\.3"),
         (deliver(output, repo="other/set"), "the token may not write to other/set"),
-        (deliver(output, "--message", "x" * 501), "the message has 501 characters"),
+        (deliver(output, "--message", "x" * 501), "--message has 501 characters"),
     ]
     many = write_recipe(
         tmp_path / "many", tiny_teacher_dir, corpus=f"{LICENSED['corpus']}\nmax_tokens = 2_000_001"
@@ -488,12 +488,12 @@ def test_what_would_fail_in_the_end_fails_at_once(
     assert not hub.repos
     for option in ("--discard-local", "--private"):
         result = client.cli("build", recipe, "--output", output, option)
-        assert_one_line(result, r"--discard-local, .* mean something only with --publish-to")
+        assert_one_line(result, r"--discard-local, .* need --publish-to")
     hub.commit("dataset", "org/set", {"data.csv": b"1"})
-    assert_one_line(deliver(output), r"org/set holds something else .*data\.csv")
+    assert_one_line(deliver(output), r"org/set holds something other .*data\.csv")
     hub.commit("dataset", "org/set", {})
     hub.commit("dataset", "org/set", {"notes.txt": b"1"}, branch=BRANCH)
-    assert_one_line(deliver(output), f"branch {BRANCH} of org/set holds something else")
+    assert_one_line(deliver(output), f"branch {BRANCH} of org/set holds something other")
     assert on_branch(hub) == {"notes.txt": b"1"}
     assert not data_files(output) if output.exists() else True
 
@@ -516,7 +516,7 @@ def test_shards_that_are_elsewhere_are_not_built_again_by_mistake(
 ):
     output = tmp_path / "out"
     assert deliver(output, "--max-shards", 2).returncode == 0
-    message = r"shards of .* are in org/set, and no longer here; add --publish-to org/set"
+    message = r"shards of .* are in org/set and no longer here; add --publish-to org/set"
     assert_one_line(client.cli("build", recipe, "--output", output), message)
     assert_one_line(deliver(output, repo="org/another"), message)
     assert deliver(output).returncode == 0
@@ -566,7 +566,7 @@ def test_two_machines_at_one_branch(hub, deliver, whole, tmp_path):
     result = deliver(tmp_path / "out")
     assert_one_line(
         result,
-        rf"branch {BRANCH} of org/set was moved by someone else .*another machine building the same\? Let only one of them "
+        rf"branch {BRANCH} of org/set was moved by someone else .*another machine building the same dataset\? Let only one "
         r"continue\. Finished shards are safe",
     )
     assert on_branch(hub)[".build/plan.json"] == b"{}"
@@ -646,7 +646,7 @@ def test_it_outlives_an_hour_without_commits_and_then_says_so(hub, deliver_fast,
     hub.repos.clear()
     limit.times = 10**6
     result = deliver_fast(tmp_path / "other")
-    assert_one_line(result, "the Hub's rate limit is reached; wait some minutes.*Finished shards are safe; the same command resumes")  # fmt: skip
+    assert_one_line(result, "the Hub's rate limit is reached; wait a few minutes.*Finished shards are safe; the same command resumes")  # fmt: skip
     waited = [int(s) for s in re.findall(r"trying again in (\d+) s", result.stderr)]
     assert sum(waited) > 3600
     assert data_files(tmp_path / "other")
@@ -771,7 +771,7 @@ def test_a_file_on_the_branch_that_is_not_what_its_record_says_is_built_again(
     result = deliver(tmp_path / "new")
     assert result.returncode == 0, result.stderr
     for index in (1, 2):
-        assert f"data/train-000-0000{index}.parquet on branch {BRANCH} is not what its record says: building it again" in result.stderr  # fmt: skip
+        assert f"data/train-000-0000{index}.parquet on branch {BRANCH} does not match its record: building it again" in result.stderr  # fmt: skip
     assert_delivered(hub, whole, tmp_path / "new")
     assert len(records_of(read_manifest(tmp_path / "new"))) == SHARDS
 
@@ -812,7 +812,7 @@ def test_a_shard_that_ends_elsewhere_when_it_is_built_again_is_never_sent(
     names = f"ARGUMENTS, TOKENS = {[str(a) for a in arguments]!r}, {tokens}"
     assert_one_line(
         client.python(f"{names}\n{ENDS_ELSEWHERE}"),
-        r"data/train-000-00002\.parquet starts elsewhere in the corpus than the shard before it ends.*start anew",
+        r"data/train-000-00002\.parquet does not start where the shard before it ends.*start again",
     )
     assert (hub.arrived, on_branch(hub)) == (arrived, files)
     assert not list((tmp_path / "new" / ".build" / "records").iterdir())
@@ -833,7 +833,7 @@ except ValueError as error:
 @pytest.mark.parametrize(
     ("recompute", "message"),
     [
-        (0, r"data/train-000-\d+\.parquet has arrived with other bytes than were sent"),
+        (0, r"data/train-000-\d+\.parquet has other bytes on the Hub than were sent"),
         (999, "rows to recompute cannot be read from org/set"),
     ],
 )
@@ -845,7 +845,7 @@ def test_what_is_nowhere_else_is_not_thrown_away(
     names = f"RECIPE, OUTPUT, RECOMPUTE = {str(recipe)!r}, {str(tmp_path / 'out')!r}, {recompute}"
     assert_one_line(
         client.python(f"{names}\n{DELIVERED}"),
-        rf"{message}.*; if it stays so, delete damaged files from branch {BRANCH}, and let the build resume in an empty",
+        rf"{message}.*; if this persists, delete the damaged files from branch {BRANCH}, and resume the build in an empty",
     )
     assert not hub.repos["dataset", "org/set"].tags
     expected = data_files(whole)
@@ -922,5 +922,5 @@ def test_nothing_is_deleted_here_that_the_hub_does_not_have_as_it_was_sent(hub, 
             files[spoiled[0]] = bytes(len(files[spoiled[0]]))
 
     hub.faults.append(spoil)
-    assert_one_line(deliver(tmp_path / "out"), "has not arrived as it was sent")
+    assert_one_line(deliver(tmp_path / "out"), "on the Hub differs from what was sent")
     assert (tmp_path / "out" / spoiled[0]).exists()

@@ -163,8 +163,8 @@ def test_a_teacher_that_cannot_be_loaded_ends_the_build_at_once(
     ("options", "message"),
     [
         ({"workers": 5}, r"--workers is 5, but output\.partitions is 4.*use --workers 4"),
-        ({"workers": 2, "gpus_per_worker": 2.0}, r"2 workers with 2 GPUs each do not fit: Ray has 0 GPUs, for 0 of them; use fewer"),
-        ({"workers": 2, "gpus_per_worker": 1.5}, r"--gpus-per-worker is 1\.5, but a worker has a part of one GPU, or a whole number"),
+        ({"workers": 2, "gpus_per_worker": 2.0}, r"--workers 2 with --gpus-per-worker 2 does not fit: the GPUs of Ray \(0\) are enough for 0; use a smaller"),
+        ({"workers": 2, "gpus_per_worker": 1.5}, r"--gpus-per-worker is 1\.5, expected a whole number, or less than 1"),
         ({"workers": 2, "gpus_per_worker": 1.0, "device": "cpu"}, r"--device cpu and --gpus-per-worker 1 contradict"),
     ],
 )  # fmt: skip
@@ -293,7 +293,7 @@ def test_cpus_are_shared_where_the_workers_run(monkeypatch, machines, options, c
     notices: list[str] = []
     found = workers._resources(Pool(address="auto", **options), None, notices.append)
     assert found[1] == cpus
-    assert [f"GPUs, for {room} of them" in line for line in notices] == [True] * (
+    assert [f"are enough for {room}" in line for line in notices] == [True] * (
         room < options["workers"]
     )
 
@@ -301,13 +301,13 @@ def test_cpus_are_shared_where_the_workers_run(monkeypatch, machines, options, c
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("gone", r"a worker does not see .*part-1\.jsonl \(No such file.*machines of the cluster share"),
-        ("other", r"a worker sees another .*part-1\.jsonl \(3 bytes, here [\d,]+\)"),
-        ("as large", r"a worker sees another .*part-1\.jsonl \(other content\)"),
-        ("teacher", r"a worker sees another .*model\.safetensors \(other content\)"),
-        ("output", r"a worker sees another .*plan\.json \(other content\)"),
-        ("libraries", r"a worker runs other software \(torch: \"1\.0\" → .*same versions"),
-        ("program", r"a worker runs other software \(logit-dataset: \"[0-9a-f]{12}\" → "),
+        ("gone", r"a worker cannot read .*part-1\.jsonl \(No such file.*shared by all machines of the cluster"),
+        ("other", r"a worker sees a different .*part-1\.jsonl \(3 bytes, here [\d,]+\)"),
+        ("as large", r"a worker sees a different .*part-1\.jsonl \(other content\)"),
+        ("teacher", r"a worker sees a different .*model\.safetensors \(other content\)"),
+        ("output", r"a worker sees a different .*plan\.json \(other content\)"),
+        ("libraries", r"a worker runs different software \(torch: \"1\.0\" → .*same versions"),
+        ("program", r"a worker runs different software \(logit-dataset: \"[0-9a-f]{12}\" → "),
         ("nothing", None),
     ],
 )  # fmt: skip

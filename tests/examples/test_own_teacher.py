@@ -153,9 +153,10 @@ def test_no_code_is_run_that_a_dataset_names(dataset, own, cli, tmp_path, monkey
         status, _, said = cli(*arguments)
         assert status == 1
         assert (
-            "no dataset's code is run: get 'my_teacher.py' and 'model.pt', 'tokenizer.json'" in said
+            "which is never run from a dataset: get 'my_teacher.py' and 'model.pt', 'tokenizer.json'"
+            in said
         )
-        assert "name it with --teacher PATH" in said
+        assert "give its path with --teacher PATH" in said
 
 
 def test_a_stranger_needs_the_same_file_and_weights(dataset, own, cli, tmp_path):
@@ -262,7 +263,7 @@ def test_the_directory_of_a_tokenizer_will_do(tmp_path, tiny_tokenizer):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("x = 1", r"it has no function load_teacher\(\*weights\), which returns"),
+        ("x = 1", r"it has no function load_teacher\(\*weights\); define one that returns"),
         ("import nothing_of_the_kind", r"line 1: ModuleNotFoundError: No module named 'nothing"),
         ("def load_teacher():\n    return 1 / 0", "line 2: ZeroDivisionError"),
         ("def load_teacher():\n    return 5", "load_teacher returns int, expected a module and"),
@@ -293,9 +294,9 @@ def test_code_that_is_no_teacher_is_refused_in_a_line(tmp_path, monkeypatch, bod
     ("lines", "message"),
     [
         ('path = "x"\npython = "a.py"', "exactly one of repo, path, gguf, python, embedded"),
-        ('path = "x"\nweights = "a.pt"', "weights means something only with python"),
-        ('python = "a.py"\nattention = "eager"', "attention means nothing with python"),
-        ('python = "a.py"\ntensor_parallel = 2', "tensor_parallel means nothing with python"),
+        ('path = "x"\nweights = "a.pt"', "weights is valid only with python"),
+        ('python = "a.py"\nattention = "eager"', "attention has no effect with python"),
+        ('python = "a.py"\ntensor_parallel = 2', "tensor_parallel has no effect with python"),
         ('python = "a.py"\n[generation]\nmax_new_tokens = 5', "cannot write"),
     ],
 )

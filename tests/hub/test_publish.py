@@ -251,10 +251,10 @@ def test_what_is_not_fit_to_be_published(hub, publish, out, built):
     victim = out / "data" / "train-000-00001.parquet"
     victim.write_bytes(victim.read_bytes()[:-1] + b"?")
     assert_one_line(publish("org/set", out), r"it has problems: data/train-000-00001\.parquet: .* hash")  # fmt: skip
-    assert_one_line(publish("somewhere", out), "'somewhere' is not a name on the Hub; expected ORG/NAME")  # fmt: skip
+    assert_one_line(publish("somewhere", out), "'somewhere' is not a Hub dataset name; expected ORG/NAME")  # fmt: skip
     assert not hub.repos
     hub.commit("dataset", "org/set", {"data.csv": b"1,2"})
-    assert_one_line(publish("org/set", out), r"org/set holds something else .*data\.csv")
+    assert_one_line(publish("org/set", out), r"org/set holds something other .*data\.csv")
     assert list(hub.repos["dataset", "org/set"].branches) == ["main"]
 
 
@@ -405,7 +405,7 @@ def test_trouble_that_lasts_is_one_line_and_the_next_run_goes_on(hub, publish_fa
 def test_a_file_that_arrives_with_other_bytes_is_found_and_sent_again(hub, publish, out):
     hub.damage.append(lambda content: content[:-400] + bytes(300) + content[-100:])
     result = publish("org/set", out)
-    assert_one_line(result, r"(load_dataset cannot read what was sent|with other rows).*Nothing was published")  # fmt: skip
+    assert_one_line(result, r"(load_dataset cannot read what was sent|has other rows).*Nothing was published")  # fmt: skip
     repo = hub.repos["dataset", "org/set"]
     assert not repo.tags
     assert list(repo.commits[repo.branches["main"]]) == [".gitattributes"]

@@ -315,7 +315,7 @@ def test_a_collator_is_made_of_whatever_tells_of_a_dataset(load, datasets, opene
     assert torch.equal(a["topk_logprobs"], b["topk_logprobs"])
     assert (b["target_ids"][last_positions(b)] == NO_TARGET).all()
     for nothing in (3, {"features": {}}, load_dataset):
-        with pytest.raises(ValueError, match="tells nothing of a dataset"):
+        with pytest.raises(ValueError, match="does not identify a dataset"):
             LogitCollator.of(nothing)
     with pytest.raises(ValueError, match="neither a directory nor a Hub dataset name"):
         LogitCollator.of("not/a/name")
@@ -389,7 +389,7 @@ CUT = "columns are cut together or not at all"
             "no tail_logprob, topk_indices, .* unless remove_unused_columns=False",
         ),
         (lambda rows: [], "there are no rows"),
-        (lambda rows: [rows[0], {**rows[1], "more": 1}], "some rows have more and others have not"),
+        (lambda rows: [rows[0], {**rows[1], "more": 1}], "some rows have more and others do not"),
         (
             lambda rows: [rows[0], {**rows[1], "input_ids": rows[1]["input_ids"][:9]}],
             f"row 1 of .* {CUT}",

@@ -319,7 +319,7 @@ def test_the_readme_has_the_configuration_and_what_is_lost(sources, tmp_path, to
         ("drawn", "maxtext", {"tail": "draws"}, "maxtext cannot be told of the tail by 'draws'"),
         ("whole", "axolotl", {}, "has whole distributions"),
         ("drawn", "axolotl", {"length": 50}, "leave length out"),
-        ("drawn", "maxtext", {"packed": True}, "packed is for DistillKit"),
+        ("drawn", "maxtext", {"packed": True}, "packed is only for DistillKit"),
         ("drawn", "megatron", {}, "to is 'megatron', expected one of axolotl"),
     ],
 )

@@ -64,7 +64,7 @@ def test_a_trillion_tokens_of_an_8b_teacher_by_hand():
     assert found.hours == pytest.approx(11_966 / 8, rel=1e-3)
     assert found.limit == "computing"
     assert found.advice == [
-        "the Hub takes 10,000 files, not 20,000: output.shard_tokens has to be 100_000_000 or more"
+        "the Hub takes 10,000 files, not 20,000: output.shard_tokens must be 100_000_000 or more"
     ]
 
 
@@ -107,7 +107,7 @@ def test_what_takes_longest_is_what_counts():
     assert planned(hub_recipe(), mbit=10, **fast).limit == "sending"
     slow = planned(hub_recipe(shard_tokens=100_000), tokens=9e8, mbit=1e5, **fast)
     assert (slow.limit, slow.commits, slow.hours) == ("committing", 4506, 35)
-    assert slow.advice == ["128 commits an hour are all that the Hub allows: choose a larger output.shard_tokens"]  # fmt: skip
+    assert slow.advice == ["128 commits per hour are the Hub's limit: choose a larger output.shard_tokens"]  # fmt: skip
 
 
 def test_workers_without_a_partition_do_not_count():
@@ -132,14 +132,14 @@ def test_a_copy_that_is_split_takes_its_gpus_together():
         "6 of the GPUs have nothing to do"
         in planned(split, tokens=1e9, parameters=7e10, workers=14).advice[-1]
     )
-    with pytest.raises(ValueError, match="one copy of the teacher takes so many GPUs"):
+    with pytest.raises(ValueError, match="the GPUs of one copy of the teacher; use at least"):
         planned(split, parameters=7e10, workers=3)
 
 
 def test_what_is_not_counted_is_said():
     writing = hub_recipe().model_copy(update={"generation": GenerationRecipe(max_new_tokens=8)})
     advice = planned(writing, tokens=1e9, parameters=1e9).advice
-    assert "the teacher writes, which is not counted" in advice[0]
+    assert "the time that the teacher takes to generate is not included" in advice[0]
     recipe = hub_recipe()
     output = recipe.output.model_copy(update={"completions_only": True})
     few = recipe.model_copy(update={"output": output})
@@ -161,7 +161,7 @@ def test_more_than_the_hub_can_hold():
 
 
 def test_files_that_the_hub_does_not_take():
-    large = "the Hub takes files of up to 20 GB, not 176.0 GB: output.shard_tokens has to be 113_636_000 or less"
+    large = "the Hub takes files of up to 20 GB, not 176.0 GB: output.shard_tokens must be 113_636_000 or less"
     assert planned(hub_recipe(shard_tokens=10**9), tokens=1e11, parameters=1e9).advice == [large]
     most = hub_recipe(shard_tokens=113_636_000)
     assert planned(most, tokens=1e11, parameters=1e9).shard_bytes < 20e9
@@ -169,12 +169,12 @@ def test_files_that_the_hub_does_not_take():
     assert not planned(hub_recipe(shard_tokens=10**9), tokens=1e8, parameters=1e9).advice
     many = hub_recipe(shard_tokens=100, partitions=3)
     found = too_many_files(many, 10**10)
-    assert found == "the Hub takes 10,000 files, not 100,000,002: output.shard_tokens has to be 2_000_000 or more"  # fmt: skip
+    assert found == "the Hub takes 10,000 files, not 100,000,002: output.shard_tokens must be 2_000_000 or more"  # fmt: skip
     assert count_shards(hub_recipe(shard_tokens=2_000_000, partitions=3), 10**10) <= 10_000
     assert count_shards(hub_recipe(shard_tokens=1_000_000, partitions=3), 10**10) > 10_000
     assert not too_many_files(hub_recipe(partitions=10_000), 10**10)
     assert too_many_files(hub_recipe(partitions=10_001), 10**10) == (
-        "the Hub takes 10,000 files, not 10,001: output.partitions has to be 10_000 or less"
+        "the Hub takes 10,000 files, not 10,001: output.partitions must be 10_000 or less"
     )
 
 
@@ -216,8 +216,8 @@ def test_a_usual_shape_is_near_to_real_ones():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], r"no corpus\.max_tokens; say how many with --tokens 1e9"),
-        (["--tokens", "1e9"], "cannot be seen without the Hub; say it with --parameters 8e9"),
+        ([], r"no corpus\.max_tokens; give the number of tokens, such as --tokens 1e9"),
+        (["--tokens", "1e9"], "is unknown without the Hub; give it, such as --parameters 8e9"),
     ],
 )
 def test_what_is_missing_is_asked_for(cli, tmp_path, arguments, message):
@@ -243,10 +243,10 @@ def test_the_command_says_it_to_a_person_and_to_a_program(cli):
         "speed     20,611 tokens/s: 30% (as others on an H100) of 19.5 TFLOPS of one a100",
         "compute   13.5 GPU hours for 1,000,000,000 tokens: 13.5 h on 1 GPU",
         "data      162.0 GB, 162 bytes per token, in 100,000 shards of 1.6 MB",
-        "the Hub   22 min to send at 1,000 Mbit/s; 50,002 commits, for which at least 16.2 days have to pass",
+        "the Hub   22 min to send at 1,000 Mbit/s; 50,002 commits, which take at least 16.2 days",
         "disk      6.5 MB with --publish-to ORG/NAME --discard-local",
-        "together  16.2 days: all of it goes on at the same time, and committing takes longest",
-        "but       the Hub takes 10,000 files, not 100,000: output.shard_tokens has to be 1_000_000 or more",
+        "together  16.2 days: all steps run at the same time, and committing takes longest",
+        "but       the Hub takes 10,000 files, not 100,000: output.shard_tokens must be 1_000_000 or more",
     ]  # fmt: skip
     status, out, err = cli("plan", EMBEDDED_RECIPE, "--tokens", "1e9", "--gpu", "a100", "--json")
     values = json.loads(out)

@@ -120,9 +120,9 @@ def test_it_looks_further_than_the_first_row(settle):
         ({"messages": HI, "conversations": HI}, {}, r'set corpus\.messages_column = "messages", or corpus\.messages_column = "conversations"'),
         ({"messages": HI, "prompt": "a", "completion": "b"}, {}, r'messages_column = "messages", or corpus\.prompt_column = "prompt" with corpus\.text_column = "completion"'),
         ({"messages": HI, "prompt": "a"}, {"generation": GENERATION}, r'messages_column = "messages", or corpus\.text_column = "prompt"'),
-        ({"prompt": "a", "completion": "b"}, {"sequences": 'learn = "last"'}, r"sequences\.learn means something only with corpus\.messages_column"),
-        ({"text": "a"}, {"corpus": 'tools_column = "tools"'}, r"tools_column means something only with messages_column"),
-        ({"messages": HI}, {"sequences": 'eos = "always"'}, r"sequences\.eos means nothing with corpus\.messages_column"),
+        ({"prompt": "a", "completion": "b"}, {"sequences": 'learn = "last"'}, r"sequences\.learn is valid only with corpus\.messages_column"),
+        ({"text": "a"}, {"corpus": 'tools_column = "tools"'}, r"tools_column is valid only with messages_column"),
+        ({"messages": HI}, {"sequences": 'eos = "always"'}, r"sequences\.eos has no effect with corpus\.messages_column"),
     ],
 )  # fmt: skip
 def test_what_is_in_doubt_or_cannot_be_is_one_line(settle, row, changes, message):

@@ -179,7 +179,7 @@ def test_a_flash_attention_that_a_class_replaces_by_a_kernel_is_refused(
     model_class = AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model("flint"))]
     with pytest.raises(
         ValueError,
-        match=r"FlintForCausalLM runs with kernels-community/.* that a recipe cannot pin",
+        match=r"FlintForCausalLM runs with kernels-community/.* which a recipe cannot pin",
     ):
         module.check_attention("flash_attention_2", model_class)
     with pytest.raises(ValueError, match=r"MambaForCausalLM has no flash attention; leave"):

@@ -82,7 +82,7 @@ PACKED = {
     "modelopt": (
         as_float8("weight_scale"),
         {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}},
-        r"quantised by modelopt, .* not undone \(model\S+ is stored as F8_E4M3\); use the unquantised",
+        r"quantised by modelopt, .* did not unpack \(model\S+ is stored as F8_E4M3\); use the unquantised",
     ),
     "static float8": (as_float8("input_scale"), None, r"by no method that config\.json names.*F8_E4M3"),
     "lost config": (as_float8(None), None, r"by no method that config\.json names.* F8_E4M3"),
@@ -119,7 +119,7 @@ HOMELESS = {
     "norms of heads": (
         extra(**{"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}),
         None,
-        r"self_attn\.q_norm\.weight, for which LlamaForCausalLM .* no place",
+        r"self_attn\.q_norm\.weight, which LlamaForCausalLM .* does not use",
     ),
     "further layers": (None, {"num_hidden_layers": 1}, r"num_hidden_layers = 1: correct that"),
     "an adapter in it": (
@@ -130,12 +130,12 @@ HOMELESS = {
     "a classifier": (
         extra(**{"score.weight": torch.ones(2, 32)}),
         None,
-        r"has score\.weight, for which",
+        r"has score\.weight, which",
     ),
     "a bias that is named like a mask": (
         extra(**{"model.layers.0.self_attn.bias": torch.ones(32)}),
         None,
-        r"self_attn\.bias, for which",
+        r"self_attn\.bias, which",
     ),
     "a layer that is no head of further tokens": (
         extra(**{"model.layers.2.mlp.up_proj.weight": torch.ones(64, 32)}),
@@ -231,7 +231,8 @@ def test_what_changes_no_logit_is_left_out(write, case):
 def test_a_head_of_its_own_is_not_shared(write):
     directory = write(make_model("llama"), config={"tie_word_embeddings": True})
     assert_refused(
-        directory, r"lm_head\.weight is model\.embed_tokens\.weight .* has another one; set"
+        directory,
+        r"lm_head\.weight to model\.embed_tokens\.weight .* has a different lm_head\.weight; set",
     )
 
 
@@ -307,7 +308,7 @@ def test_frequencies_that_are_not_those_of_config_are_refused(write):
         }
     )
     assert_refused(
-        write(make_model("llama"), stored), r"inv_freq .* is not what config\.json makes"
+        write(make_model("llama"), stored), r"inv_freq .* does not match rope_theta in config\.json"
     )
 
 
@@ -343,7 +344,7 @@ def test_a_bias_may_rule_out_tokens(write):
 def test_a_file_that_was_not_written_to_the_end_is_refused(write):
     model = make_model("llama", hidden_size=256, head_dim=64, intermediate_size=256)
     zeros = lambda weights: weights["model.layers.1.mlp.up_proj.weight"].zero_()  # noqa: E731
-    assert_refused(write(model, zeros), r"layers\.1\.mlp\.up_proj\.weight is zero throughout")
+    assert_refused(write(model, zeros), r"layers\.1\.mlp\.up_proj\.weight is all zeros")
 
 
 # Files
@@ -504,7 +505,7 @@ def test_a_vocabulary_that_is_not_read_is_named(write):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (directory / name).unlink()
     (directory / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
-    assert_refused(directory, r"has no tokenizer\.json, and other vocabularies are not read")
+    assert_refused(directory, r"has no tokenizer\.json, and other vocabulary files are not read")
 
 
 def test_a_distributed_checkpoint_is_refused(write):

@@ -275,7 +275,7 @@ NO_HOME: dict[str, tuple[str, dict[str, Any], str]] = {
     "not causal": ("llama", {"attention.causal": False}, r"not causal"),
     "groups of heads of Falcon": ("falcon", {"attention.head_count_kv": 2}, r"falcon\.attention\.head_count_kv = 2"),
     "gates of experts": ("qwen3_moe", {"expert_gating_func": 2}, r"expert_gating_func = 2"),
-    "an adapter": ("llama", {"general.type": "adapter"}, r"kind 'adapter' and not a model; merge"),
+    "an adapter": ("llama", {"general.type": "adapter"}, r"type 'adapter', not a model; merge"),
     "a part": ("llama", {"split.count": 3}, r"one of 3 parts; join them with"),
     "no size": ("llama", {"attention.head_count": None}, r"does not say llama\.attention\.head_count"),
     "other sizes": ("llama", {"attention.head_count_kv": 4}, r"other shapes than its configuration"),
@@ -289,10 +289,10 @@ def test_what_has_no_place_is_refused(tmp_path, load, case):
 
 
 TENSORS: dict[str, tuple[str, dict[str, torch.Tensor], str]] = {
-    "a bias": ("qwen2", {"blk.1.attn_output.bias": torch.ones(64)}, r"blk\.1\.attn_output\.bias, for which Qwen2F"),
-    "norms of heads": ("qwen2", {"blk.0.attn_q_norm.weight": torch.ones(16)}, r"attn_q_norm\.weight, for which"),
+    "a bias": ("qwen2", {"blk.1.attn_output.bias": torch.ones(64)}, r"blk\.1\.attn_output\.bias, which Qwen2F"),
+    "norms of heads": ("qwen2", {"blk.0.attn_q_norm.weight": torch.ones(16)}, r"attn_q_norm\.weight, which"),
     "a further layer": ("llama", {"blk.2.attn_norm.weight": torch.ones(64)}, r"blk\.2\.attn_norm\.weight, for"),
-    "a head that is shared": ("gemma2", {"output.weight": torch.ones(448, 64)}, r"output\.weight, for which"),
+    "a head that is shared": ("gemma2", {"output.weight": torch.ones(448, 64)}, r"output\.weight, which"),
     "experts": ("llama", {"blk.0.ffn_up_exps.weight": torch.ones(4, 96, 64)}, r"blk\.0\.ffn_up_exps\.weight"),
     "a tensor of a newer reader": ("lfm2", {"blk.0.attn_sinks.weight": torch.ones(4)}, r"attn_sinks\.weight"),
     "one kind of factors": ("phi3", {"rope_factors_long.weight": torch.ones(6)}, r"rope_factors_long\) with other"),
@@ -372,7 +372,7 @@ def test_an_original_config_has_to_agree_with_factors_of_the_file(tmp_path, load
     [
         ("qwen2", {}, r"teacher\.config is of the type 'qwen2', .* 'llama', which is 'llama' or 'mistral'"),
         ("llama", {"attention_bias": True}, r"no tensor for model\.layers\.0\.self_attn\.\w+\.bias and \d+ more"),
-        ("llama", {"num_hidden_layers": 1}, r"has blk\.1\.\S+ and \d+ more, for which"),
+        ("llama", {"num_hidden_layers": 1}, r"has blk\.1\.\S+ and \d+ more, which"),
         ("llama", {"intermediate_size": 64}, r"other shapes than its configuration says"),
     ],
 )  # fmt: skip
@@ -466,7 +466,7 @@ def test_a_config_is_pinned_by_its_content(tmp_path, make_recipe, tiny_tokenizer
             {"gguf": "tiny.gguf", "config": "tokenizer"},
             r"teacher\.config: 'tokenizer/config\.json' does not",
         ),
-        ({"path": "tokenizer", "config": "tokenizer"}, r"config means something only with gguf"),
+        ({"path": "tokenizer", "config": "tokenizer"}, r"config is valid only with gguf"),
     ],
 )
 def test_a_config_that_is_not_there_is_refused(

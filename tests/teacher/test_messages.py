@@ -53,7 +53,7 @@ def pickled(d):
 
 
 DAMAGE = {
-    "only tokenizer.model": (sentencepiece, "it has no tokenizer.json, and other vocabularies are not read; save it with a fast"),
+    "only tokenizer.model": (sentencepiece, "it has no tokenizer.json, and other vocabulary files are not read; save it with save_pretrained of a fast"),
     "shards without an index": (no_index, f"it has {FIRST}, but neither model.safetensors nor {INDEX}"),
     "a missing shard": (missing_shard, f"it lacks {SECOND}, which {INDEX} names; download it"),
     "an adapter that is not named as one": (
@@ -72,10 +72,10 @@ DAMAGE = {
         lambda d: configure(d, quantization_config=BITNET),
         "config.json says that its weights are quantised by bitnet, but the checkpoint has no model.layers.0.mlp.down_proj.weight_scale and",
     ),
-    "pickled weights": (pickled, "it has no model.safetensors, and other weights are not read, for a pickle file can run code"),
+    "pickled weights": (pickled, "it has no model.safetensors, and other formats are not read because pickle files can run code"),
     "half a config.json": (lambda d: (d / "config.json").write_text("{"), "its config.json is not valid ("),
     "a value of another type": (lambda d: configure(d, num_attention_heads="four"), "its config.json is not valid (Validation error for field 'num_attention_heads'"),
-    "a value that cannot be": (lambda d: configure(d, num_attention_heads=0), "it cannot be made of its files (ZeroDivisionError:"),
+    "a value that cannot be": (lambda d: configure(d, num_attention_heads=0), "it cannot be loaded from its files (ZeroDivisionError:"),
     "a damaged tokenizer.json": (lambda d: (d / "tokenizer.json").write_text("no"), "one of its JSON files is not valid (Expecting value"),
 }  # fmt: skip
 
@@ -109,7 +109,7 @@ def test_what_fails_inside_the_probe_is_said_in_a_line(
     status, _, said = cli("build", make_recipe(), "--output", tmp_path / "out", "--device", "cpu")
     assert status == 1
     assert said.startswith(
-        "error: teacher tiny: LlamaForCausalLM does not run on a text alone (KeyError: 'attention_sinks'); "
+        "error: teacher tiny: LlamaForCausalLM does not run on text alone (KeyError: 'attention_sinks'); "
     )
     assert len(said.strip().splitlines()) == 1
 

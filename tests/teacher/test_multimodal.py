@@ -107,7 +107,7 @@ def test_what_is_not_causal_is_refused_for_that_reason(saved):
     ("name", "why"),
     [
         ("t5gemma2", "T5Gemma2ForConditionalGeneration is not a causal .* but an encoder–decoder"),
-        ("blip", r"BlipForConditionalGeneration does not run on a text alone \(TypeError: .*pixel"),
+        ("blip", r"BlipForConditionalGeneration does not run on text alone \(TypeError: .*pixel"),
     ],
 )
 def test_what_needs_a_picture_is_refused_in_a_line(saved, make_recipe, cli, tmp_path, name, why):

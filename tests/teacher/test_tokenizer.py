@@ -281,7 +281,7 @@ def test_what_the_file_says_of_a_token_holds_against_the_config(make_teacher):
     assert all(tokenizer.added_tokens_decoder[i].special for i in range(3))
     told = notices(directory)
     assert f"tokenizer_config.json gives '1' the id {number + 1}, tokenizer.json {number}" in told
-    assert "tokenizer_config.json describes added tokens otherwise than tokenizer.json" in told
+    assert "tokenizer_config.json describes added tokens differently from tokenizer.json" in told
 
 
 def test_extra_special_tokens_are_added_and_special(make_teacher):

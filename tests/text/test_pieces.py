@@ -121,7 +121,7 @@ def test_a_tokenizer_that_cannot_be_cut_gets_the_whole_and_says_why(backends, na
     assert tokenizer.seams.obstacle is not None
     (notice,) = notices
     assert notice.startswith(
-        f"document 'x' is tokenized {len(PROSE):,} characters at a time, as a whole, for where a text can be cut is"
+        f"document 'x' is tokenized {len(PROSE):,} characters at a time, as a whole, because it is unknown where a text can be cut"
     )
     assert re.search(WHOLE[name][1], notice)
     list(tokenizer.of(parts(PROSE)))
@@ -133,7 +133,7 @@ def test_a_large_window_is_told_of(backends, small, monkeypatch):
     notices: list[str] = []
     list(Pieces(backends["gpt2"], notice=notices.append).of(parts("x" * 3000), name="document 'x'"))
     assert notices == [
-        f"document 'x' is tokenized {size:,} characters at a time, that has no place to be cut at: that takes 0 GB of memory or more"
+        f"document 'x' is tokenized {size:,} characters at a time, because they contain no place to cut: that takes 0 GB of memory or more"
         for size in (192,)
     ]
 
@@ -241,11 +241,11 @@ def test_a_place_that_is_none_any_more_is_refused(backends):
     encoder = encoder_of(backends["gpt2"], 20)
     chunks = encoder.sequences(Document(id="x", text=PROSE))
     places = [chunks.place for _ in chunks]
-    with pytest.raises(ValueError, match=r"document 'x' has no .*start anew in another directory"):
-        encoder.sequences(Document(id="x", text="fox" * 10), places[5])
     with pytest.raises(
-        ValueError, match=r"no place between two tokens at character 602, .* before"
+        ValueError, match=r"document 'x' no longer has .*start again in another directory"
     ):
+        encoder.sequences(Document(id="x", text="fox" * 10), places[5])
+    with pytest.raises(ValueError, match=r"no longer has a token boundary at character 602"):
         encoder.sequences(
             Document(id="x", text=" quick" * 500), replace(places[5], character=602, token=0)
         )

@@ -352,5 +352,5 @@ def test_another_teacher_or_tokenizer_is_refused(copy, tiny_teacher_dir, tmp_pat
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ValueError, match=r"not the dataset's: teacher\.sha256"):
         verify(copy, recompute=1, teacher_path=other)
-    with pytest.raises(ValueError, match="name it with --teacher PATH"):
+    with pytest.raises(ValueError, match="give it with --teacher PATH"):
         verify(copy, recompute=1)

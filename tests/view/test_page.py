@@ -405,16 +405,16 @@ def test_the_command_opens_the_page_or_says_how(
 def test_one_line_says_what_is_wrong(built, tmp_path, tiny_teacher_dir):
     (tmp_path / "folder.html").mkdir()
     for arguments, message in (
-        ((built, "--output", "x.txt"), "--output x.txt is no page; give it a name that ends in .html"),
+        ((built, "--output", "x.txt"), "--output x.txt is not an HTML file; use a name that ends in .html"),
         ((built, "--output", tmp_path / "no" / "x.html"), f"x.html: there is no directory {tmp_path / 'no'}; create it"),
-        ((built, "--output", tmp_path / "folder.html"), "folder.html is no page; give it a name"),
+        ((built, "--output", tmp_path / "folder.html"), "folder.html is not an HTML file; use a name"),
         ((built, "--start", 999, "--teacher", tiny_teacher_dir), "the dataset has rows 0 to"),
         ((tmp_path,), "has no manifest.json: it is not a logit dataset"),
-        ((built,), "name it with --teacher PATH"),
+        ((built,), "give it with --teacher PATH"),
         (("org/set@v1", "--revision", "v2"), "org/set@v1 names a revision, and --revision names another"),
     ):  # fmt: skip
         result = run_cli("view", *arguments)
-        is_wrong_call = "is no page; give" in message or "names a revision" in message
+        is_wrong_call = "is not an HTML file; use" in message or "names a revision" in message
         assert result.returncode == (2 if is_wrong_call else 1)
         assert re.fullmatch(rf"error: .*{re.escape(message)}.*\n", result.stderr), result.stderr
     assert not Path("view.html").exists()
