@@ -132,7 +132,7 @@ SHOWN = [
     (page, *command)
     for page in PAGES
     for command in re.findall(
-        r"^\$ \.venv/bin/logit-dataset (info out/(capitals|chats) .*)\n((?:[^$`].*\n)+)",
+        r"^\$ \.venv/bin/logit-dataset (info out/(answers|capitals|chats) .*)\n((?:[^$`].*\n)+)",
         page.read_text("utf-8"),
         re.MULTILINE,
     )
@@ -141,10 +141,10 @@ NUMBER = re.compile(r"(?<![\w.])\d+\.\d+")
 
 
 def test_pages_show_positions_of_examples():
-    assert {name for _, _, name, _ in SHOWN} == {"capitals", "chats"}
+    assert {name for _, _, name, _ in SHOWN} == {"answers", "capitals", "chats"}
 
 
-@pytest.mark.parametrize("name", ["capitals", "chats"])
+@pytest.mark.parametrize("name", ["answers", "capitals", "chats"])
 def test_pages_show_what_the_examples_print(cli, tmp_path, monkeypatch, name):
     """Line by line, where a page does not leave some out; numbers may differ by what another CPU makes of them."""
     recipe = REPOSITORY / "examples" / name / "recipe.toml"
@@ -165,3 +165,42 @@ def test_pages_show_what_the_examples_print(cli, tmp_path, monkeypatch, name):
 
 def masked(line: str) -> str:
     return NUMBER.sub("#", line).rstrip()
+
+
+def test_the_dry_run_of_the_docs(cli, tmp_path):
+    """All of it but the time, which is this machine's."""
+    page = (REPOSITORY / "docs" / "planning.md").read_text(encoding="utf-8")
+    block = re.search(r"^\$ logit-dataset build (\S+) .*--dry-run.*\n((?:.+\n)+?)```", page, re.M)
+    recipe, lines = block.groups()
+    status, out, err = cli("build", REPOSITORY / recipe, "--output", tmp_path / "x", "--dry-run")
+    assert status == 0
+    assert "max_tokens = 50000" in out
+    shown, said = (re.sub(r"about \d+ \w+ on", "about … on", text) for text in (lines, err))
+    assert shown.splitlines() == said.splitlines()
+
+
+def test_pages_show_what_verify_prints(cli, monkeypatch):
+    """Of the dataset that `make build-dataset` makes, where it is there; it takes minutes."""
+    command = (
+        r"^(?:\$ \.venv/bin/logit-dataset|\.venv/bin/logit-dataset) verify .*--recompute 3.*\n"
+    )
+    blocks = {
+        page.name: found[1].splitlines()[:2]
+        for page in PAGES
+        if (found := re.search(command + r"((?:.+\n)+?)```", page.read_text("utf-8"), re.M))
+    }
+    assert set(blocks) == {"README.md", "verify.md"}
+    lines = blocks["verify.md"]
+    assert blocks["README.md"] == lines
+    seed = re.search(r"seed (\d+)", lines[0])[1]
+    monkeypatch.chdir(REPOSITORY)
+    dataset = lines[1].split(":")[0]
+    if not (REPOSITORY / dataset / "manifest.json").exists():
+        pytest.skip("make build-dataset has not run here")
+    status, out, _ = cli("verify", dataset, "--recompute", 3, "--seed", seed)
+    assert status == 0
+    for line, found in zip(lines, out.splitlines()[:2], strict=True):
+        shown, said = (re.sub(r"\d\.\de-\d+", "…", text) for text in (line, found))
+        assert masked(shown) == masked(said)
+        shown, said = (list(map(float, NUMBER.findall(text))) for text in (shown, said))
+        assert shown == pytest.approx(said, abs=0.002)
