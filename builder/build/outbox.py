@@ -58,7 +58,7 @@ class _Sent(NamedTuple):
 
 
 class Outbox:
-    """Sends finished shards, and knows which have arrived."""
+    """Uploads finished shards, and knows which have arrived."""
 
     def __init__(
         self,
@@ -68,13 +68,13 @@ class Outbox:
         max_local: int = MAX_LOCAL_SHARDS,
         notice: Notice,
     ) -> None:
-        """Do nothing yet.
+        """Store the settings; nothing is sent yet.
 
         Args:
-            repo: exists, and may be written to.
-            discard: whether a file is deleted here once it is there.
-            max_local: data files on the disk, with `discard`.
-            notice: told, in a line, what the user should know.
+            repo: a repository that exists and is writable.
+            discard: delete each local file once it is in the repository.
+            max_local: data files kept on disk, with `discard`.
+            notice: called with one line that the user should know.
         """
         self.repo, self.discards = repo, discard
         self._max_local = max_local
@@ -91,15 +91,15 @@ class Outbox:
         self._thread = Thread(target=self._run, name="outbox", daemon=True)
 
     def open(self, output: Path, state: BuildState, known: KnownSources) -> None:
-        """Read what the branch holds, make the directory resume it, and begin to send.
+        """Read the branch, prepare the directory to resume from it, and start sending.
 
         Args:
             output: directory of the dataset.
             state: of the build there, locked.
-            known: given the commits that the branch's build has resolved.
+            known: receives the commits that the branch's build resolved.
 
         Raises:
-            ValueError: the branch is something else's, or the directory holds another build than the branch.
+            ValueError: the branch belongs to something else, or the directory holds another build than the branch.
         """
         self._output, self._state, self._known = output, state, known
         refs = self.repo.refs()
@@ -131,14 +131,14 @@ class Outbox:
         return self.repo.is_of_main(self._head) or self.repo.tree(main) == tree
 
     def held(self, partition: int, index: int) -> ShardRecord | None:
-        """The record of a shard that is on the branch; its file need not be here."""
+        """Return the record of a shard that is on the branch; its file need not be local."""
         found = self._held.get((partition, index))
         return found[0] if found else None
 
     def room(self, under_way: int = 0) -> bool:
-        """Whether another shard may be begun: waits until it may.
+        """Wait until another shard may be started, and return whether it may.
 
-        Where others are under way, it does not wait, for then one of those has to be finished and handed over first.
+        If other shards are in progress, this does not wait: one of them has to be finished and handed over first.
         """
         with self._changed:
             while self.discards:
@@ -154,10 +154,10 @@ class Outbox:
             return True
 
     def put(self, record: ShardRecord) -> None:
-        """Hand over a finished shard, whose file is in the directory.
+        """Hand over a finished shard whose file is in the directory.
 
         Raises:
-            ValueError: an earlier one could not be sent, or the Hub will not take this one.
+            ValueError: an earlier shard could not be sent, or the Hub refuses this one.
         """
         if record.bytes > MAX_FILE_BYTES:
             raise ValueError(
@@ -175,10 +175,10 @@ class Outbox:
             self._changed.notify_all()
 
     def drain(self) -> None:
-        """Wait until all that was handed over is on the branch.
+        """Wait until every shard that was handed over is on the branch.
 
         Raises:
-            ValueError: something could not be sent.
+            ValueError: a shard could not be sent.
         """
         with self._changed:
             self._closing = True
@@ -188,13 +188,13 @@ class Outbox:
             self._check()
 
     def abandon(self) -> None:
-        """Send nothing more: the build has failed."""
+        """Send nothing more, because the build failed."""
         with self._changed:
             self._abandoned = True
             self._changed.notify_all()
 
     def discard(self, records: Iterable[ShardRecord]) -> None:
-        """Delete shards from the branch, when all that was handed over is there: their records count for nothing without them.
+        """Delete shards from the branch once every shard handed over is there. Without files, their records are void.
 
         Raises:
             ValueError: the Hub refuses.
@@ -211,7 +211,7 @@ class Outbox:
             )
 
     def curves(self, records: Iterable[ShardRecord]) -> Curves:
-        """What the card's pictures show of shards that are on the branch."""
+        """Return what the card's pictures show of shards on the branch."""
         return curves_of(self._held[record.partition, record.index][1] for record in records)
 
     def _check(self) -> None:

@@ -29,7 +29,7 @@ OWN_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{3,}}-\d{{5,}}\.parquet", re.AS
 
 
 class BuildState:
-    """What an unfinished build keeps in `.build/`: the plan, shard records, and a lock."""
+    """The files of an unfinished build in `.build/`: the plan, shard records, and a lock."""
 
     def __init__(self, output: Path) -> None:
         self._output = output
@@ -39,7 +39,7 @@ class BuildState:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory against a second build.
+        """Lock the directory against a second build.
 
         Raises:
             ValueError: another process is building here, or the directory holds something else.
@@ -72,20 +72,20 @@ class BuildState:
             lock.release()
 
     def known_sources(self) -> KnownSources:
-        """What earlier runs resolved."""
+        """Return what earlier runs resolved."""
         return (
             KnownSources(**self.read("known")) if self._path("known").exists() else KnownSources()
         )
 
     def remember(self, known: KnownSources) -> None:
-        """Keep what was resolved for later runs."""
+        """Store what was resolved, for later runs."""
         write_json(self._path("known"), asdict(known))
 
     def settle(self, name: str, values: dict[str, Any]) -> None:
-        """Write down something that may not change once there are shards.
+        """Store a value that must not change once there are shards.
 
         Raises:
-            ValueError: an earlier run wrote down something else, and built with it.
+            ValueError: an earlier run stored another value and built shards with it.
         """
         if not self.has_shards() or not self._path(name).exists():
             write_json(self._path(name), values)
@@ -97,11 +97,11 @@ class BuildState:
             )
 
     def adopt(self, elsewhere: str, settled: dict[str, dict[str, Any]]) -> None:
-        """Go on with a build whose shards, or some of them, are elsewhere.
+        """Continue a build some or all of whose shards are elsewhere.
 
         Args:
-            elsewhere: where, for messages.
-            settled: what was settled there, by name.
+            elsewhere: where they are, for messages.
+            settled: the values settled there, by name.
 
         Raises:
             ValueError: the directory holds shards of another build.
@@ -111,14 +111,14 @@ class BuildState:
         self._elsewhere = elsewhere
 
     def note_repository(self, repo: str) -> None:
-        """Remember that shards will be deleted here, because a repository holds them."""
+        """Record the repository that holds the shards, because local files will be deleted."""
         write_json(self._path("repository"), {"repo": repo})
 
     def check_repository(self, repo: str | None) -> None:
-        """See that a build is resumed where its shards are.
+        """Check that a build is resumed with the repository that holds its shards.
 
         Raises:
-            ValueError: they are in a repository that was not named.
+            ValueError: the shards are in a repository that was not named.
         """
         if self._path("repository").exists() and (there := self.read("repository")["repo"]) != repo:
             raise ValueError(
@@ -127,19 +127,19 @@ class BuildState:
             )
 
     def read(self, name: str) -> dict[str, Any]:
-        """What `settle` wrote down."""
+        """Return what `settle` stored."""
         return _read(self._path(name), "start again in another directory")
 
     def settled(self, name: str) -> dict[str, Any] | None:
-        """The same, if there are shards that hold to it."""
+        """Return the same, if there are shards that were built with it."""
         return self.read(name) if self.has_shards() and self._path(name).exists() else None
 
     def has_shards(self) -> bool:
-        """Whether any was finished, here or elsewhere."""
+        """Return whether any shard was finished, here or elsewhere."""
         return bool(self._elsewhere) or any((self._directory / "records").glob("*.json"))
 
     def record(self, partition: int, index: int) -> ShardRecord | None:
-        """The record of a shard, whatever has become of its file."""
+        """Return the record of a shard, whatever the state of its file."""
         path = self._record_path(partition, index)
         if not path.exists():
             return None
@@ -148,7 +148,7 @@ class BuildState:
     def intact_record(
         self, partition: int, index: int, notice: Callable[[str], None]
     ) -> ShardRecord | None:
-        """The record of a shard whose file is what it was, else None."""
+        """Return the record of a shard if its file is unchanged, else None."""
         record = self.record(partition, index)
         if record is None:
             return None
@@ -165,15 +165,15 @@ class BuildState:
         return None
 
     def recorded_files(self) -> set[str]:
-        """The files of all records here, intact or not."""
+        """Return the local files of all records, intact or not."""
         paths = (self._directory / "records").glob("*.json")
         return {_read(path, "delete it to rebuild its shard")["file"] for path in paths}
 
     def add(self, record: ShardRecord) -> None:
-        """Make a shard count.
+        """Record a finished shard.
 
         Raises:
-            ValueError: it replaces a damaged shard, but ends elsewhere in the corpus than that did; or its file is not here.
+            ValueError: the shard replaces a damaged one but ends elsewhere in the corpus, or its file is missing.
         """
         try:
             size = (self._output / record.file).stat().st_size
@@ -196,20 +196,20 @@ class BuildState:
         write_json(path, record.to_json())
 
     def discard(self, records: Iterable[ShardRecord]) -> None:
-        """Have shards not exist any more."""
+        """Delete shards and their records."""
         for record in records:
             self._record_path(record.partition, record.index).unlink(missing_ok=True)
             (self._output / record.file).unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Delete what killed processes left half-written. One that still writes there fails when it is done."""
+        """Delete partial files of killed processes. A process that still writes one fails when it finishes."""
         for partial in (*self._output.glob(f".{HEAD_FILE}.*.partial"), *(self._output / "data").glob(".*.partial")):  # fmt: skip
             partial.unlink(missing_ok=True)
         if not self.has_shards():  # it may be of another teacher
             (self._output / HEAD_FILE).unlink(missing_ok=True)
 
     def refuse_strangers(self) -> None:
-        """See that `data/` holds nothing but shards of this program, for readers take all of it for the dataset.
+        """Check that `data/` holds only shards of this program, because readers take every file in it for the dataset.
 
         Raises:
             ValueError: it holds another Parquet file.
@@ -234,7 +234,7 @@ class BuildState:
                 path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Forget everything: the manifest has taken over."""
+        """Delete the state of the build; the manifest replaces it."""
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _path(self, name: str) -> Path:

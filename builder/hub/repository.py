@@ -127,10 +127,10 @@ class Repository:
         self._call = Calls(repo_id, notice, waits)
 
     def check_login(self) -> None:
-        """See whether the Hub accepts the user's token.
+        """Check that the Hub accepts the user's token.
 
         Raises:
-            ValueError: there is none, or it is not accepted.
+            ValueError: there is no token, or the Hub refuses it.
         """
         if get_token() is None:
             raise ValueError(
@@ -139,7 +139,7 @@ class Repository:
         self._call(lambda: self._api.whoami())
 
     def refs(self) -> Refs | None:
-        """Branches and tags; None if there is no such repository."""
+        """Return branches and tags; None if the repository does not exist."""
         try:
             refs = self._call(lambda: self._api.list_repo_refs(self.id, repo_type="dataset"))
         except NoRepository:
@@ -150,11 +150,11 @@ class Repository:
         )
 
     def is_private(self) -> bool:
-        """Whether only some can see it."""
+        """Return whether the repository is private."""
         return bool(self._call(lambda: self._api.dataset_info(self.id)).private)
 
     def tree(self, revision: str, paths: list[str] | None = None) -> Tree:
-        """All files of a revision, or those of some paths that are there."""
+        """List all files of a revision, or those of the given paths that exist."""
 
         def attempt() -> list[Any]:
             where: dict[str, Any] = {"repo_type": "dataset", "revision": revision}
@@ -172,7 +172,7 @@ class Repository:
         }
 
     def download(self, path: str, revision: str) -> Path | None:
-        """A file of a revision, in the cache; None if there is none."""
+        """Download a file of a revision into the cache; None if it does not exist."""
         try:
             return Path(
                 self._call(
@@ -185,11 +185,11 @@ class Repository:
             return None
 
     def open(self, path: str, revision: str) -> Any:
-        """A file of a revision to read from anywhere in it, without fetching all of it."""
+        """Open a file of a revision for random access, without downloading all of it."""
         return HfFileSystem().open(f"datasets/{self.id}@{revision}/{path}", "rb")
 
     def create(self, *, private: bool) -> None:
-        """Make it, where it does not exist."""
+        """Create the repository if it does not exist."""
         self._call(
             lambda: self._api.create_repo(
                 self.id, repo_type="dataset", private=private or None, exist_ok=True
@@ -197,7 +197,7 @@ class Repository:
         )
 
     def create_branch(self, branch: str, commit: str) -> str:
-        """Make a branch, where it does not exist: its commit."""
+        """Create a branch if it does not exist, and return its commit."""
         self._call(
             lambda: self._api.create_branch(
                 self.id, repo_type="dataset", branch=branch, revision=commit, exist_ok=True
@@ -206,7 +206,7 @@ class Repository:
         return self.head(branch)
 
     def delete_branch(self, branch: str) -> None:
-        """Remove a branch, if it is there."""
+        """Delete a branch if it exists."""
 
         def attempt() -> None:
             refs = self.refs()
@@ -216,7 +216,7 @@ class Repository:
         self._call(attempt)
 
     def send(self, addition: CommitOperationAdd, branch: str) -> None:
-        """Send the content of a large file; a commit can bring it into the branch afterwards."""
+        """Upload the content of a large file; a commit can add it to the branch later."""
         self._call(
             lambda: self._api.preupload_lfs_files(
                 self.id, [addition], repo_type="dataset", revision=branch, free_memory=False
@@ -232,18 +232,18 @@ class Repository:
         parent: str,
         landed: Callable[[Tree], bool],
     ) -> str:
-        """Make one commit on a branch that still stands at `parent`: its hash.
+        """Make one commit on a branch that is still at `parent`, and return its hash.
 
         Args:
             branch: to commit on.
             operations: huggingface_hub's.
-            message: first line of the commit.
+            message: first line of the commit message.
             parent: commit that the branch must be at.
-            landed: whether the tree of another commit shows that this one was made, and only its answer lost.
+            landed: whether the tree of another commit shows that this one was made and only its answer was lost.
 
         Raises:
-            Moved: somebody else has moved the branch.
-            ValueError: the Hub refuses. In both cases, nothing was changed.
+            Moved: somebody else moved the branch.
+            ValueError: the Hub refuses. In both cases, nothing changes.
         """
         operations = list(operations)
 
@@ -274,10 +274,10 @@ class Repository:
         return any(one.commit_id == commit for one in commits)
 
     def tag(self, tag: str, commit: str, *, message: str) -> None:
-        """Name a commit.
+        """Tag a commit.
 
         Raises:
-            ValueError: the tag names another commit.
+            ValueError: the tag already names another commit.
         """
         self._call(
             lambda: self._api.create_tag(
@@ -293,11 +293,11 @@ class Repository:
             raise ValueError(f"{tag} of {self.id} was set by someone else in the meantime")
 
     def tagged(self, tag: str) -> str:
-        """The commit behind a tag."""
+        """Return the commit behind a tag."""
         return str(self._call(lambda: self._api.dataset_info(self.id, revision=tag)).sha)
 
     def head(self, branch: str) -> str:
-        """The commit at which a branch stands."""
+        """Return the commit that a branch is at."""
         refs = self.refs()
         if refs is None or branch not in refs.branches:
             raise ValueError(f"branch {branch} of {self.id} was deleted in the meantime")
