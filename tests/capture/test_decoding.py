@@ -187,3 +187,40 @@ def test_a_text_whose_distribution_is_none_comes_back_as_none(tiny_model, make_d
         embeddings.data[5] = before
     assert found[1] is None
     assert found[0] is not None
+
+
+# Drafts
+
+
+def test_a_drafter_goes_on_as_the_model_does_whatever_was_given_up_and_left_the_batch(make_decoder):
+    """Sequences of very different lengths that end, come back, lose their ends and get other tokens in the middle."""
+    model = make_model("llama")
+    decoder = make_decoder(model)
+    sequences = [list(ids) for ids in random_sequences((40, 1, 17, 5, 29))]
+    drafter = decoder.drafter(len(sequences), room=90)
+    counts_of_rounds = [(3, 12, 0, 7, 1), (0, 0, 9, 2, 4), (5, 0, 0, 0, 6), (1, 8, 2, 0, 3)]
+    for number, counts in enumerate(counts_of_rounds):
+        drafts = drafter.extend(sequences, list(counts))
+        for ids, draft, count in zip(sequences, drafts, counts, strict=True):
+            assert draft == written_alone(model, ids, [None] * count, 1, 1, set())
+            ids += draft
+            # A correction in the draft, or before it, behind which all may be new or as it was.
+            if count and (place := len(ids) - 1 - (number + count) % 4) > 0:
+                ids[place] = (ids[place] + 1) % TINY_VOCAB_SIZE
+                del ids[place + 1 + number % 2 :]
+    found = drafter.logits(sequences)
+    expected = torch.stack([whole_model_logits(model, ids)[-1] for ids in sequences])
+    torch.testing.assert_close(found.double(), expected.double(), atol=1e-4, rtol=0)
+
+
+def test_a_drafter_writes_nothing_behind_an_end(make_decoder):
+    """All at once, one after the other, and as the first token."""
+    model = make_model("llama")
+    prompts = [list(ids) for ids in PROMPTS]
+    free = [written_alone(model, ids, [None] * STEPS, 1, 1, set()) for ids in prompts]
+    for ends in ({ids[0] for ids in free}, {free[0][0], free[2][5]}):
+        decoder = make_decoder(model, eos=sorted(ends))
+        drafts = decoder.drafter(4, room=40).extend(prompts, [STEPS] * 4)
+        for ids, draft in zip(free, drafts, strict=True):
+            end = next((i + 1 for i, token in enumerate(ids) if token in ends), STEPS)
+            assert draft == ids[:end]

@@ -1,5 +1,7 @@
 """The invariants hold for whatever the teacher may say, and each is tight enough to be of use."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from builder.capture.distribution import capture
 from builder.capture.draws import uniforms
 from builder.verify.invariants import broken, drawn_targets, sampled_entropy
+from builder.verify.rows import _RowChecker
 from logit_dataset.schema import Layout
 from tests.capture.test_distribution import random_logits, rows_of_logits
 
@@ -108,3 +111,26 @@ def test_the_token_that_follows_is_drawn_as_often_as_its_probability_says():
     ):
         found, *_ = (v.sum() for v in drawn_targets(stored | {"tail_indices": forged}, targets))
         assert abs(found - expected) > 8 * variance**0.5
+
+
+@pytest.mark.parametrize(
+    ("hits", "expected", "variance", "is_chance"),
+    [
+        # Six standard errors are 585, the bound is 6 + √(36 + 36 · 9,500) = 591, and 5 % of rounding are 500.
+        (11_080, 10_000, 9_500, True),
+        (11_100, 10_000, 9_500, False),
+        (8_920, 10_000, 9_500, True),
+        (8_900, 10_000, 9_500, False),
+        # Of few, more than six standard errors may be chance.
+        (18, 2, 2, True),
+        (19, 2, 2, False),
+        (0, 0, 0, True),
+        (13, 0, 0, False),
+        (float("nan"), 10, 9, False),
+    ],
+)
+def test_how_far_the_hits_of_a_file_may_be_off(hits, expected, variance, is_chance):
+    checker = SimpleNamespace(problems=[], _file="train.parquet")
+    checker._hits, checker._expected_hits, checker._hits_variance = hits, expected, variance
+    _RowChecker._check_hits(checker)
+    assert (not checker.problems) is is_chance
