@@ -297,7 +297,7 @@ def test_code_that_is_no_teacher_is_refused_in_a_line(tmp_path, monkeypatch, bod
         ('path = "x"\nweights = "a.pt"', "weights is valid only with python"),
         ('python = "a.py"\nattention = "eager"', "attention has no effect with python"),
         ('python = "a.py"\ntensor_parallel = 2', "tensor_parallel has no effect with python"),
-        ('python = "a.py"\n[generation]\nmax_new_tokens = 5', "cannot write"),
+        ('python = "a.py"\n[generation]\nmax_new_tokens = 5', "cannot generate"),
     ],
 )
 def test_keys_that_mean_nothing_with_it_are_refused(tmp_path, lines, message):

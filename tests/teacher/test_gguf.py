@@ -291,7 +291,7 @@ def test_what_has_no_place_is_refused(tmp_path, load, case):
 TENSORS: dict[str, tuple[str, dict[str, torch.Tensor], str]] = {
     "a bias": ("qwen2", {"blk.1.attn_output.bias": torch.ones(64)}, r"blk\.1\.attn_output\.bias, which Qwen2F"),
     "norms of heads": ("qwen2", {"blk.0.attn_q_norm.weight": torch.ones(16)}, r"attn_q_norm\.weight, which"),
-    "a further layer": ("llama", {"blk.2.attn_norm.weight": torch.ones(64)}, r"blk\.2\.attn_norm\.weight, for"),
+    "a further layer": ("llama", {"blk.2.attn_norm.weight": torch.ones(64)}, r"blk\.2\.attn_norm\.weight, which"),
     "a head that is shared": ("gemma2", {"output.weight": torch.ones(448, 64)}, r"output\.weight, which"),
     "experts": ("llama", {"blk.0.ffn_up_exps.weight": torch.ones(4, 96, 64)}, r"blk\.0\.ffn_up_exps\.weight"),
     "a tensor of a newer reader": ("lfm2", {"blk.0.attn_sinks.weight": torch.ones(4)}, r"attn_sinks\.weight"),

@@ -248,5 +248,5 @@ def test_recipes(make_recipe):
     recipe = make_recipe(teacher_options="tensor_parallel = 2")
     with recipe.open("a") as file:
         file.write("\n[generation]\nmax_new_tokens = 8\n")
-    with pytest.raises(ValueError, match=r"split over processes .* cannot write"):
+    with pytest.raises(ValueError, match=r"split over processes .* cannot generate"):
         load_recipe(recipe)
