@@ -245,7 +245,7 @@ def test_draws_depend_on_seed_and_document_and_not_on_how_the_work_is_cut(
             "tail_samples = 0\ntail_logprobs = false",
             "tail_logprobs = false is valid only with tail_samples; leave it out",
         ),
-        ('top_k = "all"\ntail_logprobs = false', "is only valid with tail_samples"),
+        ('top_k = "all"\ntail_logprobs = false', "is valid only with tail_samples"),
         ("tail_logprobs = 0", r"output\.tail_logprobs: expected true or false"),
         (
             "temperatures = [2, 2.0]",

@@ -129,7 +129,7 @@ def test_a_number_of_processes_that_does_not_divide_the_heads_is_refused(
     )
     with pytest.raises(
         ValueError,
-        match=r"^teacher tiny: teacher\.tensor_parallel is 4, by which num_key_value_heads = 2",
+        match=r"^teacher tiny: teacher\.tensor_parallel is 4, which does not divide the model's num_key_value_heads = 2",
     ):
         load_teacher(str(tiny_teacher_dir), split=DistributedConfig(tp_size=4))
 
