@@ -1,6 +1,7 @@
 """A dataset of one exact entry and many draws goes through every door that one of a top 50 does."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -78,6 +79,19 @@ def test_without_their_log_probabilities_all_else_is_the_same(base):
     assert ids.equals(narrow.drop_columns("tail_logprobs"))
     bytes_of = [read_manifest(base / name)["totals"]["bytes_per_token"] for name in ("narrow", "ids")]  # fmt: skip
     assert bytes_of[0] - bytes_of[1] > DRAWS
+
+
+@pytest.mark.parametrize("to", ["axolotl", "distillkit", "maxtext"])
+def test_exports_are_the_same_to_the_byte(base, tmp_path, cli, to):
+    files = []
+    for name in NARROW:
+        code, _, err = cli("export", base / name, "--output", tmp_path / name, "--to", to)
+        assert code == 0, err
+        found = (path for path in (tmp_path / name).rglob("*") if path.is_file())
+        files.append({path.relative_to(tmp_path / name): path.read_bytes() for path in found})
+        assert files[-1].pop(Path("README.md"))  # which names the dataset
+    assert files[0]
+    assert files[0] == files[1]
 
 
 def test_the_teacher_gives_their_log_probabilities_back(base, tiny_model):
