@@ -439,7 +439,7 @@ def test_prompts_that_leave_no_room_are_skipped_counted_and_named_once(make_reci
 
     write_jsonl(tmp_path / "corpus.jsonl", [{"id": "long", **long}])
     with pytest.raises(
-        ValueError, match=r"no prompt that leaves room for generation\.max_new_tokens \(1 are"
+        ValueError, match=r"no prompt that leaves room for generation\.max_new_tokens \(1 too long"
     ):
         run(recipe, tmp_path / "none")
 

@@ -441,7 +441,7 @@ UNREACHABLE = {
     ),
     "a pinned teacher": (
         {"corpus": 'files = ["*.parquet"]', "teacher": f'revision = "{NO_COMMIT}"'},
-        r"teacher org/tiny: it is not in the cache, and the Hub cannot be reached .*check the network",
+        r"teacher org/tiny: it is not in the cache, and the Hub cannot be reached; check the network",
     ),
     "a pinned corpus": (
         {"corpus": f'revision = "{NO_COMMIT}"', "teacher": 'path = "TINY"'},

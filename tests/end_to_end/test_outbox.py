@@ -389,7 +389,7 @@ def test_a_tag_that_is_too_small_is_refused_before_anything_is_computed(
     result = deliver(tmp_path / "1", "--tag", "v1.1.0", recipe=narrow)
     assert_one_line(result, r"v1\.1\.0 is too small a step from v1\.0\.0: .*recipe\.output\..*, which needs a new major version; use --tag v2\.0\.0")  # fmt: skip
     result = deliver(tmp_path / "2", "--tag", "v1.1.0", recipe=fewer)
-    assert_one_line(result, r"v1\.1\.0 is too small a step .*1 documents fewer.*--tag v2\.0\.0")
+    assert_one_line(result, r"v1\.1\.0 is too small a step .*1 document fewer.*--tag v2\.0\.0")
     assert list(hub.repos["dataset", "org/set"].branches) == ["main"]
     result = deliver(tmp_path / "3", "--tag", "v1.0.1", "--max-shards", 0, recipe=more)
     assert result.returncode == 0
@@ -477,7 +477,7 @@ def test_what_would_fail_in_the_end_fails_at_once(
     refusals.append(
         (
             deliver(output, recipe=many),
-            "the Hub takes 10,000 files, not 10,001: output.shard_tokens has",
+            "the Hub takes 10,000 files, not 10,001: output.shard_tokens must be",
         )
     )
     hub.is_token_valid = False

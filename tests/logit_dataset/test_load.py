@@ -418,7 +418,7 @@ def test_a_damaged_dataset_is_refused_at_once(copy, built):
     change_manifest(copy, lambda m: m["shards"][0].update(file="data/../../secret.parquet"))
     refused("names the file 'data/../../secret.parquet', expected data")
     change_manifest(copy, lambda m: m.update(schema_version="2.0.0"))
-    refused(f"schema version 2.0.0, this program reads {SCHEMA_VERSION}")
+    refused(f"schema version 2.0.0, but this program reads {SCHEMA_VERSION}")
     change_manifest(copy, lambda m: m.pop("teacher"))
     refused(r"manifest.json is damaged \(no teacher\)")
     (copy / "manifest.json").write_text("{")
