@@ -41,7 +41,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from builder.capture.draws import invert
 from builder.teacher.lengths import ANYWHERE
 from builder.teacher.model import PROBE_LENGTHS, PROBE_TOLERANCE, Teacher, to_device
-from builder.teacher.precision import error
+from builder.teacher.precision import UNFIT, error
 
 PROBE_STEPS = 4
 PROBE_ROOM = 300
@@ -162,7 +162,7 @@ class Decoder:
                 errors = [self._error(batch, padded=padded, cached=cached) for batch in batches]
             except torch.OutOfMemoryError:
                 raise  # what a teacher can do does not depend on the memory that is free
-            except (AttributeError, TypeError, RuntimeError, IndexError, ValueError):
+            except (*UNFIT, ValueError):
                 continue  # an architecture that takes no mask, or has no cache
             if max(errors) <= PROBE_TOLERANCE[self.teacher.dtype]:
                 return padded, cached
@@ -195,7 +195,7 @@ class Decoder:
                 errors.append(error(logits_BV, expected_BV.float()))
         except torch.OutOfMemoryError:
             raise  # as in `_probe`
-        except (AttributeError, TypeError, RuntimeError, IndexError, ValueError):
+        except (*UNFIT, ValueError):
             return False
         return max(errors) <= PROBE_TOLERANCE[self.teacher.dtype]
 

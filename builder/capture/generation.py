@@ -23,7 +23,7 @@ Cost: of drawn completions, writing and one capture. Of greedy ones in 16 bits t
 """
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,15 +162,7 @@ class Generator:
 
     def _draft(self, rows: list[_Row]) -> None:
         """Write and capture rows whose keys and values are kept from draft to draft, a batch after the other."""
-        waiting = deque(self._batches(rows, self._max_new_tokens))
-        while waiting:
-            batch = waiting.popleft()
-            try:
-                self._draft_batch(batch, rows)
-                continue
-            except torch.OutOfMemoryError:
-                pass  # as in `_write`; what is settled stays so
-            waiting.extendleft(reversed(self._halves(batch, self._max_new_tokens)))
+        self._each_batch(rows, self._max_new_tokens, lambda batch: self._draft_batch(batch, rows))
 
     def _draft_batch(self, batch: list[_Row], rows: list[_Row]) -> None:
         room = max(len(row.prompt.token_ids) for row in batch) + self._max_new_tokens
@@ -202,11 +194,19 @@ class Generator:
         for row in rows:
             row.draft = []
         unfinished = [row for row in rows if not self._is_finished(row, row.token_ids)]
-        waiting = deque(self._batches(unfinished, draft_tokens))
+        self._each_batch(
+            unfinished, draft_tokens, lambda batch: self._write_batch(batch, draft_tokens)
+        )
+
+    def _each_batch(
+        self, rows: list[_Row], draft_tokens: int, run: Callable[[list[_Row]], None]
+    ) -> None:
+        """Run batches of the rows; a batch that does not fit the device's memory in halves. What is settled stays so."""
+        waiting = deque(self._batches(rows, draft_tokens))
         while waiting:
             batch = waiting.popleft()
             try:
-                self._write_batch(batch, draft_tokens)
+                run(batch)
                 continue
             except torch.OutOfMemoryError:
                 pass  # what the failed attempt holds is let go with the exception, before the next attempt
