@@ -133,6 +133,20 @@ def test_evaluation_by_ids_alone_is_unbiased(base):
         assert bound < 0.8 * found  # which is what was reported without the draws
 
 
+def test_evaluation_by_ids_alone_counts_the_loss_mask_alone(base):
+    """Positions outside of it, as prompts are, have an entropy too."""
+    ids = batch_of(base / "ids")
+    some = ids["mask"] & (torch.arange(ids["mask"].shape[1]) % 2 == 0)
+    batch = {**ids, "mask": some}
+    assert (ids["entropy"][ids["mask"] & ~some] > 0).any()
+    vocab_size = batch_of(base / "whole")["logprobs"].shape[-1]
+    logits = torch.randn(*some.shape, vocab_size, generator=torch.Generator().manual_seed(2))
+    sums = row_sums(logits, batch, loss="tail_draws", temperature=1.0)
+    found = metrics(sums.sum(0), text_weight=0.0)["kl"]
+    expected = distillation_loss(logits, batch, loss="tail_draws") - ids["entropy"][some].mean()
+    assert abs(found - expected.item()) < 1e-3
+
+
 def uniform_draws(rows):
     generator = np.random.default_rng(0)
     for row in rows:
