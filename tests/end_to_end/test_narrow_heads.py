@@ -143,7 +143,9 @@ def test_evaluation_by_ids_alone_counts_the_loss_mask_alone(base):
     logits = torch.randn(*some.shape, vocab_size, generator=torch.Generator().manual_seed(2))
     sums = row_sums(logits, batch, loss="tail_draws", temperature=1.0)
     found = metrics(sums.sum(0), text_weight=0.0)["kl"]
-    expected = distillation_loss(logits, batch, loss="tail_draws") - ids["entropy"][some].double().mean()
+    expected = (
+        distillation_loss(logits, batch, loss="tail_draws") - ids["entropy"][some].double().mean()
+    )
     assert abs(found - expected.item()) < 1e-3
 
 
