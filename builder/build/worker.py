@@ -20,6 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from builder.build.stream import SequenceStream
@@ -53,8 +54,8 @@ from builder.teacher.last_layer import last_layer
 from builder.teacher.model import Teacher
 from logit_dataset.schema import HEAD_FILE, SCHEMA_VERSION, VALIDATION, Layout
 
-SUM_VALUES = 2**22
-"""Log-probabilities that are summed at once: 32 MB in float64."""
+SUM_VALUES = 2**20
+"""Log-probabilities that are summed at once: 8 MB in float64."""
 
 
 class Worker:
@@ -407,16 +408,18 @@ def _slow_head(recipe: Recipe, teacher: Teacher) -> str:
 
 
 def _sums(block: Block, layout: Layout) -> Sums:
-    distribution = block.distribution
-    nll = -distribution["target_logprob"].double()
-    logprobs = distribution.get("topk_logprobs", distribution.get("logprobs"))
+    """By numpy, beside the teacher: see `capture.windows`."""
+    columns = {name: values.numpy() for name, values in block.distribution.items()}
+    nll = -columns["target_logprob"].astype(np.float64)
+    logprobs = columns.get("topk_logprobs", columns.get("logprobs"))
     assert logprobs is not None
     rows = max(1, SUM_VALUES // logprobs.shape[1])
+    parts = (logprobs[i : i + rows] for i in range(0, len(logprobs), rows))
     return Sums(
-        entropy=float(distribution["entropy"].double().sum()),
-        topk_mass=sum(float(part.double().exp().sum()) for part in logprobs.split(rows)),
-        target_nll=float(nll.nansum()),
-        targets=int((~nll.isnan()).sum()),
+        entropy=float(columns["entropy"].sum(dtype=np.float64)),
+        topk_mass=sum(float(np.exp(part, dtype=np.float64).sum()) for part in parts),
+        target_nll=float(np.nansum(nll)),
+        targets=int(np.count_nonzero(~np.isnan(nll))),
         completion_tokens=sum(sum(s.completion_mask or ()) for s in block.sequences)
         if layout.completion_mask
         else None,

@@ -5,24 +5,25 @@ In:   pieces of logits_NV, the teacher's raw logits (float32, bfloat16 or float1
 Out:  a Distribution: exact top K (ties by lower id), tail mass, target, logsumexp and entropy of each position.
 
 How:  everything comes from a float32 softmax over the whole vocabulary at temperature 1, computed for a few rows at a time
-      that stay in the processor's cache, so that no float32 copy of [N, V] is ever made.
+      that stay in the processor's cache, so that no float32 copy of [N, V] is ever made. Only what reads whole rows is done so: the
+      search for the top K, and then the tail. All else is of a few numbers a row, and done for a piece at once.
 
-      The tail.  In a row without its top K, one softmax p gives Σ exp(x − max x) = 1 / max p and the mean Σ p x. So the
-      tail is a sum of positive terms relative to its own largest, exact however small it is, where 1 − Σ exp(top K) would
-      cancel or underflow. Draws are from the same p: see `draws`.
+      The tail.  In a row without its top K, one softmax p gives log Σ exp x = x_j − log p_j for any j, here the K + 1st or, if logits
+      are rounded, one next to it, and the mean Σ p x. So the tail is a sum of positive terms relative to its own largest, exact
+      however small it is, where 1 − Σ exp(top K) would cancel or underflow. Draws are from the same p: see `draws`.
 
       Rounded logits, of a 16-bit teacher on a CPU, are first made right where it matters: see `rounding`. A drawn token is drawn by
       what its logit is there, and stored with its own in float32.
 
       On a GPU, `kernels` computes the same with one read of the logits, up to a K of 128; this way is its reference.
 
-Cost: about 60 µs a position for V = 49,152 on two cores, where that teacher's forward pass takes 1,200 µs in bfloat16;
-      `logsumexp` and `topk` alone, as one would write them, take 130 to 190 µs.
+Cost: 38 µs a position for V = 49,152 on two cores and 47 for rounded logits, where that teacher's forward pass takes 2,000 µs in
+      float32 and 620 in bfloat16.
 
 Shape suffixes: N positions, R those of a piece, V vocabulary (P padded to whole blocks), K top-k, M draws, B blocks, C candidates.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Literal
@@ -32,13 +33,13 @@ from torch import Tensor
 
 from builder.capture.draws import draw
 from builder.capture.ranking import WIDE, largest
-from builder.capture.rounding import refine
+from builder.capture.rounding import best_count, refine
 from builder.teacher.precision import Rounded
 from logit_dataset.schema import FLOAT16_MIN, temperature_column
 
 CPU_WORKSPACE_BYTES = 16 * 2**20
-"""Float32 logits worked on at once: small enough for a last-level cache, large enough to hide the cost of a call."""
-CUDA_WORKSPACE_BYTES = 128 * 2**20
+"""Float32 logits worked on at once, and room for their softmax: small enough for a last-level cache, large enough to hide the cost of a call."""
+CUDA_WORKSPACE_BYTES = 256 * 2**20
 """The same on a GPU, where a piece must fill the device rather than fit a cache."""
 
 
@@ -87,52 +88,31 @@ def capture(
     workspace = None
     start = 0
     for piece in pieces:
-        rounded = piece if isinstance(piece, Rounded) else None
         logits_NV = piece.logits_NV if isinstance(piece, Rounded) else piece
-        if rounded is None and _has_kernels(logits_NV.device, top_k, uniforms_NM):
+        rows = slice(start, start + len(logits_NV))
+        start = rows.stop
+        targets, uniforms = targets_N[rows], None if uniforms_NM is None else uniforms_NM[rows]
+        if logits_NV is piece and _has_kernels(logits_NV.device, top_k, uniforms_NM):
             from builder.capture import kernels
 
-            rows = slice(start, start + len(logits_NV))
             found = kernels.capture_rows(
                 logits_NV,
-                targets_N[rows],
+                targets,
                 top_k=int(top_k),
-                uniforms_NM=None if uniforms_NM is None else uniforms_NM[rows],
+                uniforms_NM=uniforms,
                 draw_logprobs=draw_logprobs,
                 temperatures=temperatures,
             )
             parts.append(found)
-            start = rows.stop
             continue
-        if workspace is None:
-            workspace = _Workspace(logits_NV.shape[1], logits_NV.device)
-        first = start
-        for logits_RV in logits_NV.split(workspace.num_rows):
-            rows = slice(start, start + len(logits_RV))
-            of_piece = slice(rows.start - first, rows.stop - first)
-            x_RP, room_RP = workspace.load(logits_RV)
-            targets_R = targets_N[rows]
-            logits_of: LogitsOf | None = partial(_gather, logits_RV)
-            top: tuple[Tensor, Tensor] | None = None
-            if rounded:
-                assert top_k != "all"
-                logits_of = partial(rounded.pick, of_piece)
-                top = refine(x_RP, rounded, of_piece, targets_R, top_k)
-            elif top_k != "all":
-                top = largest(x_RP, top_k)
-            found = {
-                temperature_column(t).name: _logsumexp_at(t, x_RP, room_RP) for t in temperatures
-            }
-            if top is None:
-                found |= _capture_all(logits_RV, targets_R, x_RP, room_RP)
-            else:
-                uniforms_RM = None if uniforms_NM is None else uniforms_NM[rows]
-                logits_of = logits_of if draw_logprobs else None
-                found |= _capture_rows(
-                    *top, targets_R, uniforms_RM, x_RP, room_RP, logits_of, logits_RV.shape[1]
-                )
+        workspace = workspace or _Workspace(logits_NV.shape[1], logits_NV.device)
+        if top_k == "all":
+            parts.append(_capture_all(logits_NV, targets, workspace, temperatures))
+        else:
+            found = _capture_top(
+                piece, targets, workspace, top_k, uniforms, draw_logprobs, temperatures
+            )
             parts.append(found)
-            start = rows.stop
     assert start == len(targets_N), f"{start} rows of logits for {len(targets_N)} positions"
     return concatenate(parts)
 
@@ -150,90 +130,147 @@ def _has_kernels(
 
 
 class _Workspace:
-    """Memory for the float32 logits of a few rows and their softmax, used again for the next rows."""
+    """Memory for the float32 logits of a few rows, used again for the next rows."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         padded = -(-vocab_size // WIDE) * WIDE
         limit = CUDA_WORKSPACE_BYTES if device.type == "cuda" else CPU_WORKSPACE_BYTES
-        self.num_rows = max(1, limit // (4 * padded))
-        self._logits_RP = torch.empty(self.num_rows, padded, device=device)
-        self._probs_RP = torch.empty_like(self._logits_RP)
+        self._vocab_size = vocab_size
+        self._memory_RP = torch.empty(max(2, limit // (4 * padded)), padded, device=device)
 
-    def load(self, logits_RV: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits in float32, padded with −inf to whole blocks, and room for their softmax."""
-        rows, vocab_size = logits_RV.shape
-        logits_RP = self._logits_RP[:rows]
-        logits_RP[:, :vocab_size] = logits_RV
-        logits_RP[:, vocab_size:] = -torch.inf
-        return logits_RP, self._probs_RP[:rows]
+    def each(self, logits_NV: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows after others, [R, P], to be read: in float32, padded with −inf to whole blocks."""
+        if (
+            logits_NV.dtype == torch.float32
+            and logits_NV.is_contiguous()
+            and self._vocab_size % WIDE == 0
+        ):
+            return iter([(slice(0, len(logits_NV)), logits_NV)])
+        return self._each(logits_NV, self._memory_RP)
+
+    def each_with_room(self, logits_NV: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """The same of half as many rows at once, which may be written over, and as much memory besides."""
+        x_RP, room_RP = self._memory_RP.split(len(self._memory_RP) // 2)[:2]
+        for rows, part_RP in self._each(logits_NV, x_RP):
+            yield rows, part_RP, room_RP[: len(part_RP)]
+
+    def _each(self, logits_NV: Tensor, memory_RP: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, max(1, len(logits_NV)), len(memory_RP)):
+            rows = slice(start, min(start + len(memory_RP), len(logits_NV)))
+            x_RP = memory_RP[: rows.stop - rows.start]
+            x_RP[:, : self._vocab_size] = logits_NV[rows]
+            x_RP[:, self._vocab_size :] = -torch.inf
+            yield rows, x_RP
 
 
-def _capture_rows(
-    topk_logits_RK: Tensor,
-    topk_ids_RK: Tensor,
-    targets_R: Tensor,
-    uniforms_RM: Tensor | None,
-    x_RP: Tensor,
-    room_RP: Tensor,
-    logits_of: LogitsOf | None,
-    vocab_size: int,
+def _capture_top(
+    piece: Tensor | Rounded,
+    targets_N: Tensor,
+    workspace: _Workspace,
+    top_k: int,
+    uniforms_NM: Tensor | None,
+    draw_logprobs: bool,
+    temperatures: Sequence[float],
 ) -> Distribution:
-    """The columns of a top K and of draws from what is outside it, without their log-probabilities where nothing gives logits.
+    """The columns of a top K and of draws from what is outside it."""
+    rounded = piece if isinstance(piece, Rounded) else None
+    logits_NV = piece.logits_NV if isinstance(piece, Rounded) else piece
+    num_rows, vocab_size = logits_NV.shape
+    # One more than K: the largest of the tail.
+    count = best_count(top_k, vocab_size) if rounded else min(top_k + 1, vocab_size)
+    found_tops = [largest(x_RP, count) for _, x_RP in workspace.each(logits_NV)]
+    top_NK, ids_NK = (torch.cat(parts) for parts in zip(*found_tops, strict=True))
+    logits_of: LogitsOf = partial(_gather, logits_NV)
+    refined = None
+    if rounded:
+        refined = refine(rounded, top_NK, ids_NK, targets_N, top_k)
+        top_NK, ids_NK = refined.top_NK, refined.top_ids_NK
+        logits_of = partial(rounded.pick, slice(0, num_rows))
+    next_N1, top_NK, ids_NK = ids_NK[:, -1:], top_NK[:, :top_k], ids_NK[:, :top_k]
 
-    Overwrites x_RP and room_RP.
-    """
-    target_logits_R = x_RP.gather(1, targets_R.clamp(min=0)[:, None])[:, 0]
-    x_RP.scatter_(1, topk_ids_RK, -torch.inf)
-    tail_R, tail_mean_R = _logsumexp_and_mean(x_RP, room_RP)
+    tail_N, tail_mean_N, target_N = (top_NK.new_empty(num_rows) for _ in range(3))
+    logsumexp_TN = top_NK.new_empty(len(temperatures), num_rows)
+    drawn = []
+    for rows, x_RP, room_RP in workspace.each_with_room(logits_NV):
+        if refined:
+            refined.put(x_RP, rows)
+        for i, temperature in enumerate(temperatures):
+            logsumexp_TN[i, rows] = _logsumexp_at(temperature, x_RP, room_RP)
+        target_N[rows] = x_RP.gather(1, targets_N[rows].clamp(min=0)[:, None])[:, 0]
+        x_RP.scatter_(1, ids_NK[rows], -torch.inf)
+        tail_N[rows], tail_mean_N[rows] = _logsumexp_and_mean(x_RP, room_RP, next_N1[rows])
+        if uniforms_NM is not None:
+            drawn.append(draw(uniforms_NM[rows], room_RP, block_size=WIDE))
 
-    max_R = topk_logits_RK[:, 0]
-    shifted_RK = topk_logits_RK - max_R[:, None]
-    exp_RK = shifted_RK.exp()
-    rest_R = (tail_R - max_R).exp()
-    sum_R = exp_RK.sum(-1) + rest_R
-    logsumexp_R = max_R + sum_R.log()
-    # Σ p (x − max). nansum: where x is −inf, exp is 0 and 0 · −inf adds nothing. A NaN in x shows in sum_R.
-    rest_weighted_R = torch.where(rest_R > 0, rest_R * (tail_mean_R - max_R), 0.0)
-    weighted_R = (shifted_RK.mul_(exp_RK).nansum(-1) + rest_weighted_R) / sum_R
+    logsumexp_N, entropy_N = _logsumexp_and_entropy(top_NK, tail_N, tail_mean_N)
     found = {
-        "topk_indices": topk_ids_RK.int(),
-        "topk_logprobs": _to_float16(topk_logits_RK - logsumexp_R[:, None]),
-        "tail_logprob": _to_float16(tail_R - logsumexp_R),
-        "target_logprob": _target_logprob(target_logits_R, targets_R, logsumexp_R),
-        "logsumexp": logsumexp_R,
-        # H = −Σ p log p = log S − Σ p (x − max), all terms of one sign.
-        "entropy": _to_float16(sum_R.log() - weighted_R),
+        **_by_temperature(temperatures, logsumexp_TN),
+        "topk_indices": ids_NK.int(),
+        "topk_logprobs": _to_float16(top_NK - logsumexp_N[:, None]),
+        "tail_logprob": _to_float16(tail_N - logsumexp_N),
+        "target_logprob": _target_logprob(target_N, targets_N, logsumexp_N),
+        "logsumexp": logsumexp_N,
+        "entropy": _to_float16(entropy_N),
     }
-    if uniforms_RM is not None:
-        drawn_RM = draw(uniforms_RM, room_RP, block_size=WIDE)
-        has_tail_R1 = (tail_R > -torch.inf)[:, None]
-        drawn_RM = torch.where(has_tail_R1, drawn_RM, topk_ids_RK[:, -1:])
-        drawn_RM = drawn_RM.clamp(max=vocab_size - 1)  # where a row holds NaN
-        found["tail_indices"] = drawn_RM.int()
-        if logits_of is None:
-            return found
+    if uniforms_NM is None:
+        return found
+    has_tail_N1 = (tail_N > -torch.inf)[:, None]
+    drawn_NM = torch.where(has_tail_N1, torch.cat(drawn), ids_NK[:, -1:])
+    drawn_NM = drawn_NM.clamp(max=vocab_size - 1)  # where a row holds NaN
+    found["tail_indices"] = drawn_NM.int()
+    if draw_logprobs:
         # None is above the K-th: only where it was drawn by a rounded logit could this change it, and then by less than storage does.
-        logits_RM = logits_of(drawn_RM).minimum(topk_logits_RK[:, -1:])
-        logits_RM = logits_RM.masked_fill(~has_tail_R1, -torch.inf)
-        found["tail_logprobs"] = _to_float16(logits_RM - logsumexp_R[:, None])
+        logits_NM = logits_of(drawn_NM).minimum(top_NK[:, -1:])
+        logits_NM = logits_NM.masked_fill(~has_tail_N1, -torch.inf)
+        found["tail_logprobs"] = _to_float16(logits_NM - logsumexp_N[:, None])
     return found
 
 
+def _logsumexp_and_entropy(
+    top_NK: Tensor, tail_N: Tensor, tail_mean_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of the whole distribution, [N] each, from the K largest logits, and the logsumexp and mean logit of all others."""
+    max_N = top_NK[:, 0]
+    shifted_NK = top_NK - max_N[:, None]
+    exp_NK = shifted_NK.exp()
+    rest_N = (tail_N - max_N).exp()
+    sum_N = exp_NK.sum(-1) + rest_N
+    log_sum_N = sum_N.log()
+    # Σ p (x − max). nansum: where x is −inf, exp is 0 and 0 · −inf adds nothing. A NaN in x shows in sum_N.
+    rest_weighted_N = torch.where(rest_N > 0, rest_N * (tail_mean_N - max_N), 0.0)
+    weighted_N = (shifted_NK.mul_(exp_NK).nansum(-1) + rest_weighted_N) / sum_N
+    # H = −Σ p log p = log S − Σ p (x − max), all terms of one sign.
+    return max_N + log_sum_N, log_sum_N - weighted_N
+
+
 def _capture_all(
-    logits_RV: Tensor, targets_R: Tensor, x_RP: Tensor, room_RP: Tensor
+    logits_NV: Tensor, targets_N: Tensor, workspace: _Workspace, temperatures: Sequence[float]
 ) -> Distribution:
-    """The columns of a whole distribution. Overwrites x_RP and room_RP."""
-    max_R = x_RP.amax(-1)
-    sum_R, mean_R = _logsumexp_and_mean(x_RP.sub_(max_R[:, None]), room_RP)
-    logsumexp_R = max_R + sum_R
-    return {
-        "logprobs": _to_float16(logits_RV.float() - logsumexp_R[:, None]),
-        "target_logprob": _target_logprob(
-            _gather(logits_RV, targets_R.clamp(min=0)[:, None])[:, 0], targets_R, logsumexp_R
-        ),
-        "logsumexp": logsumexp_R,
-        "entropy": _to_float16(sum_R - mean_R),  # as in `_capture_rows`
-    }
+    """The columns of a whole distribution."""
+    parts = []
+    for rows, x_RP, room_RP in workspace.each_with_room(logits_NV):
+        at = [_logsumexp_at(temperature, x_RP, room_RP) for temperature in temperatures]
+        max_R1, largest_R1 = x_RP.max(-1, keepdim=True)
+        target_R = x_RP.gather(1, targets_N[rows].clamp(min=0)[:, None])[:, 0]
+        sum_R, mean_R = _logsumexp_and_mean(x_RP.sub_(max_R1), room_RP, largest_R1)
+        logsumexp_R = max_R1[:, 0] + sum_R
+        parts.append(
+            {
+                **_by_temperature(temperatures, at),
+                "logprobs": _to_float16(logits_NV[rows].float() - logsumexp_R[:, None]),
+                "target_logprob": _target_logprob(target_R, targets_N[rows], logsumexp_R),
+                "logsumexp": logsumexp_R,
+                "entropy": _to_float16(sum_R - mean_R),  # as in `_logsumexp_and_entropy`
+            }
+        )
+    return concatenate(parts)
+
+
+def _by_temperature(
+    temperatures: Sequence[float], logsumexps: Iterable[Tensor]
+) -> dict[str, Tensor]:
+    names = (temperature_column(temperature).name for temperature in temperatures)
+    return dict(zip(names, logsumexps, strict=True))
 
 
 def _logsumexp_at(temperature: float, x_RP: Tensor, room_RP: Tensor) -> Tensor:
@@ -251,11 +288,12 @@ def _gather(logits_RV: Tensor, ids_RC: Tensor) -> Tensor:
     return logits_RV.gather(1, ids_RC).float()
 
 
-def _logsumexp_and_mean(x_RP: Tensor, room_RP: Tensor) -> tuple[Tensor, Tensor]:
-    """log Σ exp(x) and Σ p x of each row, [R] each. Overwrites both arguments."""
-    max_R = x_RP.amax(-1)
+def _logsumexp_and_mean(x_RP: Tensor, room_RP: Tensor, largest_R1: Tensor) -> tuple[Tensor, Tensor]:
+    """log Σ exp(x) and Σ p x of each row, [R] each, where it is known which entry is the largest, or next to it. Overwrites x_RP, and
+    room_RP with p."""
+    max_R = x_RP.gather(1, largest_R1)[:, 0]
     probs_RP = torch.softmax(x_RP, -1, out=room_RP)
-    logsumexp_R = max_R - probs_RP.amax(-1).log()
+    logsumexp_R = max_R - probs_RP.gather(1, largest_R1)[:, 0].log()
     mean_R = x_RP.mul_(probs_RP).nansum(-1)
     return torch.where(max_R == -torch.inf, max_R, logsumexp_R), mean_R
 

@@ -151,7 +151,7 @@ class Pipeline:
             targets_N=torch.from_numpy(
                 np.concatenate([s.targets for s in sequences], dtype=np.int64)
             ),
-            uniforms_NM=torch.cat([self._uniforms(sequence) for sequence in sequences])
+            uniforms_NM=torch.from_numpy(np.concatenate([self._uniforms(s) for s in sequences]))
             if layout.tail_samples
             else None,
             kept_C=loss_positions(sequences) if layout.completions_only else None,

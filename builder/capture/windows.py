@@ -5,19 +5,22 @@ Out:  a Block in the order of the sequences; what of a batch is one sequence's; 
       value that is not finite.
 
 How:  a batch holds all positions of its first sequence, then of the second, and so on. Columns of several values may be of the positions
-      in the loss mask only.
+      in the loss mask only. What runs beside the teacher is made by numpy: two threads with torch's OpenMP threads each would be more
+      than there are cores, and then those of the teacher sleep between two operations instead of waiting for the next
+      (bfloat16 on two cores: 4 % of a build).
 
-Cost: one copy of a window's statistics, 6 bytes · T · K.
+Cost: one copy of a window's statistics, 6 bytes · T · K, and one of a column.
 
 Shape suffixes: N positions, M draws from the tail, C positions whose columns of several values are kept.
 """
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from builder.capture.distribution import Distribution, concatenate
+from builder.capture.distribution import Distribution
 from builder.corpus.sequences import Sequence
 from builder.dataset.shards import Block
 from logit_dataset.schema import FLOAT16_MIN
@@ -73,24 +76,25 @@ def _in_order(window: Window) -> Block:
     order_N = order_C = _order(window, [len(sequence.token_ids) for sequence in window.sequences])
     if window.loss_only:
         order_C = _order(window, [len(sequence.loss_positions) for sequence in window.sequences])
-    whole = concatenate([distribution for _, distribution in window.landed])
+    landed = [distribution for _, distribution in window.landed]
     window.landed.clear()
-    ordered = {
-        name: column.index_select(0, order_N if column.ndim == 1 else order_C)
-        for name, column in whole.items()
-    }
+    ordered = {}
+    for name in list(landed[0]):
+        column = np.concatenate([distribution.pop(name).numpy() for distribution in landed])
+        order = order_N if column.ndim == 1 else order_C
+        ordered[name] = torch.from_numpy(column.take(order, axis=0))
     return Block(sequences=window.sequences, distribution=ordered)
 
 
-def _order(window: Window, lengths: list[int]) -> Tensor:
+def _order(window: Window, lengths: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Where each value of the sequences, of which they have so many, stands among those that have landed."""
     starts, start = [0] * len(lengths), 0
     for indices, _ in window.landed:
         for i in indices:
             starts[i] = start
             start += lengths[i]
-    return torch.cat(
-        [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+    return np.concatenate(
+        [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
     )
 
 

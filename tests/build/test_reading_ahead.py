@@ -1,6 +1,8 @@
 """What runs on threads beside the teacher: no byte depends on how far it is ahead, and what fails on one of them fails the build."""
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -166,3 +168,66 @@ def test_a_small_limit_of_tokens_does_not_tokenize_all_of_a_corpus(
     run(make_recipe(files="many.jsonl", corpus="max_tokens = 3000"), tmp_path / "out")
     assert sum(made) < 4 * 3000
     assert len(made) < 1000
+
+
+BESIDE_THE_TEACHER = """
+import os
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import torch
+
+from builder.build.worker import _Totals
+from builder.capture.pipeline import Pipeline
+from builder.capture.windows import Window
+from builder.corpus.sequences import Sequence
+from logit_dataset.schema import Layout
+
+LENGTH, K, M = 20_000, 50, 4
+layout = Layout(top_k=K, tail_samples=M)
+teacher = SimpleNamespace(device=torch.device("cpu"))
+sequences = [
+    Sequence(document_id=str(i), chunk_index=0, text="", token_ids=[1] * LENGTH, next_token=2)
+    for i in range(2)
+]
+columns = {"topk_logprobs": [K], "tail_logprobs": [M], "entropy": [], "target_logprob": [], "logsumexp": []}
+found = {name: torch.zeros(2 * LENGTH, *size, dtype=torch.float16) for name, size in columns.items()}
+
+
+def by_torch():
+    return torch.zeros(2**20).exp()
+
+
+def by_us():
+    batch = Pipeline(teacher, layout=layout, batch_tokens=2 * LENGTH).batch(sequences, [1, 0])
+    window = Window(sequences=sequences, batches=[], loss_only=False, landed=[(batch.indices, found)])
+    totals = _Totals(layout)
+    totals.add(window.block())
+    assert totals.sums.topk_mass == 2 * LENGTH * K
+
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+
+def added(call):
+    def on_it():
+        before = threads()
+        call()
+        return threads() - before
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(on_it).result()
+
+
+torch.set_num_threads(2)
+by_torch()  # the main thread has its own
+print(added(by_us), added(by_torch))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_what_runs_beside_the_teacher_does_not_use_torch_s_threads():
+    """They would be more than there are cores, and the teacher's would then sleep between two operations."""
+    ended = subprocess.run([sys.executable, "-c", BESIDE_THE_TEACHER], capture_output=True, text=True, check=True)  # fmt: skip
+    assert ended.stdout.split() == ["0", "1"]
