@@ -118,9 +118,7 @@ def stages(dtype: str, device: str, tokens: int, base: Path) -> dict[str, float]
             (Encoder, "whole", "tokenize (own thread)"),
             (Teacher, "hidden", "body"),
             (model, "_apply", "head"),
-            (distribution, "largest", "statistics"),
-            (distribution, "refine", "statistics"),
-            (distribution, "_capture_rows", "statistics"),
+            (distribution, "_capture_top", "statistics"),
             (windows, "_in_order", "order (writer's thread)"),
             (ShardWriter, "_write_block", "write (own thread)"),
         ):
