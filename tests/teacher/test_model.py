@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -597,3 +599,32 @@ def test_a_gguf_without_the_packages_for_it_says_what_to_install(tmp_path, monke
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match="pip install gguf accelerate"):
         load_teacher(str(tmp_path / "any.gguf"))
+
+
+LARGE_TENSOR = """
+import re, sys
+
+import torch
+
+from builder.teacher.loading import load_teacher
+
+load_teacher(sys.argv[1])
+large = torch.ones(2**24)
+place = large.data_ptr() + 2**24
+for region in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", open("/proc/self/smaps").read()):
+    if region:
+        start, end = (int(x, 16) for x in region.split()[0].split("-"))
+        if start <= place < end:
+            print("hg" in region[region.index("VmFlags") :].split())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="pages are described in /proc")
+@pytest.mark.parametrize(("setting", "asked"), [(None, "True"), ("0", "False")])
+def test_with_a_teacher_large_tensors_ask_for_huge_pages(tiny_teacher_dir, setting, asked):
+    environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+    if setting is not None:
+        environment["THP_MEM_ALLOC_ENABLE"] = setting
+    command = [sys.executable, "-c", LARGE_TENSOR, str(tiny_teacher_dir)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert ended.stdout.strip() == asked
