@@ -20,7 +20,7 @@ How:  everything comes from a float32 softmax over the whole vocabulary at tempe
 Cost: 38 µs a position for V = 49,152 on two cores and 47 for rounded logits, where that teacher's forward pass takes 2,000 µs in
       float32 and 620 in bfloat16.
 
-Shape suffixes: N positions, R those of a piece, V vocabulary (P padded to whole blocks), K top-k, M draws, B blocks, C candidates.
+Shape suffixes: N positions, R those worked on at once, V vocabulary (P padded to whole blocks), K top-k, M draws, B blocks, C candidates.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

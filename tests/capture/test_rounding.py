@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from builder.capture import rounding
+from builder.capture import distribution, rounding
 from builder.capture.distribution import Distribution, capture
 from builder.capture.draws import uniforms
 from builder.teacher.model import Teacher
@@ -229,3 +229,25 @@ def test_beyond_the_range_of_float16_the_exact_ones_count():
     assert found["logsumexp"].isfinite().all()
     assert int(found["topk_indices"][0, 0]) == 7
     assert math.isclose(float(found["logsumexp"][0]), 70_000.0, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("rows_at_once", [2, 3, 8])
+def test_rows_worked_on_apart_are_those_of_a_whole_piece(monkeypatch, rows_at_once):
+    """Some of them, anywhere in the piece, are made in float32 as a whole."""
+    generator = torch.Generator().manual_seed(0)
+    exact_NV = torch.randn(11, 1_000, dtype=torch.float64, generator=generator) * 5
+    for row in (1, 4, 5, 10):  # more that round to the same values than are looked at
+        exact_NV[row, 300:500] = 20 + torch.rand(200, dtype=torch.float64, generator=generator) / 16
+    targets_N = torch.arange(11) * 90
+    numbers_NM = uniforms(0, "doc", 0, num_positions=11, count=DRAWS)
+
+    def found() -> Distribution:
+        options = {"top_k": 20, "uniforms_NM": numbers_NM, "temperatures": (2.0,)}
+        return capture([piece_of(exact_NV)], targets_N, **options)
+
+    whole = found()
+    monkeypatch.setattr(distribution, "CPU_WORKSPACE_BYTES", 4 * 1_024 * rows_at_once)
+    apart = found()
+    assert torch.equal(apart["topk_indices"].long(), best(exact_NV, 20))
+    for name, values in whole.items():
+        assert torch.equal(apart[name], values), name
